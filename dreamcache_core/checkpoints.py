@@ -1,0 +1,301 @@
+"""Adapter files in and out: our safetensors format and the released one. The only place that knows the released keys."""
+
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import AdapterInfo, AdapterSet
+from .errors import FileFormatError, InputError
+from .layers import FAMILY_OF_CONTEXT_WIDTH, Layout
+from .tensor_file import (
+    FORMAT_KEY,
+    kind_of_weights,
+    read_safetensors,
+    read_tensor_file,
+    refuse_non_weights,
+    write_tensor_file,
+)
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "adapters/1"
+WHERE_FROM = (
+    "Adapters for Stable Diffusion 2.1-base are the file cross_attention-<step>.pt that the DreamCache authors "
+    "released; others are trained with this pack."
+)
+
+_RELEASED_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+_RELEASED_NAMES = {
+    "attn_mem.to_q.weight": "to_q.weight",
+    "attn_mem.to_k.weight": "to_k.weight",
+    "attn_mem.to_v.weight": "to_v.weight",
+    "attn_mem.to_out.0.weight": "to_out.weight",
+    "attn_mem.to_out.0.bias": "to_out.bias",
+    "norm2_mem.weight": "norm.weight",
+    "norm2_mem.bias": "norm.bias",
+    "linear_cat.weight": "merge.weight",
+    "linear_cat.bias": "merge.bias",
+}
+_LAYER = r"(?:input_blocks|output_blocks)\.\d+\.\d+|middle_block\.\d+"
+_RELEASED_KEY = re.compile(
+    rf"(?P<prefix>(?:model\.)?diffusion_model\.|)(?P<layer>{_LAYER})\.transformer_blocks\.0\.(?P<name>.+)"
+)
+_OWN_KEY = re.compile(rf"(?P<layer>{_LAYER})\.(?P<name>.+)")
+
+
+def save_adapters(
+    adapters: AdapterSet, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write adapters in our format, all or nothing.
+
+    Args:
+        adapters: The adapters.
+        path: Target; its folder must exist.
+        dtype: Float type on disk; ``None`` keeps that of each tensor.
+
+    Raises:
+        InputError: The folder does not exist or cannot be written to.
+    """
+    info = adapters.info
+    tensors = {
+        f"{layer}.{name}": tensor.to(dtype or tensor.dtype)
+        for layer in adapters.layers
+        for name, tensor in adapters[layer].state_dict().items()
+    }
+    metadata = {
+        **info.extra,
+        "format": FORMAT,
+        "family": info.layout.family,
+        "context_width": str(info.layout.context_width),
+        "layers": json.dumps(info.layout.layers),
+        "timestep": str(info.timestep),
+        "base_model": info.base_model,
+        "prediction": info.prediction,
+    }
+    write_tensor_file(path, tensors, metadata)
+
+
+def load_adapters(path: str | os.PathLike[str], *, family: str | None = None) -> AdapterSet:
+    """Read adapters in our format or as the authors released them.
+
+    Args:
+        path: A ``.safetensors`` or ``.pt`` file. Pickles are read weights-only.
+        family: Family of a released file, which does not carry one: ``sd15``, ``sd21``, ``sdxl`` or
+            ``custom-<width>``; ``None`` counts as ``sd21``. Ignored for files in our format.
+
+    Returns:
+        The adapters in float32 on the CPU, every tensor and shape checked.
+
+    Raises:
+        FileFormatError: The file is damaged, something else, or has missing, unknown, misshapen or non-finite
+            tensors; the message says which and what to do.
+        InputError: ``family`` is unknown.
+    """
+    file = Path(path)
+    tensors, entries = _read_any(file)
+    if FORMAT_KEY in entries:
+        tensors, metadata = read_tensor_file(file, FORMAT)
+        return _from_own(file, tensors, metadata)
+    return adapters_from_released(tensors, family=family, source=str(file))
+
+
+def adapters_from_released(
+    tensors: Mapping[str, Tensor], *, family: str | None = None, source: str = "The state dict"
+) -> AdapterSet:
+    """Build adapters from a state dict with the released key names.
+
+    Source: METHOD.md section 6.
+
+    Args:
+        tensors: Tensors by released key, any of the three prefixes, any float type.
+        family: See ``load_adapters``.
+        source: What to call it in messages.
+
+    Returns:
+        The adapters in float32.
+
+    Raises:
+        FileFormatError: See ``load_adapters``.
+    """
+    own: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    prefixes: set[str] = set()
+    for key, tensor in tensors.items():
+        match = _RELEASED_KEY.fullmatch(key)
+        if match and match["name"] in _RELEASED_NAMES:
+            own[f"{match['layer']}.{_RELEASED_NAMES[match['name']]}"] = tensor
+            prefixes.add(match["prefix"])
+        else:
+            unknown.append(key)
+    if not own:
+        raise FileFormatError(
+            f"{source} is {kind_of_weights(set(tensors))}, not DreamCache adapters. {WHERE_FROM}"
+        )
+    if len(prefixes) > 1:
+        raise FileFormatError(
+            f"{source} mixes keys of several prefixes ({', '.join(repr(p) for p in sorted(prefixes))}): two sets of "
+            "adapters in one file. Save one of them on its own."
+        )
+    if family is None:
+        logger.info(
+            "%s carries no model family: it counts as sd21 (Stable Diffusion 2.1-base).", source
+        )
+    return _build(source, own, unknown, _context_width(family or "sd21"), {})
+
+
+def _from_own(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterSet:
+    unknown = [key for key in tensors if not _OWN_KEY.fullmatch(key)]
+    known = {key: tensor for key, tensor in tensors.items() if key not in unknown}
+    try:
+        return _build(str(file), known, unknown, int(metadata["context_width"]), metadata)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise FileFormatError(
+            f"{file} lacks a valid metadata entry ({error}). Convert or save the adapters again."
+        ) from error
+
+
+def _build(
+    source: str,
+    tensors: dict[str, Tensor],
+    unknown: list[str],
+    context_width: int,
+    metadata: Mapping[str, str],
+) -> AdapterSet:
+    found = {match["layer"] for key in tensors if (match := _OWN_KEY.fullmatch(key))}
+    layers = json.loads(metadata["layers"]) if metadata else sorted(found, key=_execution_order)
+    channels: dict[str, int] = {}
+    for layer in layers:
+        anchor = tensors.get(f"{layer}.norm.weight", tensors.get(f"{layer}.norm.bias"))
+        channels[layer] = int(anchor.numel()) if anchor is not None and anchor.ndim == 1 else 0
+    known = {
+        "layers",
+        "format",
+        "family",
+        "context_width",
+        "timestep",
+        "base_model",
+        "prediction",
+        "sha256",
+    }
+    info = AdapterInfo(
+        Layout(context_width, channels),
+        timestep=int(metadata.get("timestep", "1")),
+        base_model=metadata.get("base_model", ""),
+        prediction=metadata.get("prediction", "epsilon"),
+        extra={key: value for key, value in metadata.items() if key not in known},
+    )
+    with torch.device("meta"):
+        adapters = AdapterSet(info)
+    expected = {
+        f"{layer}.{name}": tensor
+        for layer in layers
+        for name, tensor in adapters[layer].state_dict().items()
+    }
+    _check_tensors(source, expected, tensors, unknown)
+    for layer in layers:
+        state = {name: tensors[f"{layer}.{name}"].float() for name in adapters[layer].state_dict()}
+        adapters[layer].load_state_dict(state, assign=True)
+    return adapters
+
+
+def _check_tensors(
+    source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], unknown: list[str]
+) -> None:
+    unknown = [*unknown, *(set(tensors) - set(expected))]
+    present = [key for key in expected if key in tensors]
+    misshapen = [
+        f"{key} {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in present
+        if tensors[key].shape != expected[key].shape
+    ]
+    not_float = [key for key in present if not tensors[key].is_floating_point()]
+    problems = {
+        "missing": sorted(set(expected) - set(tensors)),
+        "unknown": sorted(unknown),
+        "misshapen": sorted(misshapen),
+        "not of a float type": sorted(not_float),
+        "with NaN or infinite values": sorted(
+            key
+            for key in present
+            if key not in not_float and not tensors[key].float().isfinite().all()
+        ),
+    }
+    listed = [f"{len(keys)} {what}: {_shorten(keys)}" for what, keys in problems.items() if keys]
+    if listed:
+        raise FileFormatError(
+            f"{source} does not hold complete DreamCache adapters. Tensors {'; '.join(listed)}. Download or convert "
+            "the file again."
+        )
+
+
+def _shorten(keys: list[str], most: int = 6) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
+
+
+def _read_any(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    refuse_non_weights(file)
+    with file.open("rb") as stream:
+        head = stream.read(2)
+    if head == b"PK" or (head[:1] == b"\x80" and file.suffix != ".safetensors"):
+        return _read_pickle(file), {}
+    return read_safetensors(file)
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        _refuse_damaged_archive(file)
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except FileFormatError:
+        raise
+    except Exception as error:
+        # a damaged pickle can raise nearly anything
+        if type(error).__name__ == "UnpicklingError" and "weights" in str(error).lower():
+            raise FileFormatError(
+                f"{file} holds more than tensors, so reading it could run code; it was not read. Expected a torch "
+                "file with a flat dictionary of tensors."
+            ) from error
+        raise FileFormatError(
+            f"{file} is not a complete torch file ({type(error).__name__}). Download it again."
+        ) from error
+    is_dict = isinstance(loaded, dict)
+    if not is_dict or not all(isinstance(value, Tensor) for value in loaded.values()):
+        held = _shorten([str(key) for key in loaded]) if is_dict else type(loaded).__name__
+        raise FileFormatError(
+            f"{file} is not a flat dictionary of tensors (found {held}). {WHERE_FROM}"
+        )
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _refuse_damaged_archive(file: Path) -> None:
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise FileFormatError(f"{file} is damaged at {damaged}. Download it again.")
+
+
+def _context_width(family: str) -> int:
+    for width, name in FAMILY_OF_CONTEXT_WIDTH.items():
+        if name == family:
+            return width
+    if match := re.fullmatch(r"custom-(\d+)", family):
+        return int(match[1])
+    raise InputError(
+        f"Unknown family {family!r}. Give sd15, sd21, sdxl or custom-<context width>, custom-512 say."
+    )
+
+
+def _execution_order(layer: str) -> tuple[int, list[int]]:
+    part, *numbers = layer.split(".")
+    order = ("input_blocks", "middle_block", "output_blocks").index(part)
+    return order, [int(number) for number in numbers]

@@ -1,0 +1,42 @@
+"""Frozen dataclasses as configuration: built from plain mappings, unknown keys rejected."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from .errors import InputError
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Base of all configurations: a frozen dataclass with defaults, validated by its own ``__post_init__``."""
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+        """Build the configuration from a mapping of field names to values.
+
+        Args:
+            values: Field name to value; fields left out keep their defaults.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            InputError: A key names no field; the message gives the nearest field.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise InputError(
+                    f"{cls.__name__} has no field {key!r}.{hint} Fields: {', '.join(known)}."
+                )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dictionary, in the order of declaration."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,291 @@
+"""Picture files in and out, by Pillow; knows nothing of models or of how a reference is placed."""
+
+import os
+import secrets
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from .errors import FileFormatError, InputError
+
+MAX_PIXELS = 100_000_000
+"""Pictures with more pixels are refused from their header alone."""
+
+# Formats that Pillow decodes by itself; EPS, which would start another program, is not among them.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")
+
+_READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,  # AVIF decoder
+    MemoryError,  # JPEG 2000 decoder, of damaged sizes
+    struct.error,
+    zlib.error,
+)
+
+_NOT_PICTURES = {
+    b"<!doctype html": "a web page (HTML)",
+    b"<html": "a web page (HTML)",
+    b"version https://git-lfs": "a Git LFS pointer",
+}
+
+
+def read_image(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
+    """Read a picture as it is meant to be seen, and its alpha channel.
+
+    EXIF orientation is applied. Greyscale, palette, 16-bit and CMYK pictures become RGB. Of an
+    animation the first frame is read.
+
+    Args:
+        path: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
+
+    Returns:
+        The picture, (1, height, width, 3), float32 in [0, 1], and its alpha as a mask,
+        (1, height, width), 1 = opaque = subject, or None where there is no alpha or all is opaque.
+        Colours are as stored: not multiplied by alpha.
+
+    Raises:
+        InputError: There is no such file, or the picture is too large.
+        FileFormatError: The file is no picture, or is damaged.
+    """
+    pixels = _picture_to_tensor(_open_upright(Path(path)))
+    if pixels.shape[-1] == 3:
+        return pixels, None
+    image, alpha = pixels[..., :3].contiguous(), pixels[..., 3].contiguous()
+    return image, None if bool((alpha == 1).all()) else alpha
+
+
+def read_mask(path: str | os.PathLike[str]) -> Tensor:
+    """Read a mask: white is the subject, black and transparent are not.
+
+    Args:
+        path: A picture file, as for ``read_image``.
+
+    Returns:
+        (1, height, width), float32 in [0, 1]: the mean of red, green and blue, times alpha.
+
+    Raises:
+        InputError: There is no such file, or the picture is too large.
+        FileFormatError: The file is no picture, or is damaged.
+    """
+    image, alpha = read_image(path)
+    grey = image.mean(dim=-1)
+    return grey if alpha is None else grey * alpha
+
+
+def save_png(
+    path: str | os.PathLike[str], image: Tensor, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one picture as an 8-bit PNG with text chunks; the file appears whole or not at all.
+
+    Args:
+        path: The file to write, in an existing folder; an older file is replaced.
+        image: (1, height, width, 3), any float dtype, in [0, 1]; values outside are clamped.
+        metadata: Key to text. Keys have 1 to 79 Latin-1 characters; texts may be any Unicode.
+
+    Raises:
+        InputError: The picture is misshapen or not finite, a key is unfit, or there is no folder.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"Expected an existing folder to write to, got {path.parent}. Create it.")
+    picture, chunks = _tensor_to_picture(image), _text_chunks(metadata or {})
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            picture.save(stream, format="PNG", pnginfo=chunks)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Tensor]],
+    captions: Sequence[Sequence[str]] | None = None,
+    *,
+    cell_px: int = 256,
+) -> Tensor:
+    """Lay pictures out in a grid on white, each shrunk or enlarged to fit its square cell.
+
+    Args:
+        rows: The pictures by row, each (1, height, width, 3) in [0, 1]; sizes may differ, and rows
+            may be of different length.
+        captions: Text under each picture, nested as ``rows``; None leaves no room for text.
+        cell_px: Side of a cell, pixels.
+
+    Returns:
+        The sheet, (1, height, width, 3), float32 in [0, 1].
+
+    Raises:
+        InputError: There is no picture, a picture is misshapen, or captions and pictures differ
+            in number.
+    """
+    counts = [len(row) for row in rows]
+    if not any(counts):
+        raise InputError("Expected at least one picture for the sheet, got none. Give some.")
+    if captions is not None and [len(row) for row in captions] != counts:
+        raise InputError(
+            f"Expected captions nested as the pictures, {counts} per row, got "
+            f"{[len(row) for row in captions]}. Give one caption for each picture."
+        )
+    text_px = 0 if captions is None else 20
+    sheet = Image.new("RGB", (max(counts) * cell_px, len(rows) * (cell_px + text_px)), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            corner = (x * cell_px, y * (cell_px + text_px))
+            cell = ImageOps.pad(_tensor_to_picture(image), (cell_px, cell_px), color="white")
+            sheet.paste(cell, corner)
+            if captions is not None:
+                _write_caption(sheet, captions[y][x], (corner[0], corner[1] + cell_px), cell_px)
+    return _bytes_to_tensor(sheet)
+
+
+def _open_upright(path: Path) -> Image.Image:
+    """Read a file, turn it as EXIF says and convert it to mode RGB, RGBA, I or F."""
+    if not path.is_file():
+        raise InputError(f"Expected a picture file, got {path}, which is none. Check the path.")
+    _refuse_known_others(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)  # of odd EXIF blocks
+            with Image.open(path, formats=_known_formats()) as picture:
+                _check_size(picture, path)
+                return _to_plain_mode(ImageOps.exif_transpose(picture))
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, str(error)) from error
+    except _READ_ERRORS as error:
+        raise FileFormatError(
+            f"Expected a picture file ({', '.join(_known_formats())}), got {path.name}, which "
+            f"cannot be read: {error}. The file is damaged, cut short or of another kind; "
+            "fetch it again or save it as PNG."
+        ) from error
+
+
+def _refuse_known_others(path: Path) -> None:
+    """Refuse empty files, web pages and Git LFS pointers by name."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(256).lstrip().lower()
+    except OSError as error:
+        raise FileFormatError(
+            f"Expected a readable picture file, got {path.name}: {error}. Check its permissions."
+        ) from error
+    kinds = [kind for start, kind in _NOT_PICTURES.items() if head.startswith(start)]
+    if not head:
+        kinds = ["an empty file"]
+    if kinds:
+        raise FileFormatError(
+            f"Expected a picture file, got {path.name}, which is {kinds[0]}. "
+            "Download the picture itself again."
+        )
+
+
+def _known_formats() -> list[str]:
+    """Return those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_size(picture: Image.Image, path: Path) -> None:
+    """Refuse a picture by the size that its header states, before anything is decoded."""
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise _too_large(path, f"{width} x {height} pixels")
+
+
+def _too_large(path: Path, given: str) -> InputError:
+    """Return the error for a picture with too many pixels."""
+    return InputError(
+        f"Expected a picture of at most {MAX_PIXELS // 1_000_000} megapixels, got {path.name}: "
+        f"{given}. Make it smaller first; the subject is resized to a square of 512 to 1024 anyway."
+    )
+
+
+def _to_plain_mode(picture: Image.Image) -> Image.Image:
+    """Convert to RGB, RGBA, or, where greyscale is deeper than 8 bits, to I or F."""
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return picture if picture.mode == "F" else picture.convert("I")
+    has_alpha = picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info
+    return picture.convert("RGBA" if has_alpha else "RGB")
+
+
+def _picture_to_tensor(picture: Image.Image) -> Tensor:
+    """Convert RGB, RGBA, I or F -> (1, height, width, 3 or 4) float32 in [0, 1]."""
+    if picture.mode in ("I", "F"):
+        return _deep_grey_to_tensor(picture)[..., None].repeat(1, 1, 1, 3)
+    return _bytes_to_tensor(picture)
+
+
+def _deep_grey_to_tensor(picture: Image.Image) -> Tensor:
+    """Convert 16-bit or float greyscale -> (1, height, width) in [0, 1]; refuse other ranges."""
+    top, dtype = (1, torch.float32) if picture.mode == "F" else (65535, torch.int32)
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=dtype)
+    if not bool(((values >= 0) & (values <= top)).all()):
+        raise FileFormatError(
+            f"Expected greyscale values in 0 ... {top}, got {values.min().item()} ... "
+            f"{values.max().item()}. Save the picture with 8 or 16 bits per channel."
+        )
+    return (values.float() / top).reshape(1, picture.height, picture.width)
+
+
+def _bytes_to_tensor(picture: Image.Image) -> Tensor:
+    """Convert an 8-bit picture -> (1, height, width, channels) float32 in [0, 1]."""
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return values.reshape(1, picture.height, picture.width, -1).float().div_(255)
+
+
+def _tensor_to_picture(image: Tensor) -> Image.Image:
+    """Convert (1, height, width, 3) in [0, 1] to an 8-bit RGB picture."""
+    if image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] != 3 or not image.numel():
+        raise InputError(
+            f"Expected one picture of (1, height, width, 3), got {tuple(image.shape)}. "
+            "Take one picture of the batch, channels last."
+        )
+    if not bool(image.isfinite().all()):
+        raise InputError(
+            "Expected finite pixel values, got NaN or infinity. Nothing was written; "
+            "a half-precision overflow in the decoder is the usual cause: run it in float32."
+        )
+    values = image[0].detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
+    data = bytearray(values.numel())
+    torch.frombuffer(data, dtype=torch.uint8).copy_(values.flatten())
+    return Image.frombytes("RGB", (values.shape[1], values.shape[0]), bytes(data))
+
+
+def _text_chunks(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    """Return the text chunks of a PNG; refuse keys that the format cannot hold."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in metadata.items():
+        if not 1 <= len(key) <= 79 or not key.isprintable() or max(map(ord, key)) > 255:
+            raise InputError(
+                f"Expected metadata keys of 1 to 79 printable Latin-1 characters, got {key!r}. "
+                "Use a short plain name."
+            )
+        chunks.add_text(key, text)
+    return chunks
+
+
+def _write_caption(sheet: Image.Image, text: str, corner: tuple[int, int], width: int) -> None:
+    """Write one line below a cell, cut to the cell's width."""
+    # Pillow's built-in bitmap font, used where FreeType is missing, holds Latin-1 only.
+    text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    if draw.textlength(text, font=font) > width - 8:
+        while text and draw.textlength(text + "...", font=font) > width - 8:
+            text = text[:-1]
+        text += "..."
+    draw.text((corner[0] + 4, corner[1] + 4), text, fill="black", font=font)

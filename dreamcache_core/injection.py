@@ -1,0 +1,357 @@
+"""Put adapters into a U-Net and take them out again.
+
+``blend_references`` is the mathematics, shared by all hosts; ``inject`` brings it into a U-Net by hooks.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import AdapterModules, Attention, LayerAdapter, torch_attention
+from .backends import layout_of, select_sites
+from .cache import ReferenceCache
+from .capture import refuse_compiled
+from .errors import InputError, StateError
+from .layers import AttentionSite, require_same_layout
+from .reference_image import resize_mask
+
+logger = logging.getLogger(__name__)
+
+_injected: "WeakSet[nn.Module]" = WeakSet()
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceUse:
+    """One reference, put to use by one set of adapters.
+
+    Attributes:
+        reference: The cache. Its pictures are of one subject: every image sees the tokens of all of them.
+        adapters: Adapters for the same model: fused to generate, unfused to train.
+        scale: Strength, unitless: 0 is exactly the plain model, 1 as trained.
+        mask: Region of the new image that the reference acts on, (height, width) or (images, height, width) in
+            [0, 1], any size; ``None`` is everywhere.
+        per_row: Reference r serves batch row r (training) instead of all serving every row.
+    """
+
+    reference: ReferenceCache
+    adapters: AdapterModules
+    scale: float = 1.0
+    mask: Tensor | None = None
+    per_row: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit.
+
+        Raises:
+            InputError: The scale is no finite number, or the mask has another shape.
+            MismatchError: Reference and adapters were made for different models.
+        """
+        if not math.isfinite(self.scale):
+            raise InputError(f"scale must be a finite number; given {self.scale}.")
+        if self.mask is not None and self.mask.ndim not in (2, 3):
+            raise InputError(
+                f"A region mask must be (height, width) or (images, height, width); given {tuple(self.mask.shape)}."
+            )
+        info = self.adapters.info
+        require_same_layout(self.reference.layout, "The reference", info.layout, "the adapters")
+        if self.reference.timestep != info.timestep:
+            logger.warning(
+                "The reference was encoded at timestep %d, the adapters were trained with timestep %d: expect a "
+                "weaker likeness.",
+                self.reference.timestep,
+                info.timestep,
+            )
+
+    @cached_property
+    def is_active(self) -> bool:
+        """Whether it changes anything: a scale that is not 0 and a mask that is not empty."""
+        return self.scale != 0 and (self.mask is None or bool(self.mask.any()))
+
+    @cached_property
+    def regions(self) -> Tensor | None:
+        """The mask as (images, height, width) float32, or ``None`` for everywhere."""
+        if self.mask is None:
+            return None
+        mask = self.mask.float()
+        return mask[None] if mask.ndim == 2 else mask
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReference:
+    """One use at one layer, ready to attend to.
+
+    Attributes:
+        adapter: Adapter of the layer.
+        key: (1 or rows, reference_tokens, channels).
+        value: Likewise.
+        key_mask: Added to the logits, (rows, 1, 1, reference_tokens), or ``None``.
+        scale: Strength.
+        region: See ``ReferenceUse.regions``.
+    """
+
+    adapter: LayerAdapter
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    scale: float
+    region: Tensor | None
+
+
+def prepare_layer(
+    use: ReferenceUse,
+    layer: str,
+    adapter: LayerAdapter,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> LayerReference:
+    """Project a reference to keys and values at one layer.
+
+    Source: METHOD.md section 4: the map flattened row-major, un-normalised; tokens of several pictures concatenated.
+    With subject masks only the subject's tokens are kept.
+
+    Args:
+        use: The use.
+        layer: Canonical layer name.
+        adapter: The layer's adapter; ``use.adapters[layer]`` or its copy on another device.
+        device: Where to compute.
+        dtype: Float type to compute in.
+
+    Returns:
+        Keys and values, everything else as in ``use``.
+    """
+    features = use.reference.features[layer].to(device=device, dtype=dtype)
+    tokens = features.flatten(2).transpose(1, 2)  # -> (references, tokens, channels)
+    masks, key_mask = use.reference.masks, None
+    chosen = None if masks is None else masks[layer].flatten(1).to(device)
+    if use.per_row and chosen is not None:
+        key_mask = torch.zeros_like(chosen, dtype=dtype).masked_fill(~chosen, -math.inf)[
+            :, None, None
+        ]
+    elif not use.per_row:
+        tokens = tokens.flatten(0, 1)[None] if chosen is None else tokens[chosen][None]
+    key, value = adapter.project_reference(tokens)
+    return LayerReference(adapter, key, value, key_mask, use.scale, use.regions)
+
+
+def blend_references(
+    hidden_states: Tensor,
+    self_attention: Tensor,
+    references: Sequence[LayerReference],
+    *,
+    heads: int,
+    size: tuple[int, int],
+    rows: Tensor | None = None,
+    num_images: int | None = None,
+    attention: Attention = torch_attention,
+) -> Tensor:
+    """Compute what a block adds to its hidden states in place of the self-attention output.
+
+    Source: METHOD.md section 4, for several references DESIGN: ``self + sum_k scale_k * mask_k * (linear_cat([self,
+    ref_k]) - self)``.
+
+    Args:
+        hidden_states: Hidden states entering the block, (batch, tokens, channels).
+        self_attention: Output of its self-attention, same shape.
+        references: The uses at this layer.
+        heads: Number of heads of the self-attention.
+        size: Height and width of the layer's feature map; region masks apply where their product is the number of
+            tokens, and are left out where something else has changed the tokens.
+        rows: Indices of the batch rows that see the references, int64; ``None``: all. Other rows come out as
+            ``self_attention``, bit for bit.
+        num_images: Images in the batch, for masks of several images: row r belongs to image r % num_images;
+            ``None``: every row is an image of its own.
+        attention: The attention kernel.
+
+    Returns:
+        Same shape and dtype as ``self_attention``.
+    """
+    x, base = hidden_states, self_attention
+    if rows is not None:
+        x, base = x.index_select(0, rows), base.index_select(0, rows)
+    blended = base
+    for ref in references:
+        key, value, key_mask = (_rows_of(t, rows) for t in (ref.key, ref.value, ref.key_mask))
+        merged = ref.adapter(
+            x, base, key, value, heads=heads, attention=attention, key_mask=key_mask
+        ).to(base.dtype)
+        region = _region_weights(ref.region, size, self_attention, rows, num_images)
+        if region is None and ref.scale == 1 and len(references) == 1:
+            blended = merged
+        else:
+            weight = ref.scale if region is None else ref.scale * region
+            blended = blended + weight * (merged - base)
+    if rows is None:
+        return blended
+    return self_attention.index_copy(0, rows, blended)
+
+
+def _rows_of(tensor: Any, rows: Tensor | None) -> Any:
+    if tensor is None or rows is None or tensor.shape[0] == 1:
+        return tensor
+    return tensor.index_select(0, rows)
+
+
+def _region_weights(
+    region: Tensor | None,
+    size: tuple[int, int],
+    like: Tensor,
+    rows: Tensor | None,
+    num_images: int | None,
+) -> Tensor | None:
+    """Weight of each token, (rows, tokens, 1), or ``None`` for all ones."""
+    if region is None or size[0] * size[1] != like.shape[1]:
+        return None
+    weights = resize_mask(region.to(like.device), *size).flatten(1)[..., None].to(like.dtype)
+    if weights.shape[0] == 1:
+        return weights
+    index = torch.arange(like.shape[0], device=like.device) % (num_images or like.shape[0])
+    index = index if rows is None else index.index_select(0, rows)
+    return weights.index_select(0, index % weights.shape[0])
+
+
+@contextmanager
+def inject(
+    unet: nn.Module,
+    uses: ReferenceUse | Sequence[ReferenceUse],
+    *,
+    rows: Sequence[bool] | Tensor | None = None,
+) -> Iterator[None]:
+    """Run a U-Net with references: inside the context ``unet(...)`` sees them.
+
+    Leaves nothing behind, also on exceptions. Keys and values are computed once per context while gradients are off.
+    When training keep the context open until after ``backward``: activation checkpointing runs blocks again.
+
+    Args:
+        unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``, not compiled.
+        uses: One or several uses.
+        rows: Which batch rows see the references, bool (batch,); ``None``: all. Rows that are off equal the plain
+            U-Net on the same batch bit for bit.
+
+    Raises:
+        MismatchError: A use was made for another model.
+        StateError: The U-Net already has references injected, or is compiled.
+        UnsupportedModelError: The model is not a supported U-Net.
+    """
+    refuse_compiled(unet)
+    uses = (uses,) if isinstance(uses, ReferenceUse) else tuple(uses)
+    for use in uses:
+        layout = use.adapters.info.layout
+        require_same_layout(layout_of(unet, layout.layers), "the U-Net", layout, "the adapters")
+    if unet in _injected:
+        raise StateError(
+            "This U-Net already has references injected. Leave the other inject context first, or give all uses "
+            "to one call."
+        )
+    active = [use for use in uses if use.is_active]
+    row_index = None if rows is None else torch.as_tensor(rows).nonzero().flatten()
+    handles: list[Any] = []
+    _injected.add(unet)
+    try:
+        if active and (row_index is None or len(row_index)):
+            num_rows = None if rows is None else len(rows)
+            handles += _install(unet, active, row_index, num_rows)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        _injected.discard(unet)
+
+
+def _install(
+    unet: nn.Module, uses: Sequence[ReferenceUse], rows: Tensor | None, num_rows: int | None
+) -> list[Any]:
+    layers = dict.fromkeys(layer for use in uses for layer in use.adapters.layers)
+    handles: list[Any] = []
+    for name, site in select_sites(unet, tuple(layers)).items():
+        injection = _SiteInjection(
+            site, [u for u in uses if name in u.adapters.layers], rows, num_rows
+        )
+        handles += injection.install()
+    return handles
+
+
+class _SiteInjection:
+    """The hooks at one attention module, and what they hand to each other within one forward pass."""
+
+    def __init__(
+        self,
+        site: AttentionSite,
+        uses: Sequence[ReferenceUse],
+        rows: Tensor | None,
+        num_rows: int | None,
+    ) -> None:
+        self.site, self.uses, self.rows, self.num_rows = site, uses, rows, num_rows
+        self.heads = site.heads
+        self.size = (0, 0)
+        self.hidden_states: Tensor | None = None
+        self.prepared: dict[tuple[Any, ...], list[LayerReference]] = {}
+
+    def install(self) -> list[Any]:
+        block: Any = self.site.block
+        return [
+            self.site.module.register_forward_pre_hook(self.read_size, with_kwargs=True),
+            block.norm1.register_forward_pre_hook(self.read_hidden_states),
+            block.attn1.register_forward_hook(self.replace_output),
+        ]
+
+    def read_size(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
+        self.size = (height, width)
+
+    def read_hidden_states(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.hidden_states = args[0]
+
+    def replace_output(self, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        x, self.hidden_states = self.hidden_states, None
+        assert x is not None
+        self.check_rows(x)
+        dtype = self.compute_dtype(x)
+        return blend_references(
+            x.to(dtype),
+            output.to(dtype),
+            self.references(x.device, dtype),
+            heads=self.heads,
+            size=self.size,
+            rows=None if self.rows is None else self.rows.to(x.device),
+        ).to(output.dtype)
+
+    def check_rows(self, x: Tensor) -> None:
+        if self.num_rows not in (None, x.shape[0]):
+            raise InputError(
+                f"rows must have one entry per batch row: the batch has {x.shape[0]}, rows {self.num_rows}."
+            )
+        for use in self.uses:
+            if use.per_row and use.reference.num_references != x.shape[0]:
+                raise InputError(
+                    f"With per_row each batch row needs a reference of its own: {x.shape[0]} rows, "
+                    f"{use.reference.num_references} references."
+                )
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        if torch.is_autocast_enabled(x.device.type):
+            return x.dtype
+        return next(self.uses[0].adapters.parameters()).dtype
+
+    def references(self, device: torch.device, dtype: torch.dtype) -> list[LayerReference]:
+        if torch.is_grad_enabled():  # keys and values are part of the graph
+            return self.prepare(device, dtype)
+        key = (device, dtype)
+        if key not in self.prepared:
+            self.prepared[key] = self.prepare(device, dtype)
+        return self.prepared[key]
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> list[LayerReference]:
+        layer = self.site.name
+        return [
+            prepare_layer(use, layer, use.adapters[layer], device=device, dtype=dtype)
+            for use in self.uses
+        ]

@@ -1,0 +1,182 @@
+"""Safetensors files with a checksum, and telling what a foreign file is. Knows nothing of adapters and caches."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import FileFormatError, InputError
+
+PREFIX = "dreamcache."
+DIGEST_KEY = f"{PREFIX}sha256"
+FORMAT_KEY = f"{PREFIX}format"
+
+
+def write_tensor_file(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors and metadata to a safetensors file, all or nothing.
+
+    Args:
+        path: Target; its folder must exist. An old file is replaced only after the new one is complete.
+        tensors: Tensors by key, any device.
+        metadata: Entries without the ``dreamcache.`` prefix; a checksum over everything is added.
+
+    Raises:
+        InputError: The folder does not exist or cannot be written to.
+    """
+    target = Path(path)
+    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    entries = {PREFIX + key: value for key, value in metadata.items()}
+    entries[DIGEST_KEY] = _digest(stored, entries)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write {target}: {error.strerror}. Give a folder that exists and is writable."
+        ) from error
+    try:
+        save_file(stored, temporary, entries)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_tensor_file(
+    path: str | os.PathLike[str], expected: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file written by ``write_tensor_file`` and verify its checksum.
+
+    Args:
+        path: The file.
+        expected: The format that it must have: ``adapters/1``, ``reference/1``.
+
+    Returns:
+        Tensors by key on the CPU, and metadata without the ``dreamcache.`` prefix.
+
+    Raises:
+        FileFormatError: The file is damaged, of another kind or of another format.
+    """
+    tensors, entries = read_safetensors(path)
+    found = entries.get(FORMAT_KEY)
+    if found != expected:
+        raise FileFormatError(
+            f"{path} is {_format_name(found, tensors)}; expected a DreamCache file of format {expected}."
+        )
+    if entries.get(DIGEST_KEY) != _digest(tensors, entries):
+        raise FileFormatError(
+            f"{path} is damaged: its contents do not match its checksum. Copy or download it again."
+        )
+    metadata = {key.removeprefix(PREFIX): value for key, value in entries.items()}
+    return tensors, metadata
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read any safetensors file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by key on the CPU, and the metadata as stored.
+
+    Raises:
+        FileFormatError: The file is missing, empty, truncated or no safetensors file at all.
+    """
+    refuse_non_weights(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:  # pyright: ignore[reportUnknownVariableType]
+            metadata: dict[str, str] = dict(file.metadata() or {})
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise FileFormatError(
+            f"{path} is not a complete safetensors file ({error}). Copy or download it again."
+        ) from error
+    return tensors, metadata
+
+
+def refuse_non_weights(path: str | os.PathLike[str]) -> None:
+    """Refuse files that cannot hold weights at all, each with its own explanation.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileFormatError: Missing, empty, a web page, a Git LFS pointer or other text.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileFormatError(f"There is no file {file}. Check the path.")
+    with file.open("rb") as stream:
+        head = stream.read(512)
+    if not head:
+        raise FileFormatError(f"{file} is empty (0 bytes): the download failed. Download it again.")
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise FileFormatError(
+            f"{file} is a Git LFS pointer, not the weights: the repository was cloned without LFS. Run 'git lfs "
+            "pull' there, or download the file from the model's page."
+        )
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise FileFormatError(
+            f"{file} is a web page, not weights: the link led to a page instead of the file. Download it with the "
+            "page's download button (a raw or resolve link)."
+        )
+
+
+def kind_of_weights(keys: Mapping[str, object] | set[str]) -> str:
+    """Say what a set of weights is, by its keys.
+
+    Args:
+        keys: The keys of a state dict.
+
+    Returns:
+        A noun phrase for messages: ``"a LoRA"``, ``"a base model (checkpoint)"``, ...
+    """
+    for kind, marks in _KINDS:
+        if any(mark in key for key in keys for mark in marks):
+            return kind
+    return "a file of other weights"
+
+
+_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("DreamCache adapters as the authors released them", ("attn_mem.", "norm2_mem.")),
+    ("a LoRA", ("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "hada_w1", "lokr_w1")),
+    ("an IP-Adapter", ("ip_adapter.", "image_proj.", "to_k_ip.")),
+    ("a ControlNet", ("control_model.", "controlnet_", "zero_convs.", "input_hint_block")),
+    ("a base model (checkpoint)", ("model.diffusion_model.", "cond_stage_model.", "conditioner.")),
+    ("a base model (U-Net)", ("input_blocks.", "down_blocks.", "double_blocks.", "joint_blocks.")),
+    ("a VAE", ("decoder.conv_in", "first_stage_model.")),
+    ("a text encoder", ("text_model.", "token_embedding")),
+)
+
+
+def _format_name(found: str | None, tensors: Mapping[str, Tensor]) -> str:
+    if found is not None:
+        return f"a DreamCache file of format {found}"
+    return kind_of_weights(tensors)
+
+
+def _digest(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    header = {
+        "metadata": {key: value for key, value in sorted(entries.items()) if key != DIGEST_KEY},
+        "tensors": [[key, str(t.dtype), list(t.shape)] for key, t in sorted(tensors.items())],
+    }
+    digest.update(json.dumps(header, sort_keys=True).encode())
+    for _, tensor in sorted(tensors.items()):
+        raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        digest.update(raw)
+    return digest.hexdigest()

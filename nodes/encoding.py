@@ -1,0 +1,117 @@
+"""One pass over a reference inside ComfyUI's own sampling machinery."""
+
+from typing import Any
+
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import ModelSamplingDiscrete
+from torch import Tensor
+
+from ..dreamcache_core import InputError, ReferenceCache, UnsupportedModelError, capture_features
+from ..dreamcache_core.capture import cache_from_features
+from .comfy_bridge import model_layout, remove_references
+
+
+def encode_reference(
+    model: ModelPatcher,
+    latent: Tensor,
+    conditioning: list[Any],
+    *,
+    seed: int,
+    timestep: int,
+    mask: Tensor | None,
+    node_id: str | None = None,
+) -> ReferenceCache:
+    """Cache pictures of a subject, each by its own forward pass.
+
+    Source: METHOD.md section 3.
+
+    Args:
+        model: The MODEL, as it will generate (LoRA included); patches of other packs and DreamCache are left out.
+        latent: Latents of the pictures as the VAE gives them, unscaled, (references, channels, height, width).
+        conditioning: Text of the pass; the empty prompt in the paper.
+        seed: Seed of the noise; the same for each picture. The global random state is left alone.
+        timestep: Training index of the pass, 0 to 999; 1 in the paper.
+        mask: The subject, (references, height, width) in [0, 1], or ``None`` for the whole picture.
+        node_id: Node to show the progress at.
+
+    Returns:
+        The cache, on the CPU.
+
+    Raises:
+        InputError: VAE and model do not belong together.
+        UnsupportedModelError: The model is no U-Net of Stable Diffusion's kind.
+    """
+    layout = model_layout(model)
+    clean = _clean_clone(model)
+    sampling = clean.get_model_object("model_sampling")
+    if not isinstance(sampling, ModelSamplingDiscrete):
+        raise UnsupportedModelError(
+            f"DreamCache needs a model with Stable Diffusion's 1000 discrete timesteps; this one has "
+            f"{type(sampling).__name__}. Load a Stable Diffusion 1.x, 2.x or SDXL model."
+        )
+    channels = model.model.latent_format.latent_channels
+    if latent.shape[1] != channels:
+        raise InputError(
+            f"The model takes latents of {channels} channels, the VAE gave {latent.shape[1]}. Connect the VAE of this "
+            "model."
+        )
+    sigma = sampling.sigma(torch.tensor([float(timestep)]))
+    guider = comfy.samplers.CFGGuider(clean)
+    guider.inner_set_conds({"positive": conditioning})
+    noise = torch.randn(
+        (1, *latent.shape[1:]), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+    )
+    progress = comfy.utils.ProgressBar(latent.shape[0], node_id=node_id)
+    passes: list[dict[str, Tensor]] = []
+    for picture in latent.split(1):
+        sampler = _CaptureSampler()
+        sigmas = torch.cat([sigma, torch.zeros(1)])
+        guider.sample(noise, picture, sampler, sigmas, disable_pbar=True, seed=seed)
+        passes.append(sampler.features)
+        progress.update(1)
+    return cache_from_features(
+        passes, layout.context_width, tuple(latent.shape[-2:]), timestep, seed, mask
+    )
+
+
+def _clean_clone(model: ModelPatcher) -> ModelPatcher:
+    """Clone a MODEL without anything that changes a forward pass, except its weights."""
+    clone = model.clone()
+    remove_references(clone)
+    clone.model_options = {"transformer_options": {}}
+    clone.wrappers, clone.callbacks = {}, {}
+    # another sampling (LCM, say) has other sigmas; a compiled U-Net ignores hooks
+    for name in list(clone.object_patches):
+        if name == "model_sampling" or name.startswith("diffusion_model"):
+            clone.object_patches.pop(name)
+    return clone
+
+
+class _CaptureSampler(comfy.samplers.Sampler):
+    """A sampler of one step that keeps the features instead of the result."""
+
+    def __init__(self) -> None:
+        self.features: dict[str, Tensor] = {}
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,  # noqa: ARG002 - ComfyUI's signature
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Any = None,  # noqa: ARG002
+        disable_pbar: bool = False,  # noqa: ARG002
+    ) -> Tensor:
+        """Noise the latent to the first sigma, run the U-Net up to the last cached layer, return the latent."""
+        sampling = model_wrap.inner_model.model_sampling
+        noised = sampling.noise_scaling(sigmas[:1], noise, latent_image, False)
+        unet = model_wrap.inner_model.diffusion_model
+        with capture_features(getattr(unet, "_orig_mod", unet), stop_early=True) as features:
+            model_wrap(noised, sigmas[:1], **extra_args)
+        self.features = {name: feature.cpu() for name, feature in features.items()}
+        return noised

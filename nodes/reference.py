@@ -1,0 +1,344 @@
+"""Nodes that make, combine, save and load references."""
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..dreamcache_core import InputError, ReferenceCache, prepare_reference_image
+from ..dreamcache_core.reference_image import check_mask_aspect, is_placeholder_mask, resize_mask
+from .encoding import encode_reference
+from .folders import file_state, list_reference_files, new_reference_path, reference_path
+from .types import Reference
+
+MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
+
+
+class ReferenceImage(io.ComfyNode):
+    """Cut the subject out and place it on a plain square."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheReferenceImage",
+            display_name="Prepare Reference Image",
+            category="DreamCache",
+            description="Cuts the subject out by its mask and centres it on a plain square, as the adapters saw "
+            "references in training. A background left in the picture leaks into the result.",
+            inputs=[
+                io.Image.Input(
+                    "image",
+                    tooltip="Picture of the subject. Several in a batch are prepared one by one.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the subject (or the background, see mask_marks) is. Without it the whole picture "
+                    "counts as the subject, its background too.",
+                ),
+                io.Combo.Input(
+                    "mask_marks",
+                    options=["subject", "background"],
+                    default="subject",
+                    optional=True,
+                    tooltip="What 1 in the mask marks. 'subject' for masks that you painted over it; 'background' for the "
+                    "mask of Load Image, which marks what is transparent.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=8,
+                    tooltip="Side of the square in pixels: 512 for Stable Diffusion 1.x and 2.x-base, 1024 for SDXL.",
+                ),
+                io.Float.Input(
+                    "fill",
+                    default=0.85,
+                    min=0.05,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the square that the subject's longer side takes. 1 touches the border; training "
+                    "used 0.7 to 1.",
+                ),
+                io.Combo.Input(
+                    "background",
+                    options=["white", "grey", "black"],
+                    default="white",
+                    tooltip="Colour around the subject. White is what the adapters were trained on.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="For Encode Reference."),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="1 where the subject is; optional for Encode Reference.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: Tensor,
+        size: int,
+        fill: float,
+        background: str,
+        mask: Tensor | None = None,
+        mask_marks: str = "subject",
+    ) -> io.NodeOutput:
+        """Prepare the pictures."""
+        if mask is not None and is_placeholder_mask(mask):
+            mask = None
+        if mask is not None and mask_marks == "background":
+            mask = 1 - mask
+        prepared, subject = prepare_reference_image(
+            image, mask, size=size, fill=fill, background=background
+        )
+        return io.NodeOutput(prepared, subject, ui=ui.PreviewImage(prepared, cls=cls))
+
+
+class Encode(io.ComfyNode):
+    """Read a reference's features once."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheEncode",
+            display_name="Encode Reference",
+            category="DreamCache",
+            description="Runs the model once over the reference picture and keeps what five of its layers saw. The result "
+            "serves any number of images.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that you generate with, LoRAs included; before or after Apply DreamCache, both do.",
+                ),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.Image.Input(
+                    "image",
+                    tooltip="From Prepare Reference Image. Several pictures in a batch become several references of one "
+                    "subject.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The model's CLIP: it encodes the empty prompt that the pass uses. Not needed with "
+                    "conditioning.",
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="Text for the pass instead of the empty prompt. The adapters were trained with the empty one.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="1 = subject: only its part of the picture is looked at. Without it all of the picture is, "
+                    "white background included, as in training.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Seed of the trace of noise that the pass adds. The same seed gives the same reference.",
+                ),
+                io.Int.Input(
+                    "timestep",
+                    default=1,
+                    min=0,
+                    max=999,
+                    tooltip="Advanced: noise level of the pass. 1 is almost none and what the adapters were trained with; "
+                    "999 is pure noise.",
+                ),
+            ],
+            outputs=[Reference.Output(display_name="reference", tooltip="For Apply DreamCache.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        vae: Any,
+        image: Tensor,
+        seed: int,
+        timestep: int,
+        clip: Any = None,
+        conditioning: list[Any] | None = None,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        """Encode the pictures."""
+        text = conditioning or _empty_prompt(clip)
+        pixels, mask = _check_pictures(image, mask)
+        pixels, mask = _crop_to_latent_grid(pixels, mask, vae.spacial_compression_encode())
+        # one by one: a picture's latent must not depend on what is encoded with it
+        latent = torch.cat([vae.encode(picture[..., :3]) for picture in pixels.split(1)])
+        reference = encode_reference(
+            model,
+            latent,
+            text,
+            seed=seed,
+            timestep=timestep,
+            mask=mask,
+            node_id=cls.hidden.unique_id,
+        )
+        return io.NodeOutput(reference, ui=ui.PreviewText(reference.describe()))
+
+
+class CombineReferences(io.ComfyNode):
+    """Join several pictures of one subject."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        more = [
+            Reference.Input(
+                f"reference_{i}", optional=True, tooltip="One more picture of the same subject."
+            )
+            for i in range(3, 9)
+        ]
+        return io.Schema(
+            node_id="DreamCacheCombineReferences",
+            display_name="Combine References",
+            category="DreamCache",
+            description="Joins several pictures of ONE subject into one reference. For several subjects use one Apply "
+            "DreamCache for each instead.",
+            inputs=[
+                Reference.Input("reference_1", tooltip="A picture of the subject."),
+                Reference.Input(
+                    "reference_2", tooltip="Another picture of the same subject, of the same size."
+                ),
+                *more,
+            ],
+            outputs=[Reference.Output(display_name="reference", tooltip="All pictures together.")],
+        )
+
+    @classmethod
+    def execute(cls, **references: ReferenceCache) -> io.NodeOutput:
+        """Concatenate what is connected, in the order of the inputs."""
+        given = [references[name] for name in sorted(references) if references[name] is not None]
+        combined = ReferenceCache.concatenate(given)
+        return io.NodeOutput(combined, ui=ui.PreviewText(combined.describe()))
+
+
+class SaveReference(io.ComfyNode):
+    """Write a reference below ComfyUI's output folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheSaveReference",
+            display_name="Save Reference",
+            category="DreamCache",
+            description="Saves an encoded reference below ComfyUI's output folder, where Load Reference finds it.",
+            inputs=[
+                Reference.Input(
+                    "reference", tooltip="From Encode Reference or Combine References."
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="dreamcache/reference",
+                    tooltip="Name of the file, subfolders allowed; a number is added, nothing is overwritten.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, reference: ReferenceCache, filename_prefix: str) -> io.NodeOutput:
+        """Save it under a new name."""
+        path = new_reference_path(filename_prefix)
+        reference.save(path)
+        return io.NodeOutput(ui=ui.PreviewText(f"{path}: {reference.describe()}"))
+
+
+class LoadReference(io.ComfyNode):
+    """Read a saved reference."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheLoadReference",
+            display_name="Load Reference",
+            category="DreamCache",
+            description="Loads a reference that Save Reference wrote, from the output or input folder or from "
+            "models/dreamcache/references.",
+            inputs=[
+                io.Combo.Input(
+                    "reference",
+                    options=list_reference_files(),
+                    tooltip="Saved reference; the folder stands in brackets. Press R after saving a new one.",
+                ),
+            ],
+            outputs=[Reference.Output(display_name="reference", tooltip="For Apply DreamCache.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, reference: str) -> str:
+        """Run again when the file changes."""
+        return file_state(reference_path(reference))
+
+    @classmethod
+    def execute(cls, reference: str) -> io.NodeOutput:
+        """Load the file."""
+        loaded = ReferenceCache.load(reference_path(reference))
+        return io.NodeOutput(loaded, ui=ui.PreviewText(loaded.describe()))
+
+
+def _empty_prompt(clip: Any) -> list[Any]:
+    if clip is None:
+        raise InputError(
+            "Encode Reference needs clip (for the empty prompt) or conditioning; neither is connected. Connect the "
+            "CLIP of your checkpoint loader."
+        )
+    return clip.encode_from_tokens_scheduled(clip.tokenize(""))
+
+
+def _check_pictures(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    height, width = image.shape[1:3]
+    if min(height, width) < MIN_SIDE_PX or max(height, width) > MAX_SIDE_PX:
+        raise InputError(
+            f"Encode Reference takes pictures of {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels a side; given {width} x {height}. Put "
+            "Prepare Reference Image before it (512 for Stable Diffusion, 1024 for SDXL)."
+        )
+    if mask is None or is_placeholder_mask(mask):
+        return image, None
+    mask = mask[None] if mask.ndim == 2 else mask
+    check_mask_aspect(mask, height, width)
+    if mask.shape[0] not in (1, image.shape[0]):
+        raise InputError(
+            f"Expected one mask, or one for each of the {image.shape[0]} pictures; given {mask.shape[0]}."
+        )
+    if not bool((mask.flatten(1).amax(dim=1) > 0).all()):
+        raise InputError(
+            "The mask of the reference is empty: it must mark the subject with 1. Paint it, or leave mask unconnected."
+        )
+    return image, resize_mask(mask.float().expand(image.shape[0], -1, -1), height, width)
+
+
+def _crop_to_latent_grid(
+    image: Tensor, mask: Tensor | None, factor: int
+) -> tuple[Tensor, Tensor | None]:
+    """Crop the middle to a multiple of the VAE's factor, as the VAE would, but picture and mask alike."""
+    height, width = (side // factor * factor for side in image.shape[1:3])
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    window = (slice(None), slice(top, top + height), slice(left, left + width))
+    return image[window], None if mask is None else mask[window]
+
+
+NODES: list[type[io.ComfyNode]] = [
+    ReferenceImage,
+    Encode,
+    CombineReferences,
+    SaveReference,
+    LoadReference,
+]
