@@ -186,7 +186,7 @@ class Encode(io.ComfyNode):
             seed=seed,
             timestep=timestep,
             mask=mask,
-            node_id=cls.hidden.unique_id,
+            node_id=getattr(cls.hidden, "unique_id", None),
         )
         return io.NodeOutput(reference, ui=ui.PreviewText(reference.describe()))
 

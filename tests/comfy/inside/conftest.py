@@ -1,0 +1,32 @@
+"""Runs in ComfyUI's interpreter: ComfyUI comes first on the path, the pack is loaded as ComfyUI does."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+COMFYUI = os.environ["COMFYUI_FOLDER"]
+PACK = Path(__file__).parents[3]
+sys.path.insert(0, COMFYUI)
+sys.argv = ["main.py", "--cpu", "--base-directory", os.environ["COMFYUI_BASE"]]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.model_management  # noqa: E402
+import nodes as comfy_nodes  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+for folder in ("input", "output", "temp", "models", "custom_nodes", "user"):
+    Path(os.environ["COMFYUI_BASE"], folder).mkdir(exist_ok=True)
+assert asyncio.run(comfy_nodes.load_custom_node(str(PACK))), "ComfyUI could not load the pack"
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """ComfyUI executes nodes in inference mode."""
+    with torch.inference_mode():
+        yield
+    comfy.model_management.unload_all_models()
