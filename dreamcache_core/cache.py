@@ -74,7 +74,7 @@ class ReferenceCache:
         given = {n: tuple(m.shape) for n, m in self.masks.items()}
         if wanted != given or any(m.dtype != torch.bool for m in self.masks.values()):
             raise InputError(f"Masks must be bool of shapes {wanted}; given {given}.")
-        if not all(bool(mask.any()) for mask in self.masks.values()):
+        if not all(bool(mask.flatten(1).any(dim=1).all()) for mask in self.masks.values()):
             raise InputError(
                 "A reference mask must leave at least one token of the subject; it is empty."
             )

@@ -44,29 +44,32 @@ def capture_features(
     refuse_compiled(unet)
     sites = select_sites(unet, layers)
     features: dict[str, Tensor] = {}
+    ended = _ForwardEnded()
     last = list(sites)[-1]
     hooks = [
         site.module.register_forward_pre_hook(
-            _reader(features, site, stop_early and site.name == last), with_kwargs=True
+            _reader(features, site, ended if stop_early and site.name == last else None),
+            with_kwargs=True,
         )
         for site in sites.values()
     ]
     try:
         yield features
-    except _ForwardEnded:
-        pass
+    except _ForwardEnded as signal:
+        if signal is not ended:  # that of a capture around this one
+            raise
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _reader(features: dict[str, Tensor], site: AttentionSite, is_end: bool) -> Any:
+def _reader(features: dict[str, Tensor], site: AttentionSite, end: _ForwardEnded | None) -> Any:
     def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         feature = (args[0] if args else kwargs["hidden_states"]).detach().clone()
         before = features.get(site.name)
         features[site.name] = feature if before is None else torch.cat([before, feature])
-        if is_end:
-            raise _ForwardEnded
+        if end is not None:
+            raise end
 
     return read
 
@@ -98,7 +101,7 @@ def capture_reference(
         The cache, on the CPU.
 
     Raises:
-        InputError: ``noised_latent`` is not of four axes.
+        InputError: ``noised_latent`` is not of four axes, or the text states do not fit it or the U-Net.
         UnsupportedModelError: The model is not a supported U-Net.
     """
     if noised_latent.ndim != 4:
@@ -106,6 +109,12 @@ def capture_reference(
             f"Expected a latent of (references, 4, height, width), given {tuple(noised_latent.shape)}."
         )
     backend, count = backend_for(unet), noised_latent.shape[0]
+    width = layout_of(unet).context_width
+    if text_states.ndim != 3 or len(text_states) not in (1, count) or text_states.shape[2] != width:
+        raise InputError(
+            f"Expected text states of (1 or {count}, tokens, {width}), given {tuple(text_states.shape)}. Encode the "
+            "empty prompt with this model's own text encoder."
+        )
     passes: list[dict[str, Tensor]] = []
     for i in range(count):
         row_kwargs = {k: _row(v, i, count) for k, v in (unet_kwargs or {}).items()}
@@ -114,9 +123,7 @@ def capture_reference(
             text = _row(text_states, i, count)
             backend.call(unet, noised_latent[i : i + 1], steps, text, **row_kwargs)
         passes.append(features)
-    return cache_from_features(
-        passes, layout_of(unet).context_width, tuple(noised_latent.shape[-2:]), timestep, seed
-    )
+    return cache_from_features(passes, width, tuple(noised_latent.shape[-2:]), timestep, seed)
 
 
 def cache_from_features(
@@ -187,10 +194,13 @@ def refuse_compiled(unet: nn.Module) -> None:
     Raises:
         StateError: The module is the result of ``torch.compile``.
     """
-    if hasattr(unet, "_orig_mod"):
+    parts = unet.modules() if isinstance(unet, nn.Module) else ()
+    if hasattr(unet, "_orig_mod") or any(
+        getattr(part, "_compiled_call_impl", None) is not None for part in parts
+    ):
         raise StateError(
-            "Expected the plain U-Net, given one compiled by torch.compile, which would ignore hooks. "
-            "Pass the original module (unet._orig_mod), or compile inside the context."
+            "Expected the plain U-Net, given one compiled by torch.compile (or holding compiled blocks), which would "
+            "ignore hooks. Pass the original module (unet._orig_mod), or compile inside the context."
         )
 
 

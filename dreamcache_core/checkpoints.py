@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from .errors import FileFormatError, InputError
 from .layers import FAMILY_OF_CONTEXT_WIDTH, Layout
 from .tensor_file import (
     FORMAT_KEY,
+    is_torch_file,
     kind_of_weights,
     read_safetensors,
     read_tensor_file,
@@ -62,8 +64,12 @@ def save_adapters(
         dtype: Float type on disk; ``None`` keeps that of each tensor.
 
     Raises:
-        InputError: The folder does not exist or cannot be written to.
+        InputError: The folder does not exist or cannot be written to, or the adapters are fused.
     """
+    if not isinstance(adapters, AdapterSet):
+        raise InputError(
+            f"Expected an AdapterSet, given {type(adapters).__name__}. Save the set that it was fused from."
+        )
     info = adapters.info
     tensors = {
         f"{layer}.{name}": tensor.to(dtype or tensor.dtype)
@@ -156,7 +162,9 @@ def _from_own(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) 
     known = {key: tensor for key, tensor in tensors.items() if key not in unknown}
     try:
         return _build(str(file), known, unknown, int(metadata["context_width"]), metadata)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except FileFormatError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileFormatError(
             f"{file} lacks a valid metadata entry ({error}). Convert or save the adapters again."
         ) from error
@@ -173,8 +181,9 @@ def _build(
     layers = json.loads(metadata["layers"]) if metadata else sorted(found, key=_execution_order)
     channels: dict[str, int] = {}
     for layer in layers:
-        anchor = tensors.get(f"{layer}.norm.weight", tensors.get(f"{layer}.norm.bias"))
-        channels[layer] = int(anchor.numel()) if anchor is not None and anchor.ndim == 1 else 0
+        # every tensor's first axis is the layer's width: what most of them say counts
+        widths = [t.shape[0] for k, t in tensors.items() if k.startswith(f"{layer}.") and t.ndim]
+        channels[layer] = max(sorted(widths), key=widths.count, default=1) or 1
     known = {
         "layers",
         "format",
@@ -242,10 +251,7 @@ def _shorten(keys: list[str], most: int = 6) -> str:
 
 
 def _read_any(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    refuse_non_weights(file)
-    with file.open("rb") as stream:
-        head = stream.read(2)
-    if head == b"PK" or (head[:1] == b"\x80" and file.suffix != ".safetensors"):
+    if is_torch_file(refuse_non_weights(file)):
         return _read_pickle(file), {}
     return read_safetensors(file)
 
@@ -253,12 +259,14 @@ def _read_any(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         _refuse_damaged_archive(file)
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are about the pickle's protocol
+            loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except FileFormatError:
         raise
     except Exception as error:
         # a damaged pickle can raise nearly anything
-        if type(error).__name__ == "UnpicklingError" and "weights" in str(error).lower():
+        if type(error).__name__ == "UnpicklingError" and "GLOBAL" in str(error):
             raise FileFormatError(
                 f"{file} holds more than tensors, so reading it could run code; it was not read. Expected a torch "
                 "file with a flat dictionary of tensors."
@@ -270,9 +278,16 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     if not is_dict or not all(isinstance(value, Tensor) for value in loaded.values()):
         held = _shorten([str(key) for key in loaded]) if is_dict else type(loaded).__name__
         raise FileFormatError(
-            f"{file} is not a flat dictionary of tensors (found {held}). {WHERE_FROM}"
+            f"{file} is {kind_of_weights(_all_keys(loaded))}, not a flat dictionary of tensors (found {held}). "
+            f"{WHERE_FROM}"
         )
     return {str(key): value for key, value in loaded.items()}
+
+
+def _all_keys(nested: Any, prefix: str = "") -> set[str]:
+    if not isinstance(nested, dict):
+        return {prefix}
+    return set[str]().union(*(_all_keys(value, f"{prefix}{key}.") for key, value in nested.items()))
 
 
 def _refuse_damaged_archive(file: Path) -> None:

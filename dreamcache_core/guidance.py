@@ -35,8 +35,9 @@ class Guidance(Config):
         """
         if self.mode not in ("separate", "joint"):
             raise InputError(f"guidance must be 'separate' or 'joint'; given {self.mode!r}.")
-        if not math.isfinite(self.image_scale):
-            raise InputError(f"image_guidance must be a finite number; given {self.image_scale}.")
+        scale = self.image_scale
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise InputError(f"image_guidance must be a finite number; given {scale!r}.")
 
     @property
     def needs_unconditional(self) -> bool:

@@ -54,8 +54,8 @@ class ReferenceUse:
             InputError: The scale is no finite number, or the mask has another shape.
             MismatchError: Reference and adapters were made for different models.
         """
-        if not math.isfinite(self.scale):
-            raise InputError(f"scale must be a finite number; given {self.scale}.")
+        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+            raise InputError(f"scale must be a finite number; given {self.scale!r}.")
         if self.mask is not None and self.mask.ndim not in (2, 3):
             raise InputError(
                 f"A region mask must be (height, width) or (images, height, width); given {tuple(self.mask.shape)}."
@@ -77,8 +77,8 @@ class ReferenceUse:
 
     @cached_property
     def regions(self) -> Tensor | None:
-        """The mask as (images, height, width) float32, or ``None`` for everywhere."""
-        if self.mask is None:
+        """The mask as (images, height, width) float32, or ``None`` for everywhere (a mask of ones is that too)."""
+        if self.mask is None or bool((self.mask == 1).all()):
             return None
         mask = self.mask.float()
         return mask[None] if mask.ndim == 2 else mask
@@ -90,6 +90,7 @@ class LayerReference:
 
     Attributes:
         adapter: Adapter of the layer.
+        dtype: Float type that the adapter computes in.
         key: (1 or rows, reference_tokens, channels).
         value: Likewise.
         key_mask: Added to the logits, (rows, 1, 1, reference_tokens), or ``None``.
@@ -98,6 +99,7 @@ class LayerReference:
     """
 
     adapter: LayerAdapter
+    dtype: torch.dtype
     key: Tensor
     value: Tensor
     key_mask: Tensor | None
@@ -139,7 +141,7 @@ def prepare_layer(
     elif not use.per_row:
         tokens = tokens.flatten(0, 1)[None] if chosen is None else tokens[chosen][None]
     key, value = adapter.project_reference(tokens)
-    return LayerReference(adapter, key, value, key_mask, use.scale, use.regions)
+    return LayerReference(adapter, dtype, key, value, key_mask, use.scale, use.regions)
 
 
 def blend_references(
@@ -180,8 +182,9 @@ def blend_references(
     blended = base
     for ref in references:
         key, value, key_mask = (_rows_of(t, rows) for t in (ref.key, ref.value, ref.key_mask))
+        states = x.to(ref.dtype), base.to(ref.dtype)
         merged = ref.adapter(
-            x, base, key, value, heads=heads, attention=attention, key_mask=key_mask
+            *states, key, value, heads=heads, attention=attention, key_mask=key_mask
         ).to(base.dtype)
         region = _region_weights(ref.region, size, self_attention, rows, num_images)
         if region is None and ref.scale == 1 and len(references) == 1:
@@ -237,6 +240,7 @@ def inject(
             U-Net on the same batch bit for bit.
 
     Raises:
+        InputError: ``rows`` is no list of bools, or of another length than the batch.
         MismatchError: A use was made for another model.
         StateError: The U-Net already has references injected, or is compiled.
         UnsupportedModelError: The model is not a supported U-Net.
@@ -252,7 +256,7 @@ def inject(
             "to one call."
         )
     active = [use for use in uses if use.is_active]
-    row_index = None if rows is None else torch.as_tensor(rows).nonzero().flatten()
+    row_index = None if rows is None else _row_index(rows)
     handles: list[Any] = []
     _injected.add(unet)
     try:
@@ -264,6 +268,15 @@ def inject(
         for handle in handles:
             handle.remove()
         _injected.discard(unet)
+
+
+def _row_index(rows: Sequence[bool] | Tensor) -> Tensor:
+    rows = torch.as_tensor(rows)
+    if rows.ndim != 1 or rows.dtype != torch.bool:
+        raise InputError(
+            f"rows must be one bool per batch row, not indices; given {rows.tolist()} of {rows.dtype}."
+        )
+    return rows.nonzero().flatten()
 
 
 def _install(
@@ -314,15 +327,14 @@ class _SiteInjection:
         x, self.hidden_states = self.hidden_states, None
         assert x is not None
         self.check_rows(x)
-        dtype = self.compute_dtype(x)
         return blend_references(
-            x.to(dtype),
-            output.to(dtype),
-            self.references(x.device, dtype),
+            x,
+            output,
+            self.references(x),
             heads=self.heads,
             size=self.size,
             rows=None if self.rows is None else self.rows.to(x.device),
-        ).to(output.dtype)
+        )
 
     def check_rows(self, x: Tensor) -> None:
         if self.num_rows not in (None, x.shape[0]):
@@ -336,22 +348,19 @@ class _SiteInjection:
                     f"{use.reference.num_references} references."
                 )
 
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
-        if torch.is_autocast_enabled(x.device.type):
-            return x.dtype
-        return next(self.uses[0].adapters.parameters()).dtype
-
-    def references(self, device: torch.device, dtype: torch.dtype) -> list[LayerReference]:
+    def references(self, x: Tensor) -> list[LayerReference]:
+        is_autocast = torch.is_autocast_enabled(x.device.type)
         if torch.is_grad_enabled():  # keys and values are part of the graph
-            return self.prepare(device, dtype)
-        key = (device, dtype)
+            return self.prepare(x, is_autocast)
+        key = (x.device, x.dtype, is_autocast)
         if key not in self.prepared:
-            self.prepared[key] = self.prepare(device, dtype)
+            self.prepared[key] = self.prepare(x, is_autocast)
         return self.prepared[key]
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> list[LayerReference]:
-        layer = self.site.name
-        return [
-            prepare_layer(use, layer, use.adapters[layer], device=device, dtype=dtype)
-            for use in self.uses
-        ]
+    def prepare(self, x: Tensor, is_autocast: bool) -> list[LayerReference]:
+        layer, prepared = self.site.name, list[LayerReference]()
+        for use in self.uses:
+            adapter = use.adapters[layer]
+            dtype = x.dtype if is_autocast else next(adapter.parameters()).dtype
+            prepared.append(prepare_layer(use, layer, adapter, device=x.device, dtype=dtype))
+        return prepared

@@ -3,15 +3,15 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import FileFormatError, InputError
@@ -32,26 +32,28 @@ def write_tensor_file(
         metadata: Entries without the ``dreamcache.`` prefix; a checksum over everything is added.
 
     Raises:
-        InputError: The folder does not exist or cannot be written to.
+        InputError: The folder does not exist or cannot be written to, or the target is a folder.
     """
     target = Path(path)
-    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    # clone: safetensors refuses tensors that share memory
+    stored = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
     entries = {PREFIX + key: value for key, value in metadata.items()}
     entries[DIGEST_KEY] = _digest(stored, entries)
+    temporary = target.parent / f".{uuid4().hex}.tmp"
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
+        # not save_file, nor mkstemp: only their owner may read their files
+        temporary.write_bytes(save(stored, entries))
+        os.replace(temporary, target)
     except OSError as error:
         raise InputError(
-            f"Cannot write {target}: {error.strerror}. Give a folder that exists and is writable."
+            f"Cannot write {target}: {error.strerror}. Give a file name in a folder that exists, is writable and has room."
         ) from error
-    try:
-        save_file(stored, temporary, entries)
-        os.replace(temporary, target)
-    except BaseException:
+    finally:
         with suppress(OSError):
-            os.unlink(temporary)
-        raise
+            temporary.unlink()
 
 
 def read_tensor_file(
@@ -95,11 +97,15 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     Raises:
         FileFormatError: The file is missing, empty, truncated or no safetensors file at all.
     """
-    refuse_non_weights(path)
+    if is_torch_file(refuse_non_weights(path)):
+        raise FileFormatError(
+            f"{path} is a torch file (.pt, .ckpt, .bin); expected a safetensors file."
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:  # pyright: ignore[reportUnknownVariableType]
             metadata: dict[str, str] = dict(file.metadata() or {})
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # clone: what get_tensor returns is mapped, and changes when the file is written to
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise FileFormatError(
             f"{path} is not a complete safetensors file ({error}). Copy or download it again."
@@ -107,20 +113,27 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     return tensors, metadata
 
 
-def refuse_non_weights(path: str | os.PathLike[str]) -> None:
+def refuse_non_weights(path: str | os.PathLike[str]) -> bytes:
     """Refuse files that cannot hold weights at all, each with its own explanation.
 
     Args:
         path: The file.
 
+    Returns:
+        The file's first bytes, at most 512.
+
     Raises:
-        FileFormatError: Missing, empty, a web page, a Git LFS pointer or other text.
+        FileFormatError: Missing, unreadable, empty, a web page, a Git LFS pointer or other text.
     """
     file = Path(path)
-    if not file.is_file():
-        raise FileFormatError(f"There is no file {file}. Check the path.")
-    with file.open("rb") as stream:
-        head = stream.read(512)
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(512)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileFormatError(
+            f"There is no readable file {file}: {reason}. Check the path."
+        ) from error
     if not head:
         raise FileFormatError(f"{file} is empty (0 bytes): the download failed. Download it again.")
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -134,6 +147,16 @@ def refuse_non_weights(path: str | os.PathLike[str]) -> None:
             f"{file} is a web page, not weights: the link led to a page instead of the file. Download it with the "
             "page's download button (a raw or resolve link)."
         )
+    return head
+
+
+def is_torch_file(head: bytes) -> bool:
+    """Tell a torch file (zip archive or pickle) from a safetensors file, which may begin with any eight bytes.
+
+    Args:
+        head: The file's first bytes, at least nine.
+    """
+    return head.startswith((b"PK", b"\x80")) and head[8:9] != b"{"
 
 
 def kind_of_weights(keys: Mapping[str, object] | set[str]) -> str:
@@ -153,7 +176,7 @@ def kind_of_weights(keys: Mapping[str, object] | set[str]) -> str:
 
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("DreamCache adapters as the authors released them", ("attn_mem.", "norm2_mem.")),
-    ("a LoRA", ("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "hada_w1", "lokr_w1")),
+    ("a LoRA", ("lora_up.", "lora_down.", "lora_A.", "lora_B.", "lora.up.", "hada_w1", "lokr_w1")),
     ("an IP-Adapter", ("ip_adapter.", "image_proj.", "to_k_ip.")),
     ("a ControlNet", ("control_model.", "controlnet_", "zero_convs.", "input_hint_block")),
     ("a base model (checkpoint)", ("model.diffusion_model.", "cond_stage_model.", "conditioner.")),

@@ -65,12 +65,16 @@ def select_sites(
         Attention module by canonical name, in execution order.
 
     Raises:
-        MismatchError: The U-Net has no layer of that name; the message lists those that it has.
+        MismatchError: The U-Net has no layer of that name, or no layer is wanted; the message lists those that it has.
         UnsupportedModelError: The model is not a supported U-Net.
     """
     sites = attention_sites(unet)
     wanted = default_layers(sites) if layers is None else tuple(layers)
     known = {site.name: site for site in sites}
+    if not wanted:
+        raise MismatchError(
+            f"Expected at least one cached layer, given none. The U-Net has {', '.join(known)}. Name some of them."
+        )
     missing = sorted(set(wanted) - set(known))
     if missing:
         raise MismatchError(

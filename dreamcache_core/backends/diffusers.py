@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..layers import AttentionSite, Part
+from .base import is_attention_module
 
 
 class DiffusersBackend:
@@ -45,7 +46,7 @@ class DiffusersBackend:
         for i, block in enumerate(unet.down_blocks):
             yield from _sites_of(block, f"down_blocks.{i}", "encoder", "input_blocks", index)
             index += len(block.resnets) + (block.downsamplers is not None)
-        for j, module in enumerate(_attentions(unet.mid_block)):
+        for j, module in _attentions(unet.mid_block):
             # ldm's middle_block is resnet, attention, resnet
             yield AttentionSite(
                 f"middle_block.{2 * j + 1}", f"mid_block.attentions.{j}", "middle", module
@@ -56,13 +57,15 @@ class DiffusersBackend:
             index += len(block.resnets)
 
 
-def _attentions(block: Any) -> list[nn.Module]:
-    return list(getattr(block, "attentions", None) or [])
+def _attentions(block: Any) -> list[tuple[int, nn.Module]]:
+    modules = enumerate(getattr(block, "attentions", None) or [])
+    # blocks without attention to text (AttnDownBlock2D) hold modules of another kind
+    return [(j, module) for j, module in modules if is_attention_module(module)]
 
 
 def _sites_of(
     block: Any, native: str, part: Part, prefix: str, first_index: int
 ) -> Iterator[AttentionSite]:
-    for j, module in enumerate(_attentions(block)):
+    for j, module in _attentions(block):
         name = f"{prefix}.{first_index + j}.1"
         yield AttentionSite(name, f"{native}.attentions.{j}", part, module)

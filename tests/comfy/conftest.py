@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from comfy_installs import WHY_NONE, ComfyInstall, comfyui_folders
 
 HERE = Path(__file__).parent
 INSIDE = HERE / "inside"
@@ -20,47 +21,20 @@ collect_ignore = ["inside"]
 
 
 @dataclass
-class ComfyUI:
+class ComfyUI(ComfyInstall):
     """One installation, and the results of the tests inside it once they ran."""
 
-    path: Path
     seconds: float = 0.0
     output: str = ""
     cases: dict[str, list[ElementTree.Element]] = field(default_factory=dict)
 
-    @property
-    def version(self) -> str:
-        scope: dict[str, str] = {}
-        exec((self.path / "comfyui_version.py").read_text(), scope)
-        return scope["__version__"]
 
-    @property
-    def python(self) -> str:
-        own = self.path / ".venv" / "bin" / "python"
-        return str(own) if own.exists() else "python3"
-
-
-def find_comfyuis() -> list[ComfyUI]:
-    given = os.environ.get("COMFYUI_PATH")
-    home = Path.home()
-    paths = (
-        [Path(p) for p in given.split(os.pathsep)]
-        if given
-        else [home / "ComfyUI", home / "ComfyUI-0.3.64"]
-    )
-    return [ComfyUI(path) for path in paths if (path / "comfyui_version.py").exists()]
-
-
-COMFYUIS = find_comfyuis()
+COMFYUIS = [ComfyUI(path) for path in comfyui_folders()]
 
 
 def pytest_generate_tests(metafunc):
     if "comfyui" in metafunc.fixturenames:
-        marks = (
-            []
-            if COMFYUIS
-            else [pytest.mark.skip(reason="no ComfyUI found: set COMFYUI_PATH to its folder")]
-        )
+        marks = [] if COMFYUIS else [pytest.mark.skip(reason=WHY_NONE)]
         params = COMFYUIS or [pytest.param(None, marks=marks, id="none")]
         metafunc.parametrize(
             "comfyui", params, ids=lambda c: c.version if c else "none", scope="session"

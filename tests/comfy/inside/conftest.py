@@ -15,9 +15,10 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 
 import comfy.model_management  # noqa: E402
-import nodes as comfy_nodes  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+import nodes as comfy_nodes  # noqa: E402
 
 for folder in ("input", "output", "temp", "models", "custom_nodes", "user"):
     Path(os.environ["COMFYUI_BASE"], folder).mkdir(exist_ok=True)

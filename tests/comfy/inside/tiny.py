@@ -6,9 +6,10 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models
-import nodes as comfy_nodes
 import torch
 from comfy.model_patcher import ModelPatcher
+
+import nodes as comfy_nodes
 
 CPU = torch.device("cpu")
 CORE = next(module for name, module in sys.modules.items() if name.endswith(".dreamcache_core"))

@@ -1,0 +1,673 @@
+"""``DreamCachePipeline``: the method around a loaded diffusers pipeline, and loading one from local files.
+
+The one module of the core that generation with diffusers needs; diffusers itself is imported on first use.
+"""
+
+import copy
+import dataclasses
+import inspect
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor
+
+from .adapter import AdapterModules, AdapterSet
+from .backends import layout_of
+from .cache import ReferenceCache
+from .capture import capture_reference, subject_tokens
+from .errors import FileFormatError, InputError, MissingPackageError, UnsupportedModelError
+from .guidance import Guidance, GuidanceMode, Prediction, combine_guidance, needed_predictions
+from .injection import ReferenceUse, inject
+from .reference_image import _check_image, check_mask_aspect
+from .tensor_file import refuse_non_weights
+
+logger = logging.getLogger(__name__)
+
+OutputType = Literal["pil", "pt", "latent"]
+Callback = Callable[[int, int, Tensor], None]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Text:
+    """Text states (rows, tokens, width) and, for SDXL, the pooled vectors (rows, width)."""
+
+    states: Tensor
+    pooled: Tensor | None
+
+    def repeat_each(self, times: int) -> "_Text":
+        pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, dim=0)
+        return _Text(self.states.repeat_interleave(times, dim=0), pooled)
+
+    @staticmethod
+    def join(texts: Sequence["_Text"]) -> "_Text":
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        return _Text(
+            torch.cat([text.states for text in texts]), torch.cat(pooled) if pooled else None
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Batch:
+    """One step's U-Net rows: every needed prediction for every image, prediction by prediction."""
+
+    predictions: tuple[Prediction, ...]
+    text: _Text
+    num_images: int
+
+    @property
+    def rows(self) -> list[bool]:
+        """Which rows see the references."""
+        return [p != "unconditional" for p in self.predictions for _ in range(self.num_images)]
+
+
+class DreamCachePipeline:
+    """Personalised images with a loaded ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+
+    The pipeline stays the caller's: its modules, scheduler and options are used as they are and left as they were.
+
+    Args:
+        pipeline: The diffusers pipeline; components may be shared with other pipelines.
+
+    Raises:
+        MissingPackageError: diffusers or transformers is not installed.
+        UnsupportedModelError: The pipeline is of another kind.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        require_diffusers()
+        self.is_sdxl = _is_sdxl(pipeline)
+        self.layout = layout_of(pipeline.unet)
+        self.pipeline = pipeline
+        self._fused: WeakKeyDictionary[AdapterModules, tuple[Any, AdapterModules]] = (
+            WeakKeyDictionary()
+        )
+        self._checked: WeakSet[AdapterModules] = WeakSet()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models compute; under CPU offloading that is not where they rest."""
+        return self.pipeline._execution_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float type that the U-Net computes in."""
+        return self.pipeline.unet.dtype
+
+    @property
+    def default_size_px(self) -> tuple[int, int]:
+        """Height and width that the model was trained for."""
+        sample = self.pipeline.unet.config.sample_size
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
+
+    @torch.no_grad()
+    def encode_reference(
+        self,
+        image: Tensor,
+        *,
+        mask: Tensor | None = None,
+        prompt: str = "",
+        seed: int = 0,
+        timestep: int = 1,
+    ) -> ReferenceCache:
+        """Turn prepared pictures of one subject into a reference, each by its own passes.
+
+        Source: METHOD.md section 3. The latent is the mode of the VAE's distribution, not a sample of it, so that the
+        same picture gives the same latent; every picture gets the same noise, drawn on the CPU from ``seed``, so
+        that its features do not depend on what is encoded with it. The global random state is left alone.
+
+        Args:
+            image: Pictures as ``prepare_reference_image`` returns them, (references, height, width, 3) in [0, 1];
+                sides are multiples of 8.
+            mask: (1 or references, height, width) in [0, 1], 1 = subject: only its tokens are attended to. ``None``,
+                as in training: all tokens.
+            prompt: Text of the pass; empty in training.
+            seed: Seed of the noise.
+            timestep: Training index of the pass, 0 to 999; 1 in the paper.
+
+        Returns:
+            The cache, on the CPU.
+
+        Raises:
+            InputError: A picture, the mask or the timestep is unfit.
+            UnsupportedModelError: The scheduler has no table of noise levels (flow matching).
+        """
+        self._check_reference(image, mask)
+        alpha = self._alpha(timestep)
+        noise = torch.randn(self._latent_shape(image), generator=_cpu_generator(seed))
+        # METHOD.md section 3, point 3: x_1 = sqrt(abar_1) * z + sqrt(1 - abar_1) * noise
+        noised = [
+            alpha.sqrt() * self._encode_latent(image[i : i + 1]).float().cpu()
+            + (1 - alpha).sqrt() * noise
+            for i in range(len(image))
+        ]
+        text = self._encode_text([prompt])
+        height, width = image.shape[1:3]
+        cache = capture_reference(
+            self.pipeline.unet,
+            torch.cat(noised).to(self.device, self.dtype),
+            timestep,
+            text.states,
+            unet_kwargs=self._conditions(text, height, width),
+            seed=seed,
+        )
+        self.pipeline.maybe_free_model_hooks()
+        return cache if mask is None else _with_masks(cache, mask)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        uses: ReferenceUse | Sequence[ReferenceUse],
+        negative_prompt: str | Sequence[str] = "",
+        text_scale: float = 7.5,
+        image_scale: float = 0.4,
+        num_inference_steps: int = 50,
+        generator: Generators = None,
+        guidance: GuidanceMode = "separate",
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        callback: Callback | None = None,
+        output_type: OutputType = "pil",
+    ) -> Any:
+        """Generate images of the subject.
+
+        Source: METHOD.md sections 4 and 5. One U-Net call per step over all needed predictions; keys and values of the
+        references are computed once per call. Where no use is active this is ordinary classifier-free guidance.
+
+        Args:
+            prompt: What to show; several prompts give a batch.
+            uses: References with their adapters, one or several. Unfused adapters are fused once per adapter set, to
+                the U-Net's float type and device.
+            negative_prompt: One for all prompts, or one each.
+            text_scale: s_text, unitless; 7.5 in the paper.
+            image_scale: s_image, unitless; 0.4 in the paper.
+            num_inference_steps: Steps of the pipeline's scheduler.
+            generator: One random generator, or one per image: then an image does not depend on the batch size.
+                ``None`` uses the global random state.
+            guidance: ``separate`` (three-term rule) or ``joint``; see ``Guidance``.
+            height: Of the new images in pixels, a multiple of 8; ``None``: that of ``latents``, else the model's own.
+            width: Likewise.
+            num_images_per_prompt: Images for each prompt.
+            latents: Start noise of unit variance, (images, channels, height / 8, width / 8); ``None``: drawn.
+            callback: Called after every step with the step's index, the timestep and the latents.
+            output_type: ``pil``, ``pt`` or ``latent``.
+
+        Returns:
+            ``pil``: a list of pictures; ``pt``: (images, 3, height, width), float in [0, 1]; ``latent``: scaled latents,
+            (images, channels, height / 8, width / 8). Image r of prompt p is at p * num_images_per_prompt + r.
+
+        Raises:
+            InputError: An argument is out of range, or the result is not finite.
+            MismatchError: A reference or its adapters were made for another model.
+        """
+        rule = Guidance(image_scale=image_scale, mode=guidance)
+        _check_settings(text_scale, num_inference_steps, num_images_per_prompt, output_type)
+        ready = [self._ready(u) for u in ([uses] if isinstance(uses, ReferenceUse) else uses)]
+        is_active = any(use.is_active for use in ready)
+        # without an active reference, joint guidance is ordinary classifier-free guidance
+        wanted = needed_predictions(rule if is_active else Guidance(mode="joint"), text_scale)
+        batch = self._make_batch(prompt, negative_prompt, wanted, num_images_per_prompt)
+        _check_regions(ready, batch.num_images)
+        generators = _check_generators(generator, batch.num_images)
+        noise = self._start(latents, (height, width), generators, batch)
+        self.pipeline.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        result = self._denoise(
+            noise,
+            batch,
+            ready,
+            combine=lambda terms: _combine(terms, text_scale, image_scale),
+            step_options=self._step_options(generators),
+            callback=callback,
+        )
+        images = self._finish(result, output_type)
+        self.pipeline.maybe_free_model_hooks()
+        return images
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        batch: _Batch,
+        uses: Sequence[ReferenceUse],
+        *,
+        combine: Callable[[Sequence[Tensor]], Tensor],
+        step_options: dict[str, Any],
+        callback: Callback | None,
+    ) -> Tensor:
+        """Run the scheduler's steps from unit noise -> latents."""
+        unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
+        factor = self.pipeline.vae_scale_factor
+        height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
+        num_terms = len(batch.predictions)
+        conditions = self._conditions(batch.text, height, width)
+        latents = latents * scheduler.init_noise_sigma
+        with inject(unet, uses, rows=batch.rows):
+            for index, timestep in enumerate(scheduler.timesteps):
+                scaled = scheduler.scale_model_input(latents, timestep)
+                output = unet(
+                    scaled.repeat(num_terms, 1, 1, 1),
+                    timestep,
+                    encoder_hidden_states=batch.text.states,
+                    return_dict=False,
+                    **conditions,
+                )[0]
+                guided = combine(output.chunk(num_terms))
+                latents = scheduler.step(
+                    guided, timestep, latents, return_dict=False, **step_options
+                )[0]
+                if callback is not None:
+                    callback(index, int(timestep), latents)
+        return latents
+
+    def _make_batch(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str],
+        wanted: tuple[Prediction, ...],
+        num_images_per_prompt: int,
+    ) -> _Batch:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        is_one = isinstance(negative_prompt, str)
+        negatives = [negative_prompt] * len(prompts) if is_one else list(negative_prompt)
+        if not prompts or len(negatives) != len(prompts):
+            raise InputError(
+                f"Expected at least one prompt and one negative prompt for all or for each; given {len(prompts)} "
+                f"prompts and {len(negatives)} negative prompts."
+            )
+        positive = self._encode_text(prompts).repeat_each(num_images_per_prompt)
+        texts = [positive]
+        if len(wanted) > 1:
+            negative = self._encode_text(negatives).repeat_each(num_images_per_prompt)
+            texts = [negative] * (len(wanted) - 1) + texts
+        return _Batch(wanted, _Text.join(texts), len(prompts) * num_images_per_prompt)
+
+    def _encode_text(self, prompts: list[str]) -> _Text:
+        encoded = self.pipeline.encode_prompt(
+            prompt=prompts,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        pooled = encoded[2].to(self.device, self.dtype) if self.is_sdxl else None
+        return _Text(encoded[0].to(self.device, self.dtype), pooled)
+
+    def _conditions(self, text: _Text, height: int, width: int) -> dict[str, Any]:
+        """Further arguments of the U-Net: SDXL's pooled text and time ids (METHOD.md section 3)."""
+        if text.pooled is None:
+            return {}
+        ids = [height, width, 0, 0, height, width]
+        time_ids = torch.tensor([ids] * len(text.pooled), device=self.device, dtype=self.dtype)
+        return {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": time_ids}}
+
+    def _start(
+        self,
+        latents: Tensor | None,
+        size: tuple[int | None, int | None],
+        generators: Generators,
+        batch: _Batch,
+    ) -> Tensor:
+        """Return unit noise of the wanted size, drawn or as given."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        factor = self.pipeline.vae_scale_factor
+        height, width = size
+        if latents is not None and latents.ndim == 4:
+            height = height or latents.shape[-2] * factor
+            width = width or latents.shape[-1] * factor
+        height, width = height or self.default_size_px[0], width or self.default_size_px[1]
+        if min(height, width) < factor or height % factor or width % factor:
+            raise InputError(
+                f"Expected height and width to be multiples of {factor} pixels; given {height} x {width}."
+            )
+        channels = self.pipeline.unet.config.in_channels
+        shape = (batch.num_images, channels, height // factor, width // factor)
+        if latents is None:
+            return randn_tensor(shape, generators, device=self.device, dtype=self.dtype)  # pyright: ignore[reportArgumentType]
+        if tuple(latents.shape) != shape:
+            raise InputError(
+                f"Expected latents of {shape} for {batch.num_images} images of {height} x {width} pixels (height x "
+                f"width); given {tuple(latents.shape)}."
+            )
+        return latents.to(self.device, self.dtype)
+
+    def _step_options(self, generators: Generators) -> dict[str, Any]:
+        accepted = inspect.signature(self.pipeline.scheduler.step).parameters
+        return {"generator": generators} if "generator" in accepted else {}
+
+    def _ready(self, use: ReferenceUse) -> ReferenceUse:
+        """Give a use adapters that the U-Net can run with."""
+        adapters = use.adapters
+        if adapters not in self._checked:
+            self._warn_of_prediction(adapters)
+            self._checked.add(adapters)
+        target = (self.device, self.dtype)
+        state = (target, _state_of(adapters))
+        if isinstance(adapters, AdapterSet) or any(
+            (p.device, p.dtype) != target for p in adapters.parameters()
+        ):
+            known = self._fused.get(adapters)
+            if known is None or known[0] != state:
+                known = self._fused[adapters] = state, _fuse(adapters, *target)
+            # not dataclasses.replace: the use was checked before, its warnings need no repeating
+            use = copy.copy(use)
+            object.__setattr__(use, "adapters", known[1])
+        return use
+
+    def _warn_of_prediction(self, adapters: AdapterModules) -> None:
+        scheduler = self.pipeline.scheduler.config
+        predicted = getattr(scheduler, "prediction_type", "epsilon")
+        if predicted != adapters.info.prediction:
+            logger.warning(
+                "This model predicts %s, the adapters were trained on one that predicts %s (for SD 2.1: on 2.1-base, "
+                "not on a 768-v checkpoint): expect a weaker likeness. Use the base model of the adapters.",
+                predicted,
+                adapters.info.prediction,
+            )
+
+    def _check_reference(self, image: Tensor, mask: Tensor | None) -> None:
+        _check_image(image)
+        height, width, channels = image.shape[1:]
+        factor = self.pipeline.vae_scale_factor
+        if channels != 3 or height % factor or width % factor:
+            raise InputError(
+                f"Expected pictures of (references, height, width, 3) with sides that are multiples of {factor}; "
+                f"given {tuple(image.shape)}. Use prepare_reference_image first."
+            )
+        if mask is not None:
+            if mask.ndim != 3 or len(mask) not in (1, len(image)):
+                raise InputError(
+                    f"Expected a mask of (references, height, width), one for each of {len(image)} pictures; given "
+                    f"{tuple(mask.shape)}."
+                )
+            check_mask_aspect(mask, height, width)
+
+    def _alpha(self, timestep: int) -> Tensor:
+        """Cumulated signal power at a training index, a float32 scalar on the CPU."""
+        alphas = getattr(self.pipeline.scheduler, "alphas_cumprod", None)
+        if alphas is None:
+            raise UnsupportedModelError(
+                f"Expected a scheduler with alphas_cumprod; {type(self.pipeline.scheduler).__name__} has none. Use one "
+                "of Stable Diffusion's, DDIMScheduler say."
+            )
+        if not 0 <= timestep < len(alphas):
+            raise InputError(f"timestep must be in 0 ... {len(alphas) - 1}; given {timestep}.")
+        return alphas[timestep].float().cpu()
+
+    def _latent_shape(self, image: Tensor) -> tuple[int, int, int, int]:
+        factor = self.pipeline.vae_scale_factor
+        channels = self.pipeline.vae.config.latent_channels
+        return 1, channels, image.shape[1] // factor, image.shape[2] // factor
+
+    def _encode_latent(self, image: Tensor) -> Tensor:
+        """Encode one picture (1, height, width, 3) in [0, 1] -> scaled latent."""
+        with self._precise_vae() as vae:
+            pixels = image.permute(0, 3, 1, 2).clamp(0, 1) * 2 - 1  # -> (1, 3, height, width)
+            latent = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
+            shift, factor = self._latent_scale(latent)
+            return (latent - shift) * factor
+
+    def _finish(self, latents: Tensor, output_type: OutputType) -> Any:
+        if not bool(latents.isfinite().all()):
+            raise InputError(_NOT_FINITE.format("The latents", "Load the model in float32."))
+        if output_type == "latent":
+            return latents
+        with self._precise_vae() as vae:
+            shift, factor = self._latent_scale(latents)
+            decoded = vae.decode((latents / factor + shift).to(vae.dtype), return_dict=False)[0]
+        if not bool(decoded.isfinite().all()):
+            raise InputError(_NOT_FINITE.format("The decoded images", "Load the VAE in float32."))
+        return self.pipeline.image_processor.postprocess(decoded, output_type=output_type)
+
+    def _latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Shift and factor with which scaled = (latent - shift) * factor."""
+        config = self.pipeline.vae.config
+        mean, std = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+        if not self.is_sdxl or mean is None or std is None:
+            return 0.0, config.scaling_factor
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(like) for v in (mean, std))
+        return mean, config.scaling_factor / std
+
+    @contextmanager
+    def _precise_vae(self) -> Iterator[Any]:
+        """Yield the VAE; SDXL's overflows in float16 and is lifted to float32 meanwhile, as in diffusers."""
+        vae = self.pipeline.vae
+        if not (self.is_sdxl and vae.dtype == torch.float16 and vae.config.force_upcast):
+            yield vae
+            return
+        try:
+            yield vae.to(torch.float32)
+        finally:
+            vae.to(torch.float16)
+
+
+_NOT_FINITE = (
+    "{} hold NaN or infinity, so there is no picture to show: an overflow in half precision. {}"
+)
+
+
+def require_diffusers() -> Any:
+    """Import diffusers.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingPackageError: diffusers or transformers is not installed.
+    """
+    try:
+        import diffusers
+        import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise MissingPackageError(
+            f"DreamCachePipeline needs diffusers and transformers ({error}). Install the extra: "
+            "pip install 'dreamcache[diffusers]'."
+        ) from error
+    return diffusers
+
+
+def load_diffusers_pipeline(
+    model: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Load a Stable Diffusion 1.x, 2.x or SDXL pipeline from local files; nothing is downloaded.
+
+    Args:
+        model: A diffusers folder, or a single-file checkpoint (``.safetensors``, ``.ckpt``).
+        config: For a single file: a local diffusers folder of the same family, of which the configurations and the
+            tokenizer are read.
+        dtype: Float type of the weights.
+
+    Returns:
+        A ``StableDiffusionPipeline`` (without safety checker) or ``StableDiffusionXLPipeline``, on the CPU.
+
+    Raises:
+        FileFormatError: The files are missing, damaged or something else.
+        InputError: A single file without ``config``.
+        MissingPackageError: diffusers is not installed.
+        UnsupportedModelError: The folder holds a model of another kind.
+    """
+    path, folder = Path(model), _config_folder(Path(model), config)
+    is_sdxl = "tokenizer_2" in _read_model_index(folder)
+    diffusers = require_diffusers()
+    name = "StableDiffusionXLPipeline" if is_sdxl else "StableDiffusionPipeline"
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if not is_sdxl:
+        options |= {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+    try:
+        with _quiet_loading():
+            kind = getattr(diffusers, name)
+            if path.is_dir():
+                pipeline = kind.from_pretrained(str(path), variant=_variant(path), **options)
+            else:
+                pipeline = kind.from_single_file(str(path), config=str(folder), **options)
+            # older releases of diffusers do not know the option dtype
+            return pipeline if pipeline.unet.dtype == dtype else pipeline.to(dtype)
+    except Exception as error:  # damaged files make diffusers raise nearly anything
+        raise FileFormatError(
+            f"{path} could not be loaded as a {name} ({type(error).__name__}: {error}). Check that the files are "
+            "complete and that --config, if given, is of the same family."
+        ) from error
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hold back the libraries' progress bars and remarks; errors still come as exceptions."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
+    for lib in libraries:
+        lib.set_verbosity_error()
+        lib.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for lib, (verbosity, has_bar) in zip(libraries, before, strict=True):
+            lib.set_verbosity(verbosity)
+            if has_bar:
+                lib.enable_progress_bar()
+
+
+def _config_folder(path: Path, config: str | os.PathLike[str] | None) -> Path:
+    if path.is_dir():
+        return path
+    if not path.exists():
+        raise FileFormatError(
+            f"There is no model file or folder {path}. Nothing is downloaded: give a local path."
+        )
+    refuse_non_weights(path)
+    if config is None:
+        raise InputError(
+            f"{path} is a single-file checkpoint, which lacks configurations and tokenizer, and nothing is "
+            "downloaded. Give --config with a local diffusers folder of the same family."
+        )
+    if not Path(config).is_dir():
+        raise InputError(f"Expected --config to be a local diffusers folder; there is no {config}.")
+    return Path(config)
+
+
+def _read_model_index(folder: Path) -> dict[str, Any]:
+    file = folder / "model_index.json"
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        unet, tokenizer = index.get("unet"), index.get("tokenizer")
+    except (OSError, ValueError, AttributeError) as error:
+        raise FileFormatError(
+            f"{folder} is not a diffusers folder: no valid model_index.json in it ({type(error).__name__}). Give the "
+            "folder that holds unet, vae, text_encoder, tokenizer and scheduler."
+        ) from error
+    if not unet or unet[1] != "UNet2DConditionModel" or not tokenizer or not tokenizer[1]:
+        raise UnsupportedModelError(
+            f"DreamCache works on Stable Diffusion 1.x, 2.x and SDXL; {folder} holds a {index.get('_class_name')}."
+        )
+    return index
+
+
+def _variant(folder: Path) -> str | None:
+    """Name the variant of a folder that holds half-precision files only."""
+    names = {file.name for file in (folder / "unet").glob("diffusion_pytorch_model*")}
+    is_plain = any(name.split(".")[1] in ("safetensors", "bin") for name in names)
+    return "fp16" if not is_plain and any(".fp16" in name for name in names) else None
+
+
+def _is_sdxl(pipeline: Any) -> bool:
+    """Tell SDXL from SD by duck typing; refuse everything else."""
+    parts = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", "encode_prompt")
+    missing = [part for part in parts if getattr(pipeline, part, None) is None]
+    name = type(pipeline).__name__
+    if missing:
+        raise UnsupportedModelError(
+            f"Expected a StableDiffusionPipeline or StableDiffusionXLPipeline; {name} lacks {', '.join(missing)}."
+        )
+    is_sdxl = getattr(pipeline, "tokenizer_2", None) is not None
+    config = pipeline.unet.config
+    has_added = getattr(config, "addition_embed_type", None) is not None
+    is_distilled = getattr(config, "time_cond_proj_dim", None) is not None
+    is_plain = config.in_channels == pipeline.vae.config.latent_channels
+    if has_added != is_sdxl or is_distilled or not is_plain:
+        raise UnsupportedModelError(
+            f"Expected a plain text-to-image Stable Diffusion 1.x, 2.x or SDXL pipeline; the U-Net of this {name} takes "
+            "other inputs (inpainting, instruction or guidance-distilled models do)."
+        )
+    return is_sdxl
+
+
+def _fuse(adapters: AdapterModules, device: torch.device, dtype: torch.dtype) -> AdapterModules:
+    if isinstance(adapters, AdapterSet):
+        return adapters.fuse(dtype=dtype).to(device)
+    return copy.deepcopy(adapters).to(device, dtype)
+
+
+def _state_of(adapters: AdapterModules) -> tuple[tuple[int, int], ...]:
+    """Tell apart the same adapters before and after a training step."""
+    return tuple(
+        (p.data_ptr(), 0 if p.is_inference() else p._version) for p in adapters.parameters()
+    )
+
+
+def _combine(terms: Sequence[Tensor], text_scale: float, image_scale: float) -> Tensor:
+    """Combine what ``needed_predictions`` listed; two terms have the form of ordinary guidance."""
+    if len(terms) == 1:
+        return terms[0]
+    if len(terms) == 2:
+        return terms[0] + text_scale * (terms[1] - terms[0])
+    return combine_guidance(*terms, text_scale=text_scale, image_scale=image_scale)
+
+
+def _with_masks(cache: ReferenceCache, mask: Tensor) -> ReferenceCache:
+    mask = mask.expand(cache.num_references, -1, -1)
+    tokens = {n: subject_tokens(mask, *f.shape[-2:]) for n, f in cache.features.items()}
+    return dataclasses.replace(cache, masks=tokens)
+
+
+def _cpu_generator(seed: int) -> torch.Generator:
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InputError(f"A seed is a whole number in 0 ... 2^64 - 1; given {seed!r}.")
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _check_settings(text_scale: float, steps: int, num_images: int, output_type: str) -> None:
+    if not math.isfinite(text_scale):
+        raise InputError(f"text_scale must be a finite number; given {text_scale}.")
+    if steps < 1 or num_images < 1:
+        raise InputError(
+            f"Expected at least one step and one image; given {steps} steps and {num_images} images."
+        )
+    if output_type not in ("pil", "pt", "latent"):
+        raise InputError(f"output_type must be 'pil', 'pt' or 'latent'; given {output_type!r}.")
+
+
+def _check_regions(uses: Sequence[ReferenceUse], num_images: int) -> None:
+    for use in uses:
+        if use.regions is not None and len(use.regions) not in (1, num_images):
+            raise InputError(
+                f"Expected one region mask, or one for each of the {num_images} images; given {len(use.regions)}."
+            )
+
+
+def _check_generators(generator: Generators, num_images: int) -> Generators:
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if len(generator) != num_images:
+        raise InputError(
+            f"Expected one generator, or one for each of the {num_images} images; given {len(generator)}."
+        )
+    return list(generator)
