@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import AdapterModules, Attention, LayerAdapter, torch_attention
-from .backends import layout_of, select_sites
+from .backends import require_fit, select_sites
 from .cache import ReferenceCache
 from .capture import refuse_compiled
 from .errors import InputError, StateError
@@ -248,8 +248,7 @@ def inject(
     refuse_compiled(unet)
     uses = (uses,) if isinstance(uses, ReferenceUse) else tuple(uses)
     for use in uses:
-        layout = use.adapters.info.layout
-        require_same_layout(layout_of(unet, layout.layers), "the U-Net", layout, "the adapters")
+        require_fit(unet, use.adapters.info.layout, "the adapters")
     if unet in _injected:
         raise StateError(
             "This U-Net already has references injected. Leave the other inject context first, or give all uses "

@@ -13,6 +13,7 @@ from ..dreamcache_core import (
     ReferenceUse,
     StateError,
 )
+from ..dreamcache_core.backends import require_fit
 from ..dreamcache_core.layers import require_same_layout
 from ..dreamcache_core.reference_image import is_placeholder_mask
 from .comfy_bridge import (
@@ -22,7 +23,7 @@ from .comfy_bridge import (
     apply_reference,
     compute_dtype,
     gate_conditioning,
-    model_layout,
+    unet_of,
 )
 from .types import Adapters, Reference
 
@@ -115,7 +116,7 @@ class Apply(io.ComfyNode):
     ) -> io.NodeOutput:
         """Put the reference on a clone of the model."""
         layout = adapters.info.layout
-        require_same_layout(model_layout(model, layout.layers), "the model", layout, "the adapters")
+        require_fit(unet_of(model), layout, "the adapters")
         require_same_layout(reference.layout, "The reference", layout, "the adapters")
         _warn_of_prediction(model, adapters)
         if mask is not None and is_placeholder_mask(mask):

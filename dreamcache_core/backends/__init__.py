@@ -5,12 +5,19 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..errors import MismatchError, UnsupportedModelError
-from ..layers import AttentionSite, Layout, default_layers
+from ..layers import AttentionSite, Layout, default_layers, require_same_layout
 from .base import Backend
 from .diffusers import DiffusersBackend
 from .ldm import LdmBackend
 
-__all__ = ["Backend", "attention_sites", "backend_for", "layout_of", "select_sites"]
+__all__ = [
+    "Backend",
+    "attention_sites",
+    "backend_for",
+    "layout_of",
+    "require_fit",
+    "select_sites",
+]
 
 BACKENDS: tuple[Backend, ...] = (LdmBackend(), DiffusersBackend())
 
@@ -101,3 +108,20 @@ def layout_of(unet: nn.Module, layers: Sequence[str] | None = None) -> Layout:
     sites = select_sites(unet, layers)
     context_width = next(iter(sites.values())).context_width
     return Layout(context_width, {name: site.channels for name, site in sites.items()})
+
+
+def require_fit(unet: nn.Module, layout: Layout, name: str) -> None:
+    """Refuse a U-Net that adapters or a reference were not made for.
+
+    Args:
+        unet: The U-Net.
+        layout: What the other was made for.
+        name: What the other is, for the message: ``"the adapters"``.
+
+    Raises:
+        MismatchError: They differ in context width, layers or widths; the message names both sides.
+        UnsupportedModelError: The model is not a supported U-Net.
+    """
+    has_layers = set(layout.layers) <= {site.name for site in attention_sites(unet)}
+    own = layout_of(unet, layout.layers if has_layers else None)
+    require_same_layout(own, "The model", layout, name)
