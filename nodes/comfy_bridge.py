@@ -6,6 +6,7 @@ sampling run; no module is touched and nothing is kept in ``model_options``.
 
 import copy
 import math
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -89,6 +90,35 @@ class RunStore:
     def __deepcopy__(self, memo: dict[int, Any]) -> "RunStore":
         """Return the same store: ComfyUI copies options at every step."""
         return self
+
+
+class _Uncompiled:
+    """Sets ``torch.compile`` aside while any thread is inside.
+
+    ComfyUI's TorchCompileModel drops the guards on ``transformer_options``, so that a graph made without our patches
+    (or with other scales) would be taken for a call with them, and the reverse.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # torch before 2.6 has no stances, and no dropped guards either
+            if self._depth == 0 and hasattr(torch.compiler, "set_stance"):
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0 and self._stance is not None:
+                self._stance.__exit__(*error)
+
+
+_uncompiled = _Uncompiled()
 
 
 def unet_of(model: ModelPatcher) -> Any:
@@ -318,11 +348,13 @@ def _make_wrappers(applied: Applied) -> dict[str, Callable[..., Any]]:
         if relabel and "cond_or_uncond" in options:
             options["cond_or_uncond"] = [relabel.get(i, i) for i in options["cond_or_uncond"]]
         is_on = [True] * len(x) if gate is None else [bool(g) for g in gate.flatten().tolist()]
-        if active and any(is_on):
-            references = _prepare(active, applied, executor.class_obj, store, x.device)
-            rows = None if all(is_on) else torch.tensor(is_on).nonzero().flatten().to(x.device)
-            _add_patches(options, references, rows)
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        if not (active and any(is_on)):
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        references = _prepare(active, applied, executor.class_obj, store, x.device)
+        rows = None if all(is_on) else torch.tensor(is_on).nonzero().flatten().to(x.device)
+        _add_patches(options, references, rows)
+        with _uncompiled:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     return dict(
         zip(
