@@ -154,7 +154,7 @@ def adapters_from_released(
         logger.info(
             "%s carries no model family: it counts as sd21 (Stable Diffusion 2.1-base).", source
         )
-    return _build(source, own, unknown, _context_width(family or "sd21"), {})
+    return _build(source, own, unknown, _context_width("sd21" if family is None else family), {})
 
 
 def _from_own(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterSet:

@@ -1,18 +1,12 @@
-"""``DreamCachePipeline``: the method around a loaded diffusers pipeline, and loading one from local files.
-
-The one module of the core that generation with diffusers needs; diffusers itself is imported on first use.
-"""
+"""``DreamCachePipeline``: the method around a loaded diffusers pipeline. diffusers is imported on first use."""
 
 import copy
 import dataclasses
 import inspect
-import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -23,11 +17,11 @@ from .adapter import AdapterModules, AdapterSet
 from .backends import layout_of
 from .cache import ReferenceCache
 from .capture import capture_reference, subject_tokens
-from .errors import FileFormatError, InputError, MissingPackageError, UnsupportedModelError
+from .diffusers_loading import require_diffusers
+from .errors import InputError, UnsupportedModelError
 from .guidance import Guidance, GuidanceMode, Prediction, combine_guidance, needed_predictions
 from .injection import ReferenceUse, inject
 from .reference_image import _check_image, check_mask_aspect
-from .tensor_file import refuse_non_weights
 
 logger = logging.getLogger(__name__)
 
@@ -456,138 +450,6 @@ _NOT_FINITE = (
 )
 
 
-def require_diffusers() -> Any:
-    """Import diffusers.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingPackageError: diffusers or transformers is not installed.
-    """
-    try:
-        import diffusers
-        import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
-        raise MissingPackageError(
-            f"DreamCachePipeline needs diffusers and transformers ({error}). Install the extra: "
-            "pip install 'dreamcache[diffusers]'."
-        ) from error
-    return diffusers
-
-
-def load_diffusers_pipeline(
-    model: str | os.PathLike[str],
-    *,
-    config: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Any:
-    """Load a Stable Diffusion 1.x, 2.x or SDXL pipeline from local files; nothing is downloaded.
-
-    Args:
-        model: A diffusers folder, or a single-file checkpoint (``.safetensors``, ``.ckpt``).
-        config: For a single file: a local diffusers folder of the same family, of which the configurations and the
-            tokenizer are read.
-        dtype: Float type of the weights.
-
-    Returns:
-        A ``StableDiffusionPipeline`` (without safety checker) or ``StableDiffusionXLPipeline``, on the CPU.
-
-    Raises:
-        FileFormatError: The files are missing, damaged or something else.
-        InputError: A single file without ``config``.
-        MissingPackageError: diffusers is not installed.
-        UnsupportedModelError: The folder holds a model of another kind.
-    """
-    path, folder = Path(model), _config_folder(Path(model), config)
-    is_sdxl = "tokenizer_2" in _read_model_index(folder)
-    diffusers = require_diffusers()
-    name = "StableDiffusionXLPipeline" if is_sdxl else "StableDiffusionPipeline"
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-    if not is_sdxl:
-        options |= {
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
-    try:
-        with _quiet_loading():
-            kind = getattr(diffusers, name)
-            if path.is_dir():
-                pipeline = kind.from_pretrained(str(path), variant=_variant(path), **options)
-            else:
-                pipeline = kind.from_single_file(str(path), config=str(folder), **options)
-            # older releases of diffusers do not know the option dtype
-            return pipeline if pipeline.unet.dtype == dtype else pipeline.to(dtype)
-    except Exception as error:  # damaged files make diffusers raise nearly anything
-        raise FileFormatError(
-            f"{path} could not be loaded as a {name} ({type(error).__name__}: {error}). Check that the files are "
-            "complete and that --config, if given, is of the same family."
-        ) from error
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hold back the libraries' progress bars and remarks; errors still come as exceptions."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
-    before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
-    for lib in libraries:
-        lib.set_verbosity_error()
-        lib.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for lib, (verbosity, has_bar) in zip(libraries, before, strict=True):
-            lib.set_verbosity(verbosity)
-            if has_bar:
-                lib.enable_progress_bar()
-
-
-def _config_folder(path: Path, config: str | os.PathLike[str] | None) -> Path:
-    if path.is_dir():
-        return path
-    if not path.exists():
-        raise FileFormatError(
-            f"There is no model file or folder {path}. Nothing is downloaded: give a local path."
-        )
-    refuse_non_weights(path)
-    if config is None:
-        raise InputError(
-            f"{path} is a single-file checkpoint, which lacks configurations and tokenizer, and nothing is "
-            "downloaded. Give --config with a local diffusers folder of the same family."
-        )
-    if not Path(config).is_dir():
-        raise InputError(f"Expected --config to be a local diffusers folder; there is no {config}.")
-    return Path(config)
-
-
-def _read_model_index(folder: Path) -> dict[str, Any]:
-    file = folder / "model_index.json"
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        unet, tokenizer = index.get("unet"), index.get("tokenizer")
-    except (OSError, ValueError, AttributeError) as error:
-        raise FileFormatError(
-            f"{folder} is not a diffusers folder: no valid model_index.json in it ({type(error).__name__}). Give the "
-            "folder that holds unet, vae, text_encoder, tokenizer and scheduler."
-        ) from error
-    if not unet or unet[1] != "UNet2DConditionModel" or not tokenizer or not tokenizer[1]:
-        raise UnsupportedModelError(
-            f"DreamCache works on Stable Diffusion 1.x, 2.x and SDXL; {folder} holds a {index.get('_class_name')}."
-        )
-    return index
-
-
-def _variant(folder: Path) -> str | None:
-    """Name the variant of a folder that holds half-precision files only."""
-    names = {file.name for file in (folder / "unet").glob("diffusion_pytorch_model*")}
-    is_plain = any(name.split(".")[1] in ("safetensors", "bin") for name in names)
-    return "fp16" if not is_plain and any(".fp16" in name for name in names) else None
-
-
 def _is_sdxl(pipeline: Any) -> bool:
     """Tell SDXL from SD by duck typing; refuse everything else."""
     parts = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", "encode_prompt")
@@ -616,11 +478,9 @@ def _fuse(adapters: AdapterModules, device: torch.device, dtype: torch.dtype) ->
     return copy.deepcopy(adapters).to(device, dtype)
 
 
-def _state_of(adapters: AdapterModules) -> tuple[tuple[int, int], ...]:
+def _state_of(adapters: AdapterModules) -> tuple[int, ...]:
     """Tell apart the same adapters before and after a training step."""
-    return tuple(
-        (p.data_ptr(), 0 if p.is_inference() else p._version) for p in adapters.parameters()
-    )
+    return tuple(0 if p.is_inference() else p._version for p in adapters.parameters())
 
 
 def _combine(terms: Sequence[Tensor], text_scale: float, image_scale: float) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 WHY_NONE = "no ComfyUI found: set COMFYUI_PATH to its folder (several: separate them as in PATH)"
 
 
-@dataclass
+@dataclass(eq=False)
 class ComfyInstall:
     """One ComfyUI folder and the interpreter that runs it."""
 

@@ -1,6 +1,7 @@
 """Tiny real diffusers pipelines with random weights: every part of the real ones, seconds on a CPU."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -22,14 +23,17 @@ from dreamcache_core import DreamCachePipeline
 
 TOKENS = 12
 
+# on tensors this small more threads only wait for each other
+torch.set_num_threads(1)
 
-def tiny_pipeline(folder: Path, context_width: int = 64) -> StableDiffusionPipeline:
-    """Stable Diffusion's parts; 64 x 64 pixels, 8 x 8 latents. Half the width for the text states' heads."""
+
+def tiny_pipeline(folder: Path, context_width: int = 64, unet=None) -> StableDiffusionPipeline:
+    """Stable Diffusion's parts; 64 x 64 pixels, 8 x 8 latents."""
     return StableDiffusionPipeline(
         vae=tiny_vae(),
         text_encoder=text_encoder(CLIPTextModel, context_width, seed=2),
         tokenizer=tokenizer(folder / "tokenizer_files"),
-        unet=random_unet(context_width, sample_size=8),
+        unet=unet or random_unet(context_width, sample_size=8),
         scheduler=ddim(),
         safety_checker=None,
         feature_extractor=None,
@@ -50,6 +54,46 @@ def tiny_sdxl_pipeline(folder: Path) -> StableDiffusionXLPipeline:
         scheduler=ddim(),
         add_watermarker=False,
     )
+
+
+def single_file_weights(pipeline, ldm_unet: dict) -> dict[str, torch.Tensor]:
+    """Return the state dict of a single-file checkpoint with the pipeline's VAE and text encoder."""
+    text = pipeline.text_encoder.state_dict().items()
+    return {
+        **{f"model.diffusion_model.{key}": value for key, value in ldm_unet.items()},
+        **{f"first_stage_model.{k}": v for k, v in ldm_vae(pipeline.vae.state_dict()).items()},
+        **{
+            f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}": value
+            for key, value in text
+        },
+    }
+
+
+def ldm_vae(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give a VAE of four levels ldm's names and its 1 x 1 convolutions in place of linear layers."""
+    named = {}
+    for key, value in weights.items():
+        if "attentions" in key and key.endswith("weight") and value.ndim == 2:
+            value = value[:, :, None, None]
+        for pattern, new in LDM_VAE_NAMES:
+            key = re.sub(pattern, new, key)
+        named[key] = value
+    return named
+
+
+LDM_VAE_NAMES = (
+    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d)\.resnets", lambda match: f"up.{3 - int(match[1])}.block"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda match: f"up.{3 - int(match[1])}.upsample"),
+    (r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"attn_1\.group_norm", "attn_1.norm"),
+    (r"attn_1\.to_out\.0", "attn_1.proj_out"),
+    (r"attn_1\.to_([qkv])", r"attn_1.\1"),
+    ("conv_norm_out", "norm_out"),
+    ("conv_shortcut", "nin_shortcut"),
+)
 
 
 def wrap(pipeline) -> DreamCachePipeline:

@@ -60,7 +60,9 @@ def by_hand(adapter: ReferenceAdapter, x: Tensor, own: Tensor, memory: Tensor) -
 def test_adapter_computes_the_formula(adapter, states, references):
     memory = reference(references)
     out = adapter(*states, *adapter.project_reference(memory), heads=HEADS)
-    torch.testing.assert_close(out, by_hand(adapter, *states, memory), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out, by_hand(adapter, states[0], states[1], memory), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_identical_keys_give_the_mean_of_the_values(adapter, states):

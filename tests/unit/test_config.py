@@ -33,7 +33,7 @@ def test_dictionary_round_trip_in_order_of_declaration():
 
 
 def test_misspelt_field_is_refused_with_the_nearest_name():
-    with pytest.raises(InputError, match="no field 'lerning_rate'. Did you mean 'learning_rate'"):
+    with pytest.raises(InputError, match=r"no field 'lerning_rate'\. Did you mean 'learning_rate'"):
         Settings.from_dict({"lerning_rate": 1.0})
 
 

@@ -70,7 +70,7 @@ def test_description_names_family_text_width_layers_and_widths():
 
 
 def test_equal_layouts_belong_together_in_any_order_of_layers():
-    turned = Layout(768, dict(reversed(LAYOUT.channels.items())))
+    turned = Layout(768, dict(reversed(list(LAYOUT.channels.items()))))
     require_same_layout(LAYOUT, "the reference", turned, "the adapters")
 
 
