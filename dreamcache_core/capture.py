@@ -83,6 +83,7 @@ def capture_reference(
     *,
     unet_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    layers: Sequence[str] | None = None,
 ) -> ReferenceCache:
     """Cache one or several reference pictures, each by its own forward pass.
 
@@ -96,12 +97,14 @@ def capture_reference(
         unet_kwargs: Further arguments of the U-Net (``added_cond_kwargs`` on diffusers, ``y`` on ldm). Tensors whose
             first axis counts the references are split with them.
         seed: Seed that the noise was drawn from, recorded in the cache.
+        layers: Canonical names of the layers to cache, those of the adapters; ``None`` takes METHOD.md's rule.
 
     Returns:
         The cache, on the CPU.
 
     Raises:
         InputError: ``noised_latent`` is not of four axes, or the text states do not fit it or the U-Net.
+        MismatchError: The U-Net has no layer of that name.
         UnsupportedModelError: The model is not a supported U-Net.
     """
     if noised_latent.ndim != 4:
@@ -119,7 +122,7 @@ def capture_reference(
     for i in range(count):
         row_kwargs = {k: _row(v, i, count) for k, v in (unet_kwargs or {}).items()}
         steps = torch.tensor([timestep], device=noised_latent.device)
-        with capture_features(unet, stop_early=True) as features:
+        with capture_features(unet, layers, stop_early=True) as features:
             text = _row(text_states, i, count)
             backend.call(unet, noised_latent[i : i + 1], steps, text, **row_kwargs)
         passes.append(features)

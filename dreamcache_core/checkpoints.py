@@ -142,9 +142,10 @@ def adapters_from_released(
         else:
             unknown.append(key)
     if not own:
-        raise FileFormatError(
-            f"{source} is {kind_of_weights(set(tensors))}, not DreamCache adapters. {WHERE_FROM}"
-        )
+        kind = kind_of_weights(set(tensors))
+        if kind.startswith("DreamCache"):
+            kind = f"under an unknown prefix ({_shorten(sorted(tensors), 1)})"
+        raise FileFormatError(f"{source} is {kind}, not DreamCache adapters. {WHERE_FROM}")
     if len(prefixes) > 1:
         raise FileFormatError(
             f"{source} mixes keys of several prefixes ({', '.join(repr(p) for p in sorted(prefixes))}): two sets of "

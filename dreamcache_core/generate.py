@@ -119,7 +119,10 @@ def generate(options: GenerateOptions) -> None:
             for image, mask in pictures
         ]
     )
-    use = ReferenceUse(pipeline.encode_reference(prepared), adapters, options.scale)
+    reference = pipeline.encode_reference(
+        prepared, timestep=adapters.info.timestep, layers=adapters.layers
+    )
+    use = ReferenceUse(reference, adapters, options.scale)
     run = _Run(out, options.parameters(size, _versions()), list(prepared.split(1)))
     with tqdm(total=options.count * options.steps, unit="step", desc="sampling") as bar:
         for seed in range(options.seed, options.seed + options.count):

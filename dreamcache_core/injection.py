@@ -141,7 +141,8 @@ def prepare_layer(
     elif not use.per_row:
         tokens = tokens.flatten(0, 1)[None] if chosen is None else tokens[chosen][None]
     key, value = adapter.project_reference(tokens)
-    return LayerReference(adapter, dtype, key, value, key_mask, use.scale, use.regions)
+    region = None if use.regions is None else use.regions.to(device)
+    return LayerReference(adapter, dtype, key, value, key_mask, use.scale, region)
 
 
 def blend_references(
@@ -213,7 +214,7 @@ def _region_weights(
     """Weight of each token, (rows, tokens, 1), or ``None`` for all ones."""
     if region is None or size[0] * size[1] != like.shape[1]:
         return None
-    weights = resize_mask(region.to(like.device), *size).flatten(1)[..., None].to(like.dtype)
+    weights = resize_mask(region, *size).flatten(1)[..., None].to(like.dtype)
     if weights.shape[0] == 1:
         return weights
     index = torch.arange(like.shape[0], device=like.device) % (num_images or like.shape[0])

@@ -112,6 +112,7 @@ class DreamCachePipeline:
         prompt: str = "",
         seed: int = 0,
         timestep: int = 1,
+        layers: Sequence[str] | None = None,
     ) -> ReferenceCache:
         """Turn prepared pictures of one subject into a reference, each by its own passes.
 
@@ -127,6 +128,7 @@ class DreamCachePipeline:
             prompt: Text of the pass; empty in training.
             seed: Seed of the noise.
             timestep: Training index of the pass, 0 to 999; 1 in the paper.
+            layers: Canonical names of the layers to cache, those of the adapters; ``None`` takes METHOD.md's rule.
 
         Returns:
             The cache, on the CPU.
@@ -153,6 +155,7 @@ class DreamCachePipeline:
             text.states,
             unet_kwargs=self._conditions(text, height, width),
             seed=seed,
+            layers=layers,
         )
         self.pipeline.maybe_free_model_hooks()
         return cache if mask is None else _with_masks(cache, mask)

@@ -1,9 +1,10 @@
 """Nodes that load adapters."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..dreamcache_core import load_adapters
 from .folders import adapter_path, file_state, list_adapter_files
+from .report import report
 from .types import Adapters
 
 
@@ -28,6 +29,7 @@ class LoadAdapters(io.ComfyNode):
                 ),
             ],
             outputs=[Adapters.Output(display_name="adapters", tooltip="For Apply DreamCache.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -39,8 +41,8 @@ class LoadAdapters(io.ComfyNode):
     def execute(cls, adapters: str) -> io.NodeOutput:
         """Load the file."""
         loaded = load_adapters(adapter_path(adapters))
-        report = f"{loaded.num_parameters / 1e6:.1f} M parameters, {loaded.info.layout.describe()}"
-        return io.NodeOutput(loaded, ui=ui.PreviewText(report))
+        text = f"{loaded.num_parameters / 1e6:.1f} M parameters, {loaded.info.layout.describe()}"
+        return io.NodeOutput(loaded, ui=report(cls, text))
 
 
 NODES: list[type[io.ComfyNode]] = [LoadAdapters]

@@ -10,6 +10,7 @@ from ..dreamcache_core import InputError, ReferenceCache, prepare_reference_imag
 from ..dreamcache_core.reference_image import check_mask_aspect, is_placeholder_mask, resize_mask
 from .encoding import encode_reference
 from .folders import file_state, list_reference_files, new_reference_path, reference_path
+from .report import report
 from .types import Reference
 
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
@@ -188,7 +189,7 @@ class Encode(io.ComfyNode):
             mask=mask,
             node_id=getattr(cls.hidden, "unique_id", None),
         )
-        return io.NodeOutput(reference, ui=ui.PreviewText(reference.describe()))
+        return io.NodeOutput(reference, ui=report(cls, reference.describe()))
 
 
 class CombineReferences(io.ComfyNode):
@@ -217,6 +218,7 @@ class CombineReferences(io.ComfyNode):
                 *more,
             ],
             outputs=[Reference.Output(display_name="reference", tooltip="All pictures together.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -224,7 +226,7 @@ class CombineReferences(io.ComfyNode):
         """Concatenate what is connected, in the order of the inputs."""
         given = [references[name] for name in sorted(references) if references[name] is not None]
         combined = ReferenceCache.concatenate(given)
-        return io.NodeOutput(combined, ui=ui.PreviewText(combined.describe()))
+        return io.NodeOutput(combined, ui=report(cls, combined.describe()))
 
 
 class SaveReference(io.ComfyNode):
@@ -249,6 +251,7 @@ class SaveReference(io.ComfyNode):
                 ),
             ],
             outputs=[],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -257,7 +260,7 @@ class SaveReference(io.ComfyNode):
         """Save it under a new name."""
         path = new_reference_path(filename_prefix)
         reference.save(path)
-        return io.NodeOutput(ui=ui.PreviewText(f"{path}: {reference.describe()}"))
+        return io.NodeOutput(ui=report(cls, f"{path}: {reference.describe()}"))
 
 
 class LoadReference(io.ComfyNode):
@@ -280,6 +283,7 @@ class LoadReference(io.ComfyNode):
                 ),
             ],
             outputs=[Reference.Output(display_name="reference", tooltip="For Apply DreamCache.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -291,7 +295,7 @@ class LoadReference(io.ComfyNode):
     def execute(cls, reference: str) -> io.NodeOutput:
         """Load the file."""
         loaded = ReferenceCache.load(reference_path(reference))
-        return io.NodeOutput(loaded, ui=ui.PreviewText(loaded.describe()))
+        return io.NodeOutput(loaded, ui=report(cls, loaded.describe()))
 
 
 def _empty_prompt(clip: Any) -> list[Any]:

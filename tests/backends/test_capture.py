@@ -10,17 +10,19 @@ from diffusers import (
     UNetMotionModel,
     UNetSpatioTemporalConditionModel,
 )
-from tiny_diffusers import random_unet, sdxl_unet
+from tiny_diffusers import random_adapters, random_unet, sdxl_unet
 from torch import nn
 
 from dreamcache_core import (
     InputError,
     MismatchError,
     ReferenceCache,
+    ReferenceUse,
     StateError,
     UnsupportedModelError,
     capture_features,
     capture_reference,
+    inject,
 )
 from dreamcache_core.backends import attention_sites, select_sites
 
@@ -358,3 +360,16 @@ def test_compiled_model_is_refused(way):
         capture_features(unet),
     ):
         pass
+
+
+def test_a_list_of_layers_is_followed_by_capture_and_inject():
+    unet = random_unet()
+    names = ["input_blocks.4.1", "output_blocks.7.1"]
+    x, text = randn(1, 4, 8, 8), randn(1, 5, 768)
+    cache = capture_reference(unet, x, 1, text, layers=names)
+    assert cache.layers == tuple(names)
+    use = ReferenceUse(cache, random_adapters(cache.layout))
+    with torch.no_grad():
+        plain = unet(x, 10, encoder_hidden_states=text).sample
+        with inject(unet, use):
+            assert not torch.equal(unet(x, 10, encoder_hidden_states=text).sample, plain)

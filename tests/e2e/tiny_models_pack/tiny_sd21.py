@@ -11,6 +11,7 @@ from comfy.text_encoders.sd2_clip import SD2Tokenizer
 from torch import Tensor, nn
 
 VOCABULARY = 512
+PICTURE_CHANNELS = (3,)
 TEXT_CONFIG = {
     "num_hidden_layers": 3,
     "hidden_size": 1024,
@@ -123,10 +124,13 @@ def tiny_checkpoint() -> dict[str, Tensor]:
 
 
 def _weight(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Values that keep activations near one; norms near identity, small biases."""
+    """Values that keep activations near one: norms near identity, small biases, a VAE of small residues."""
     if tensor.ndim == 0:
         return torch.tensor({"vae_scale": 1.0}.get(name, 0.0))
     normal = torch.randn(tensor.shape, generator=generator)
     if tensor.ndim > 1:
-        return normal / tensor[0].numel() ** 0.5
-    return 1 + 0.1 * normal if name.endswith("weight") else 0.02 * normal
+        gain = 0.1 if name.endswith("conv.4.weight") else 1.0
+        return gain * normal / tensor[0].numel() ** 0.5
+    if name.endswith("weight"):
+        return 1 + 0.1 * normal
+    return 0.02 * normal + (0.5 if tuple(tensor.shape) == PICTURE_CHANNELS else 0.0)
