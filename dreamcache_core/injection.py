@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import AdapterModules, Attention, LayerAdapter, torch_attention
@@ -21,7 +22,7 @@ from .cache import ReferenceCache
 from .capture import refuse_compiled
 from .errors import InputError, StateError
 from .layers import AttentionSite, require_same_layout
-from .reference_image import resize_mask
+from .reference_image import check_mask
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +52,13 @@ class ReferenceUse:
         """Check that the parts fit.
 
         Raises:
-            InputError: The scale is no finite number, or the mask has another shape.
+            InputError: The scale is no finite number, or the mask is misshapen or outside [0, 1].
             MismatchError: Reference and adapters were made for different models.
         """
         if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
             raise InputError(f"scale must be a finite number; given {self.scale!r}.")
-        if self.mask is not None and self.mask.ndim not in (2, 3):
-            raise InputError(
-                f"A region mask must be (height, width) or (images, height, width); given {tuple(self.mask.shape)}."
-            )
+        if self.mask is not None:
+            check_mask(self.mask)
         info = self.adapters.info
         require_same_layout(self.reference.layout, "The reference", info.layout, "the adapters")
         if self.reference.timestep != info.timestep:
@@ -80,8 +79,7 @@ class ReferenceUse:
         """The mask as (images, height, width) float32, or ``None`` for everywhere (a mask of ones is that too)."""
         if self.mask is None or bool((self.mask == 1).all()):
             return None
-        mask = self.mask.float()
-        return mask[None] if mask.ndim == 2 else mask
+        return check_mask(self.mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +212,9 @@ def _region_weights(
     """Weight of each token, (rows, tokens, 1), or ``None`` for all ones."""
     if region is None or size[0] * size[1] != like.shape[1]:
         return None
-    weights = resize_mask(region, *size).flatten(1)[..., None].to(like.dtype)
+    # not resize_mask: its checks would wait for the device in every block
+    weights = F.interpolate(region[:, None], size=size, mode="area")
+    weights = weights.flatten(1)[..., None].to(like.dtype)  # -> (images, tokens, 1)
     if weights.shape[0] == 1:
         return weights
     index = torch.arange(like.shape[0], device=like.device) % (num_images or like.shape[0])

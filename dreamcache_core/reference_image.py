@@ -92,7 +92,7 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     Raises:
         InputError: The mask is misshapen, not finite or outside [0, 1], or a side is below 1.
     """
-    mask = _check_mask(mask)
+    mask = check_mask(mask)
     if height < 1 or width < 1:
         raise InputError(
             f"Expected a new mask size of at least 1 x 1, got {width} x {height} (width x height). "
@@ -188,8 +188,18 @@ def _check_image(image: Tensor) -> None:
     _check_range(image, "image")
 
 
-def _check_mask(mask: Tensor) -> Tensor:
-    """Refuse what is not a mask; return it as float32 (batch, height, width)."""
+def check_mask(mask: Tensor) -> Tensor:
+    """Refuse what is not a mask.
+
+    Args:
+        mask: (batch, height, width) or (height, width), any dtype, values in [0, 1].
+
+    Returns:
+        (batch or 1, height, width), float32, clamped to [0, 1].
+
+    Raises:
+        InputError: The mask is misshapen, not finite or outside [0, 1].
+    """
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or mask.numel() == 0:
         raise InputError(
             "Expected a mask tensor of (batch, height, width) or (height, width), got "
@@ -225,7 +235,7 @@ def _subject_opacity(image: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return alpha
     batch, height, width, _ = image.shape
-    mask = _check_mask(mask).to(image.device)
+    mask = check_mask(mask).to(image.device)
     if len(mask) not in (1, batch):
         raise InputError(
             f"Expected one mask, or one for each of the {batch} pictures, got {len(mask)}. "
