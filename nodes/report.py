@@ -1,7 +1,8 @@
 """What a node tells its user after it ran."""
 
+import sys
+
 from comfy_api.latest import io, ui
-from server import PromptServer
 
 
 def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
@@ -14,7 +15,8 @@ def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
     Returns:
         The node's ``ui`` output.
     """
-    server = getattr(PromptServer, "instance", None)
+    # graphs can also be executed without a server, which is then not imported
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     node_id = getattr(node.hidden, "unique_id", None)
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
