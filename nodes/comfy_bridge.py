@@ -1,6 +1,6 @@
 """ModelPatcher, wrappers and sigmas on the one side, plain core objects on the other.
 
-The one file that knows ComfyUI's patch API. State lives in closures of immutable values and in one store per
+The one file that knows ComfyUI's patch API. State lives in immutable values and in one store per
 sampling run; no module is touched and nothing is kept in ``model_options``.
 """
 
@@ -8,7 +8,7 @@ import copy
 import math
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -80,16 +80,41 @@ class Applied:
         """The adapters' ModelPatchers, each once."""
         return list(dict.fromkeys(applied.patcher for applied in self.uses))
 
+    def active_at(self, timestep: Tensor) -> tuple[int, ...]:
+        """Indices of the uses whose range holds a noise level; it is read back only where a range needs it.
+
+        Args:
+            timestep: Sigma of each row, (rows,), all equal.
+        """
+        if all(use.is_always_on for use in self.uses):
+            return tuple(range(len(self.uses)))
+        sigma = float(timestep.flatten()[0])
+        return tuple(i for i, u in enumerate(self.uses) if u.end_sigma < sigma <= u.start_sigma)
+
 
 class RunStore:
-    """Keys and values of one sampling run, by use, layer, device and type; dropped when the run ends."""
+    """What one sampling run needs at each step, computed once: keys and values, and row indices on the device."""
 
     def __init__(self) -> None:
         self.prepared: dict[tuple[Any, ...], LayerReference] = {}
+        self.rows: dict[tuple[Any, ...], Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RunStore":
         """Return the same store: ComfyUI copies options at every step."""
         return self
+
+    def row_index(self, is_on: tuple[bool, ...], device: torch.device) -> Tensor | None:
+        """Indices of the rows that are on, int64; ``None`` where all are."""
+        if all(is_on):
+            return None
+        if (is_on, device) not in self.rows:
+            self.rows[is_on, device] = torch.tensor(is_on).nonzero().flatten().to(device)
+        return self.rows[is_on, device]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.prepared.clear()
+        self.rows.clear()
 
 
 class _Uncompiled:
@@ -209,8 +234,7 @@ def apply_reference(
     acting = replace(applied, uses=tuple(u for u in applied.uses if u.use.is_active))
     if acting.uses:
         clone.set_additional_models(KEY, acting.patchers)
-        for wrapper_type, wrapper in _make_wrappers(acting).items():
-            clone.add_wrapper_with_key(wrapper_type, KEY, wrapper)
+        _Wrappers(acting).install(clone)
     return clone
 
 
@@ -256,6 +280,10 @@ def _without_gate(cond: dict[str, Any]) -> dict[str, Any]:
     return {**cond, "model_conds": {k: v for k, v in model_conds.items() if k != GATE}}
 
 
+def _without_gates(conds: list[Any]) -> list[Any]:
+    return [None if cond is None else [_without_gate(item) for item in cond] for cond in conds]
+
+
 def _off_copy(cond: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a conditioning that sees no reference, with an identity of its own that does not change."""
     off = _with_gate(cond, False)
@@ -264,21 +292,39 @@ def _off_copy(cond: dict[str, Any]) -> dict[str, Any]:
     return off
 
 
-def _make_wrappers(applied: Applied) -> dict[str, Callable[..., Any]]:
-    """Build the wrappers as closures over the immutable state; ComfyUI shares them between clones and threads."""
+class _Wrappers:
+    """What ComfyUI calls around a sampling run, its steps and the U-Net, once references are applied.
 
-    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    Holds immutable state only; ComfyUI shares it between clones and threads. Each method is named for the wrapper type
+    that it is registered under and calls ``executor`` to go on.
+    """
+
+    def __init__(self, applied: Applied) -> None:
+        self.applied = applied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Wrappers":
+        """Return the same object: it cannot change."""
+        return self
+
+    def install(self, model: ModelPatcher) -> None:
+        """Register all methods on a clone."""
+        for wrapper_type in _WRAPPERS:
+            model.add_wrapper_with_key(wrapper_type, KEY, getattr(self, wrapper_type))
+
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keep a store for the keys and values of this run, and empty it whatever happens."""
         guider, store = executor.class_obj, RunStore()
         original = guider.model_options
         guider.model_options = _with_transformer_options(original, {RUN: store})
-        guider.model_options[GUIDANCE] = getattr(guider, GUIDANCE, applied.guidance)
+        guider.model_options[GUIDANCE] = getattr(guider, GUIDANCE, self.applied.guidance)
         try:
             return executor(*args, **kwargs)
         finally:
             guider.model_options = original
-            store.prepared.clear()
+            store.clear()
 
     def prepare_sampling(
+        self,
         executor: Any,
         model: ModelPatcher,
         shape: Sequence[int],
@@ -286,22 +332,29 @@ def _make_wrappers(applied: Applied) -> dict[str, Callable[..., Any]]:
         model_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        guidance = (model_options or {}).get(GUIDANCE, applied.guidance)
-        reserved = _shape_to_reserve(applied.uses, guidance, model, shape)
+        """Let ComfyUI leave room for a third row per image and for the keys and values."""
+        guidance = (model_options or {}).get(GUIDANCE, self.applied.guidance)
+        reserved = _shape_to_reserve(self.applied.uses, guidance, model, shape)
         return executor(model, reserved, conds, model_options=model_options, **kwargs)
 
     def predict_noise(
-        executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any = None
+        self,
+        executor: Any,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict[str, Any],
+        seed: Any = None,
     ) -> Any:
-        active = _active_uses(applied, timestep)
+        """Find out once per step which references act, and keep the negative alive at cfg 1 where it is needed."""
+        active = self.applied.active_at(timestep)
         options = _with_transformer_options(model_options, {ACTIVE: active})
-        if active and options.get(GUIDANCE, applied.guidance).needs_unconditional:
+        if active and options.get(GUIDANCE, self.applied.guidance).needs_unconditional:
             options[UNCONDITIONAL] = getattr(executor.class_obj, "conds", {}).get(UNCONDITIONAL)
-            # at cfg 1 the core would drop the negative, which the third term still needs
             options["disable_cfg1_optimization"] = True
         return executor(x, timestep, options, seed)
 
     def calc_cond_batch(
+        self,
         executor: Any,
         model: Any,
         conds: list[Any],
@@ -309,26 +362,27 @@ def _make_wrappers(applied: Applied) -> dict[str, Callable[..., Any]]:
         timestep: Tensor,
         model_options: dict[str, Any],
     ) -> Any:
+        """Mark which rows see the references, add the prediction without them and fold three into two."""
         active = model_options.get("transformer_options", {}).get(ACTIVE)
         if active is None:
-            active = _active_uses(applied, timestep)
+            active = self.applied.active_at(timestep)
         if not active:
-            plain = [None if c is None else [_without_gate(item) for item in c] for c in conds]
-            return executor(model, plain, x, timestep, model_options)
-        guidance = model_options.get(GUIDANCE, applied.guidance)
+            return executor(model, _without_gates(conds), x, timestep, model_options)
+        guidance = model_options.get(GUIDANCE, self.applied.guidance)
         options = _with_transformer_options(model_options, {ACTIVE: active})
-        is_pair = len(conds) == 2 and conds[0] is not None and conds[1] is not None
+        is_pair = len(conds) == 2 and None not in conds
         gated = _gate_lists(conds, negative_is_off=is_pair and guidance.mode == "joint")
         if not (is_pair and guidance.needs_unconditional):
             return executor(model, gated, x, timestep, options)
-        source = model_options.get(UNCONDITIONAL) or conds[1]
+        without = model_options.get(UNCONDITIONAL) or conds[1]
         # packs that index (cond, uncond)[i] must not meet our third list's index
         options["transformer_options"][RELABEL] = {2: 1}
-        lists = [*gated, [_off_copy(cond) for cond in source or ()]]
+        lists = [*gated, [_off_copy(cond) for cond in without]]
         text, reference, plain = executor(model, lists, x, timestep, options)
         return list(fold_guidance(plain, reference, text, image_scale=guidance.image_scale))
 
     def apply_model(
+        self,
         executor: Any,
         x: Tensor,
         t: Tensor,
@@ -338,47 +392,29 @@ def _make_wrappers(applied: Applied) -> dict[str, Callable[..., Any]]:
         transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Add the patches that attend to the references, for this one call of the U-Net."""
         options = dict(transformer_options or {})
         gate = kwargs.pop(GATE, None)
         active = options.pop(ACTIVE, None)
         if active is None:
-            active = _active_uses(applied, t)
+            active = self.applied.active_at(t)
         store = options.pop(RUN, None) or RunStore()
         relabel = options.pop(RELABEL, {})
         if relabel and "cond_or_uncond" in options:
             options["cond_or_uncond"] = [relabel.get(i, i) for i in options["cond_or_uncond"]]
-        is_on = [True] * len(x) if gate is None else [bool(g) for g in gate.flatten().tolist()]
+        is_on = (True,) * len(x) if gate is None else tuple(g != 0 for g in gate.flatten().tolist())
         if not (active and any(is_on)):
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        references = _prepare(active, applied, executor.class_obj, store, x.device)
-        rows = None if all(is_on) else torch.tensor(is_on).nonzero().flatten().to(x.device)
-        _add_patches(options, references, rows)
+        references = _prepare(active, self.applied, executor.class_obj, store, x.device)
+        _add_patches(options, references, store.row_index(is_on, x.device))
         with _uncompiled:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-
-    return dict(
-        zip(
-            _WRAPPERS,
-            (outer_sample, prepare_sampling, predict_noise, calc_cond_batch, apply_model),
-            strict=True,
-        )
-    )
 
 
 def _with_transformer_options(options: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     merged = create_model_options_clone(options)
     merged["transformer_options"] = {**merged.get("transformer_options", {}), **extra}
     return merged
-
-
-def _active_uses(applied: Applied, timestep: Tensor) -> tuple[int, ...]:
-    """Indices of the uses whose range holds this noise level; the sigma is read back only where a range needs it."""
-    if all(use.is_always_on for use in applied.uses):
-        return tuple(range(len(applied.uses)))
-    sigma = float(timestep.flatten()[0])
-    return tuple(
-        i for i, use in enumerate(applied.uses) if use.end_sigma < sigma <= use.start_sigma
-    )
 
 
 def _gate_lists(conds: list[Any], *, negative_is_off: bool) -> list[Any]:

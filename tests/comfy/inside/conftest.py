@@ -1,6 +1,7 @@
 """Runs in ComfyUI's interpreter: ComfyUI comes first on the path, the pack is loaded as ComfyUI does."""
 
 import asyncio
+import gc
 import os
 import sys
 from pathlib import Path
@@ -31,4 +32,5 @@ def inference():
     """ComfyUI executes nodes in inference mode."""
     with torch.inference_mode():
         yield
+    gc.collect()  # ComfyUI's unloading stumbles over models that are collected while it runs
     comfy.model_management.unload_all_models()

@@ -1,5 +1,6 @@
 """DreamCache next to other nodes: ComfyUI's own node classes, in both orders, and against the rule worked out by hand."""
 
+import gc
 import importlib
 
 import comfy.cldm.cldm
@@ -9,7 +10,6 @@ import comfy.sample
 import comfy.samplers
 import comfy.sd
 import comfy.utils
-import nodes as comfy_nodes
 import pytest
 import torch
 from tiny import (
@@ -28,6 +28,8 @@ from tiny import (
     run,
     sample,
 )
+
+import nodes as comfy_nodes
 
 IMAGE_SCALE = 0.4
 SMALL = {
@@ -115,9 +117,7 @@ class ThreeTerms(comfy.samplers.CFGGuider):
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         def predict(conds, options):
-            return comfy.samplers.calc_cond_batch(
-                self.inner_model, conds, x, timestep, options
-            )
+            return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
 
         options = model_options
         negative, positive = self.conds["negative"], self.conds["positive"]
@@ -154,6 +154,13 @@ def by_hand(monkeypatch):
     return run_by_hand
 
 
+@pytest.fixture
+def collect_models():
+    """ComfyUI stumbles over a model that is collected while it unloads others: have it done before."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture(scope="module")
 def parts():
     with torch.inference_mode():
@@ -183,7 +190,7 @@ def differs(ours, theirs):
 def test_order_of_the_nodes_in_the_graph_does_not_matter(parts, name):
     model, adapters, reference = parts
     companion = COMPANIONS[name]
-    steps = 6 if name == "EasyCache" else 3
+    steps = 6 if name == "EasyCache" else 2
     before = sample(apply(companion(model), adapters, reference), steps=steps)
     after = sample(companion(apply(model, adapters, reference)), steps=steps)
     assert before.isfinite().all()
@@ -196,16 +203,16 @@ def test_order_of_the_nodes_in_the_graph_does_not_matter(parts, name):
 def test_three_terms_by_hand_with_another_node_give_the_same(parts, by_hand, name):
     model, adapters, reference = parts
     both = apply(COMPANIONS[name](model), adapters, reference)
-    # rows of one batch against rows alone, over three steps with cfg 7.5: rounding only
-    assert_close(sample(both), by_hand(both), 1e-4)
+    # rows of one batch against rows alone, cfg 7.5: rounding only
+    assert_close(sample(both, steps=2), by_hand(both, steps=2), 1e-4)
 
 
 @pytest.mark.parametrize("name", COMPANIONS)
 def test_another_node_is_bit_identical_to_itself_when_the_scale_is_zero(parts, name):
     model, adapters, reference = parts
     companion = COMPANIONS[name]
-    off = sample(apply(companion(model), adapters, reference, scale=0.0))
-    assert torch.equal(off, sample(companion(model)))
+    off = sample(apply(companion(model), adapters, reference, scale=0.0), steps=2)
+    assert torch.equal(off, sample(companion(model), steps=2))
 
 
 def test_all_nodes_together_give_the_same_before_and_after(parts):
@@ -254,14 +261,19 @@ def compiled():
     torch._dynamo.reset()
 
 
+def num_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.usefixtures("collect_models")
 def test_compiled_models_give_the_results_of_uncompiled_ones(compiled):
     model = make_model(**SMALL)
     adapters, reference = make_adapters(model), encode(model)
     inputs = {"steps": 3, "size": (8, 8)}
     base = compiled(model)
     cases = {
-        "on in the middle of the run": {"start_percent": 0.3, "end_percent": 0.8},
         "full": {},
+        "on in the middle of the run": {"start_percent": 0.3, "end_percent": 0.8},
         "half": {"scale": 0.5},
         "off in the middle of the run": {"end_percent": 0.5},
         "joint": {"guidance": "joint"},
@@ -270,20 +282,12 @@ def test_compiled_models_give_the_results_of_uncompiled_ones(compiled):
         expected = sample(apply(model, adapters, reference, **settings), **inputs)
         before = sample(apply(base, adapters, reference, **settings), **inputs)
         assert torch.equal(before, expected), name
+        # only calls without a reference are compiled
+        assert (num_graphs() > 0) == (name != "full")
     assert torch.equal(sample(base, **inputs), sample(model, **inputs))
     settings = cases["on in the middle of the run"]
     after = sample(compiled(apply(model, adapters, reference, **settings)), **inputs)
     assert torch.equal(after, sample(apply(model, adapters, reference, **settings), **inputs))
-
-
-def test_only_calls_without_a_reference_are_compiled(compiled):
-    model = make_model(**SMALL)
-    base = compiled(model)
-    counters = torch._dynamo.utils.counters["stats"]
-    sample(apply(base, make_adapters(model), encode(model)), steps=1, size=(8, 8))
-    assert counters["unique_graphs"] == 0
-    sample(base, steps=1, size=(8, 8))
-    assert counters["unique_graphs"] > 0
 
 
 # --- ControlNet and conditionings --------------------------------------------------------------------------------
@@ -308,45 +312,43 @@ def controlnet():
     return comfy.controlnet.ControlNet(network, load_device=CPU)
 
 
-def control_both(texts, controlnet):
-    return run_core(
-        "ControlNetApplyAdvanced", *texts, controlnet, make_image(6), 0.5, 0.0, 1.0
-    )
+def control_both(model, texts, controlnet):
+    return run_core("ControlNetApplyAdvanced", *texts, controlnet, make_image(6), 0.5, 0.0, 1.0)
 
 
-def control_one(texts, controlnet):
-    return control_both(texts, controlnet)[0], texts[1]
+def control_one(model, texts, controlnet):
+    return control_both(model, texts, controlnet)[0], texts[1]
 
 
-def control_half_the_run(texts, controlnet):
-    return run_core(
-        "ControlNetApplyAdvanced", *texts, controlnet, make_image(6), 0.5, 0.0, 0.5
-    )
+def control_half_the_run(model, texts, controlnet):
+    return run_core("ControlNetApplyAdvanced", *texts, controlnet, make_image(6), 0.5, 0.0, 0.5)
 
 
-def set_areas(texts, _):
+def set_areas(model, texts, controlnet):
     """Two regions on the prompt, one on the negative."""
     positive, negative = texts
     left = run_core("ConditioningSetArea", positive, 64, 128, 0, 0, 1.0)[0]
-    more = make_text(make_model(), 3)
+    more = make_text(model, 3)
     return left + more, negative
 
 
-def set_masks(texts, _):
+def set_masks(model, texts, controlnet):
     positive, negative = texts
     mask = torch.zeros((1, 128, 128))
     mask[:, :64] = 1
     top = run_core("ConditioningSetMask", positive, mask, "default", 1.0)[0]
-    return top + run_core("ConditioningSetMask", negative, 1 - mask, "mask bounds", 0.7)[0], negative
+    return top + run_core("ConditioningSetMask", negative, 1 - mask, "mask bounds", 0.7)[
+        0
+    ], negative
 
 
-def set_ranges(texts, _):
+def set_ranges(model, texts, controlnet):
     positive, negative = texts
     early = run_core("ConditioningSetTimestepRange", positive, 0.0, 0.5)[0]
-    late = run_core("ConditioningSetTimestepRange", make_text(make_model(), 3), 0.5, 1.0)[0]
+    late = run_core("ConditioningSetTimestepRange", make_text(model, 3), 0.5, 1.0)[0]
     negative = run_core("ConditioningSetTimestepRange", negative, 0.0, 0.9)[0]
     return early + late, negative + run_core(
-        "ConditioningSetTimestepRange", make_text(make_model(), 4), 0.9, 1.0
+        "ConditioningSetTimestepRange", make_text(model, 4), 0.9, 1.0
     )[0]
 
 
@@ -364,7 +366,7 @@ CONDITIONINGS = {
 def test_conditioning_nodes_act_on_all_three_terms(parts, controlnet, by_hand, name):
     model, adapters, reference = parts
     texts = make_text(model, 1), make_text(model, 2)
-    positive, negative = CONDITIONINGS[name](texts, controlnet)
+    positive, negative = CONDITIONINGS[name](model, texts, controlnet)
     inputs = {"positive": positive, "negative": negative, "steps": 4}
     applied = apply(model, adapters, reference)
     ours = sample(applied, **inputs)
@@ -443,7 +445,9 @@ def test_region_masks_of_a_batch_belong_to_their_images(parts, batch):
 
 def test_several_pictures_of_one_subject_are_one_reference(parts, by_hand):
     model, adapters, reference = parts
-    both = run("DreamCacheCombineReferences", reference_1=reference, reference_2=encode(model, 1))[0]
+    both = run("DreamCacheCombineReferences", reference_1=reference, reference_2=encode(model, 1))[
+        0
+    ]
     at_once = encode(model, image=torch.cat([make_image(0), make_image(1)]))
     applied = apply(model, adapters, both)
     ours = sample(applied, batch=2)
@@ -477,17 +481,18 @@ def test_latents_of_any_size_follow_the_three_term_rule(parts, by_hand, size):
     mask = torch.zeros((size[0] * 8, size[1] * 8))
     mask[: size[0] * 4] = 1
     applied = apply(model, adapters, reference)
-    ours = sample(applied, size=size, batch=2, steps=2)
+    ours = sample(applied, size=size, batch=2, steps=1)
     assert ours.shape[-2:] == size
-    assert_close(ours, by_hand(applied, size=size, batch=2, steps=2), 1e-4)
-    assert differs(ours, sample(model, size=size, batch=2, steps=2))
+    assert_close(ours, by_hand(applied, size=size, batch=2, steps=1), 1e-4)
+    assert differs(ours, sample(model, size=size, batch=2, steps=1))
     masked = apply(model, adapters, reference, mask=mask)
-    region = sample(masked, size=size, batch=2, steps=2)
-    assert_close(region, by_hand(masked, size=size, batch=2, steps=2), 1e-4)
+    region = sample(masked, size=size, batch=2, steps=1)
+    assert_close(region, by_hand(masked, size=size, batch=2, steps=1), 1e-4)
     assert differs(region, ours)
 
 
 @pytest.mark.parametrize("kind", ["sd21", "sdxl"])
+@pytest.mark.usefixtures("collect_models")
 def test_odd_latents_follow_the_three_term_rule_in_other_families(by_hand, kind):
     applied = apply(make_model(kind))
     inputs = {"size": (15, 23), "steps": 1}

@@ -92,7 +92,7 @@ def test_ranges_that_meet_never_overlap(setup):
     a, b = BRIDGE.applied_to(both).uses
     assert a.end_sigma == b.start_sigma == float(torch.tensor(sampling.percent_to_sigma(0.5)))
     for sigma in (a.end_sigma, a.end_sigma * 1.01, a.end_sigma * 0.99):
-        active = BRIDGE._active_uses(BRIDGE.applied_to(both), torch.tensor([sigma]))
+        active = BRIDGE.applied_to(both).active_at(torch.tensor([sigma]))
         assert active == ((0,) if sigma > a.end_sigma else (1,))
 
 

@@ -2,10 +2,11 @@
 
 import comfy.model_management
 import comfy.utils
-import nodes as comfy_nodes
 import pytest
 import torch
 from tiny import BRIDGE, apply, encode, make_adapters, make_image, make_model, make_text, sample
+
+import nodes as comfy_nodes
 
 Interrupted = comfy.model_management.InterruptProcessingException
 
@@ -43,7 +44,7 @@ def interrupt_at_second_call(request, monkeypatch):
             if len(calls) == 2:
                 request.param()
 
-        handle = model.model.diffusion_model.input_blocks[3].register_forward_pre_hook(hook)
+        handle = model.model.diffusion_model.input_blocks[1][0].register_forward_pre_hook(hook)
         try:
             with pytest.raises(Interrupted):
                 action()
@@ -68,7 +69,7 @@ def hooks_of(model):
 def ksampler(model):
     latent = {"samples": torch.zeros((1, 4, 16, 16))}
     texts = make_text(model, 1), make_text(model, 2)
-    return comfy_nodes.KSampler().sample(model, 5, 4, 7.5, "euler", "normal", *texts, latent)[0][
+    return comfy_nodes.KSampler().sample(model, 5, 3, 7.5, "euler", "normal", *texts, latent)[0][
         "samples"
     ]
 

@@ -1,13 +1,33 @@
 """Float types of base weights, computation and adapters; overflow in Stable Diffusion 2.x's attention."""
 
 import copy
+import gc
 
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_basic
-from tiny import BRIDGE, apply, assert_close, encode, make_adapters, make_image, make_model, sample
+from tiny import BRIDGE, apply, assert_close, encode, make_adapters, make_image, sample
+from tiny import make_model as make_tiny_model
 
+# two levels are enough here
+SMALL = {
+    "channel_mult": [1, 2],
+    "num_res_blocks": [1, 1],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+}
 FP32, FP16, BF16, FP8 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
+
+
+@pytest.fixture(autouse=True)
+def collect_models():
+    """ComfyUI stumbles over a model that is collected while it unloads others: have it done before."""
+    yield
+    gc.collect()
+
+
+def make_model(kind="sd15", **inputs):
+    return make_tiny_model(kind, **inputs, **SMALL)
 
 
 def round_weights(model, dtype):
@@ -36,13 +56,13 @@ def test_weights_of_other_types_cast_to_float32_equal_a_float32_model_of_the_sam
     assert_close(ours, sample(applied_with(expected, adapters), steps=2), 1e-5)
 
 
-# one step of cfg 7.5; the errors of the plain model are of the same size, see the test after
+# largest error / largest value after one step of cfg 7.5; at most five times that of the plain model
 COMPUTE = [
-    pytest.param(FP16, None, FP16, 0.03, id="fp16"),
-    pytest.param(BF16, None, BF16, 0.25, id="bf16"),
-    pytest.param(FP32, FP16, FP32, 0.03, id="fp32 weights in fp16"),
-    pytest.param(FP8, FP16, FP8, 0.03, id="fp8 weights in fp16"),
-    pytest.param(FP8, BF16, FP8, 0.25, id="fp8 weights in bf16"),
+    pytest.param(FP16, None, FP16, 0.02, id="fp16"),
+    pytest.param(BF16, None, BF16, 0.1, id="bf16"),
+    pytest.param(FP32, FP16, FP32, 0.02, id="fp32 weights in fp16"),
+    pytest.param(FP8, FP16, FP8, 0.02, id="fp8 weights in fp16"),
+    pytest.param(FP8, BF16, FP8, 0.1, id="fp8 weights in bf16"),
 ]
 
 
@@ -56,7 +76,6 @@ def test_half_precision_is_close_to_float32(kind, storage, compute, rounded, tol
     ours = sample(applied_with(model, adapters), steps=1)
     assert ours.isfinite().all()
     error = relative_error(ours, sample(applied_with(reference_model, adapters), steps=1))
-    print(f"{error:.2e} plain {plain_error:.2e}")
     assert error <= tolerance
     assert error <= 5 * plain_error
 
@@ -99,7 +118,7 @@ def test_adapters_are_fused_once_for_each_type():
 @pytest.mark.parametrize(("kind", "expected"), [("sd21", FP32), ("sd15", None)])
 def test_reference_attention_gets_the_attention_precision_of_the_model(kind, expected):
     model = make_model(kind)
-    reference_tokens = {64, 16, 4, 1}  # 8 x 8 latents at each depth
+    reference_tokens = {64, 16}  # 8 x 8 latents at each depth
     seen = []
 
     def spy(function, q, k, v, heads, **kwargs):
