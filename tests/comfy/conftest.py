@@ -6,9 +6,10 @@ What runs inside imports ComfyUI's packages, some of which are called ``comfy`` 
 import os
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,6 @@ collect_ignore = ["inside"]
 class ComfyUI(ComfyInstall):
     """One installation, and the results of the tests inside it once they ran."""
 
-    seconds: float = 0.0
     output: str = ""
     cases: dict[str, list[ElementTree.Element]] = field(default_factory=dict)
 
@@ -46,60 +46,36 @@ def tools_folder() -> Path:
     """Test tools for interpreters that lack them, in a private folder of our own environment."""
     folder = Path(sys.prefix) / "comfy-tools"
     if not (folder / "pytest").exists():
-        constraints = PACK / "constraints.txt"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "-c",
-            str(constraints),
-            "--target",
-            str(folder),
-        ]
-        subprocess.run([*command, "pytest", "pytest-timeout"], check=True)
+        pip = [sys.executable, "-m", "pip", "install", "-q", "-c", str(PACK / "constraints.txt")]
+        subprocess.run([*pip, "--target", str(folder), "pytest", "pytest-timeout"], check=True)
     return folder
 
 
 @pytest.fixture(scope="session")
-def run_inside(tools_folder, tmp_path_factory):
-    """Run all tests of ``inside/`` in an installation, once."""
+def ran_inside(tools_folder, tmp_path_factory) -> None:
+    """Run all tests of ``inside/`` in every installation, side by side."""
+    bases = [tmp_path_factory.mktemp(f"comfy-{comfyui.version}") for comfyui in COMFYUIS]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(partial(run_tests, tools_folder), COMFYUIS, bases))
 
-    def run(comfyui: ComfyUI) -> ComfyUI:
-        if comfyui.cases:
-            return comfyui
-        base = tmp_path_factory.mktemp(f"comfy-{comfyui.version}")
-        report = base / "report.xml"
-        env = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(tools_folder), str(HERE.parent / "support")]),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "COMFYUI_FOLDER": str(comfyui.path),
-            "COMFYUI_BASE": str(base),
-        }
-        command = [
-            comfyui.python,
-            "-m",
-            "pytest",
-            "-q",
-            "-rs",
-            "-c",
-            str(INSIDE / "pytest.ini"),
-            f"--junitxml={report}",
-        ]
-        start = time.monotonic()
-        done = subprocess.run(
-            [*command, str(INSIDE)], env=env, cwd=INSIDE, capture_output=True, text=True
-        )
-        comfyui.seconds, comfyui.output = time.monotonic() - start, done.stdout + done.stderr
-        assert report.exists(), f"pytest did not start in {comfyui.path}:\n{comfyui.output}"
-        for case in ElementTree.parse(report).iter("testcase"):
-            module = case.get("classname", "").split(".")[-1]
-            comfyui.cases.setdefault(module, []).append(case)
-        return comfyui
 
-    return run
+def run_tests(tools: Path, comfyui: ComfyUI, base: Path) -> None:
+    report = base / "report.xml"
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tools), str(HERE.parent / "support")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "COMFYUI_FOLDER": str(comfyui.path),
+        "COMFYUI_BASE": str(base),
+    }
+    options = ["-q", "-rs", "-c", str(INSIDE / "pytest.ini"), f"--junitxml={report}", str(INSIDE)]
+    command = [comfyui.python, "-m", "pytest", *options]
+    done = subprocess.run(command, env=env, cwd=INSIDE, capture_output=True, text=True)
+    comfyui.output = done.stdout + done.stderr
+    assert report.exists(), f"pytest did not start in {comfyui.path}:\n{comfyui.output}"
+    for case in ElementTree.parse(report).iter("testcase"):
+        module = case.get("classname", "").split(".")[-1]
+        comfyui.cases.setdefault(module, []).append(case)
 
 
 def pytest_terminal_summary(terminalreporter):

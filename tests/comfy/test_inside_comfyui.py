@@ -9,8 +9,8 @@ FILES = sorted(path.stem for path in (Path(__file__).parent / "inside").glob("te
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", FILES)
-def test_inside(comfyui, run_inside, name):
-    cases = run_inside(comfyui).cases.get(name, [])
+def test_inside(comfyui, ran_inside, name):
+    cases = comfyui.cases.get(name, [])
     failed = [
         case for case in cases if case.find("failure") is not None or case.find("error") is not None
     ]

@@ -25,6 +25,7 @@ torch.set_num_threads(1)  # the models are tiny
 for folder in ("input", "output", "temp", "models", "custom_nodes", "user"):
     Path(os.environ["COMFYUI_BASE"], folder).mkdir(exist_ok=True)
 assert asyncio.run(comfy_nodes.load_custom_node(str(PACK))), "ComfyUI could not load the pack"
+gc.freeze()  # what is loaded by now stays: it need not be looked through after every test
 
 
 @pytest.fixture(autouse=True)
