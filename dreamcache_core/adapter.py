@@ -265,6 +265,10 @@ class AdapterModules(nn.Module):
         """Bytes of the parameters."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
+    def get_ram_usage(self) -> int:
+        """Bytes in main memory, as ComfyUI's output cache asks for them."""
+        return self.nbytes
+
 
 class FusedAdapterSet(AdapterModules):
     """Adapters ready to generate; made by ``AdapterSet.fuse``."""

@@ -151,11 +151,17 @@ def cache_from_features(
         The cache, on the CPU.
 
     Raises:
+        InputError: A feature is NaN or infinite, or a mask is empty.
         StateError: The U-Net did not run inside ``capture_features``.
     """
     if not passes or not all(passes):
         raise StateError("No features were read: the U-Net was not called inside capture_features.")
     features = {name: torch.cat([p[name] for p in passes]).cpu() for name in passes[0]}
+    if not all(bool(feature.isfinite().all()) for feature in features.values()):
+        raise InputError(
+            "The features of the reference hold NaN or infinity: the picture does, or half precision overflowed. Check "
+            "the picture and the VAE, or load the model in another precision."
+        )
     height, width = latent_size
     masks = None
     if mask is not None:

@@ -106,7 +106,7 @@ def load_adapters(path: str | os.PathLike[str], *, family: str | None = None) ->
         InputError: ``family`` is unknown.
     """
     file = Path(path)
-    tensors, entries = _read_any(file)
+    tensors, entries = read_weights(file)
     if FORMAT_KEY in entries:
         tensors, metadata = read_tensor_file(file, FORMAT)
         return _from_own(file, tensors, metadata)
@@ -251,7 +251,18 @@ def _shorten(keys: list[str], most: int = 6) -> str:
     return ", ".join(keys[:most]) + more
 
 
-def _read_any(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a safetensors file or a torch pickle, whatever they are.
+
+    Args:
+        file: The file. Pickles are read weights-only.
+
+    Returns:
+        Tensors by key on the CPU, and the metadata as stored; none for a pickle.
+
+    Raises:
+        FileFormatError: The file is missing, damaged, or holds something else than tensors.
+    """
     if is_torch_file(refuse_non_weights(file)):
         return _read_pickle(file), {}
     return read_safetensors(file)

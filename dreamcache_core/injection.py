@@ -93,7 +93,8 @@ class LayerReference:
         value: Likewise.
         key_mask: Added to the logits, (rows, 1, 1, reference_tokens), or ``None``.
         scale: Strength.
-        region: See ``ReferenceUse.regions``.
+        region: Weight of the reference by place, (images, height, width); row r has that of image r % images.
+            ``None``: 1 everywhere.
     """
 
     adapter: LayerAdapter
@@ -151,7 +152,6 @@ def blend_references(
     heads: int,
     size: tuple[int, int],
     rows: Tensor | None = None,
-    num_images: int | None = None,
     attention: Attention = torch_attention,
 ) -> Tensor:
     """Compute what a block adds to its hidden states in place of the self-attention output.
@@ -168,8 +168,6 @@ def blend_references(
             tokens, and are left out where something else has changed the tokens.
         rows: Indices of the batch rows that see the references, int64; ``None``: all. Other rows come out as
             ``self_attention``, bit for bit.
-        num_images: Images in the batch, for masks of several images: row r belongs to image r % num_images;
-            ``None``: every row is an image of its own.
         attention: The attention kernel.
 
     Returns:
@@ -185,7 +183,7 @@ def blend_references(
         merged = ref.adapter(
             *states, key, value, heads=heads, attention=attention, key_mask=key_mask
         ).to(base.dtype)
-        region = _region_weights(ref.region, size, self_attention, rows, num_images)
+        region = _region_weights(ref.region, size, self_attention, rows)
         if region is None and ref.scale == 1 and len(references) == 1:
             blended = merged
         else:
@@ -207,7 +205,6 @@ def _region_weights(
     size: tuple[int, int],
     like: Tensor,
     rows: Tensor | None,
-    num_images: int | None,
 ) -> Tensor | None:
     """Weight of each token, (rows, tokens, 1), or ``None`` for all ones."""
     if region is None or size[0] * size[1] != like.shape[1]:
@@ -217,8 +214,7 @@ def _region_weights(
     weights = weights.flatten(1)[..., None].to(like.dtype)  # -> (images, tokens, 1)
     if weights.shape[0] == 1:
         return weights
-    index = torch.arange(like.shape[0], device=like.device) % (num_images or like.shape[0])
-    index = index if rows is None else index.index_select(0, rows)
+    index = torch.arange(like.shape[0], device=like.device) if rows is None else rows
     return weights.index_select(0, index % weights.shape[0])
 
 

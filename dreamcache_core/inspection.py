@@ -56,7 +56,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         FileFormatError: The file is missing, damaged, or no file of weights at all.
     """
     if is_torch_file(refuse_non_weights(path)):
-        tensors, metadata = checkpoints._read_any(path)
+        tensors, metadata = checkpoints.read_weights(path)
         return {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}, metadata
     try:
         with safe_open(path, framework="pt", device="cpu") as file:  # pyright: ignore[reportUnknownVariableType]

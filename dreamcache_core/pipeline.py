@@ -21,7 +21,7 @@ from .diffusers_loading import require_diffusers
 from .errors import InputError, UnsupportedModelError
 from .guidance import Guidance, GuidanceMode, Prediction, combine_guidance, needed_predictions
 from .injection import ReferenceUse, inject
-from .reference_image import _check_image, check_mask_aspect
+from .reference_image import check_image, check_mask_aspect
 
 logger = logging.getLogger(__name__)
 
@@ -373,7 +373,7 @@ class DreamCachePipeline:
             )
 
     def _check_reference(self, image: Tensor, mask: Tensor | None) -> None:
-        _check_image(image)
+        check_image(image)
         height, width, channels = image.shape[1:]
         factor = self.pipeline.vae_scale_factor
         if channels != 3 or height % factor or width % factor:

@@ -62,7 +62,7 @@ def prepare_reference_image(
             the mask is empty or has another aspect or batch than the picture.
     """
     long_side = _check_placement(size, fill, background)
-    _check_image(image)
+    check_image(image)
     opacity = _subject_opacity(image, mask)
     shade = BACKGROUNDS[background]
     pictures = image.new_full((len(image), size, size, 3), shade, dtype=torch.float32)
@@ -168,8 +168,15 @@ def _check_placement(size: int, fill: float, background: str) -> int:
     return long_side
 
 
-def _check_image(image: Tensor) -> None:
-    """Refuse what is not (batch, height, width, 1, 3 or 4) in [0, 1], or too small."""
+def check_image(image: Tensor) -> None:
+    """Refuse what is no picture of usable size.
+
+    Args:
+        image: To be (batch, height, width, 1, 3 or 4 channels), any float dtype, values in [0, 1].
+
+    Raises:
+        InputError: It is not; the message says what it is.
+    """
     if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         raise InputError(
             "Expected an image tensor of (batch, height, width, 1, 3 or 4 channels), got "

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from comfy.model_sampling import V_PREDICTION
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from .comfy_bridge import (
     adapter_patcher,
     applied_to,
     apply_reference,
-    compute_dtype,
     gate_conditioning,
     unet_of,
 )
@@ -124,8 +124,14 @@ class Apply(io.ComfyNode):
                 "The mask is Load Image's placeholder for a picture without alpha: it counts as no mask."
             )
             mask = None
-        patcher = adapter_patcher(adapters, compute_dtype(model.model))
+        patcher = adapter_patcher(adapters, model)
         use = ReferenceUse(reference, patcher.model, scale=scale, mask=mask)
+        if start_percent >= end_percent:
+            logger.warning(
+                "Apply DreamCache acts from %s to %s of the run, which is never: the images will be the plain model's.",
+                start_percent,
+                end_percent,
+            )
         settings = Guidance.from_dict({"image_scale": image_guidance, "mode": guidance})
         applied = apply_reference(model, use, patcher, settings, start_percent, end_percent)
         return io.NodeOutput(applied)
@@ -229,13 +235,17 @@ class Guider(io.ComfyNode):
 
 
 def _warn_of_prediction(model: Any, adapters: AdapterSet) -> None:
-    predicts = "v_prediction" if "V_PREDICTION" in model.model.model_type.name else "epsilon"
+    is_v = isinstance(model.get_model_object("model_sampling"), V_PREDICTION)
+    predicts = "v_prediction" if is_v else "epsilon"
     if predicts != adapters.info.prediction:
+        advice = "Use the model that they were trained for."
+        if adapters.family == "sd21":
+            advice = "They belong to Stable Diffusion 2.1-base (512 px, v2-1_512-ema-pruned), not to the 768-v checkpoint."
         logger.warning(
-            "These adapters were trained for a model with %s prediction, this model has %s: expect a poor likeness. Adapters for "
-            "Stable Diffusion 2.1 belong to 2.1-base (512 px, v2-1_512-ema-pruned), not to the 768-v checkpoint.",
+            "These adapters were trained for a model with %s prediction, this model has %s: expect a poor likeness. %s",
             adapters.info.prediction,
             predicts,
+            advice,
         )
 
 

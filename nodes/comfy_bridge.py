@@ -5,6 +5,7 @@ sampling run; no module is touched and nothing is kept in ``model_options``.
 """
 
 import copy
+import logging
 import math
 import threading
 import uuid
@@ -13,26 +14,37 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import comfy.model_management
 import comfy.ops
 import comfy.samplers
 import torch
-from comfy.conds import CONDRegular
+import torch.nn.functional as F
+from comfy.conds import CONDNoiseShape, CONDRegular
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..dreamcache_core import AdapterSet, FusedAdapterSet, Guidance, Layout, ReferenceUse
+from ..dreamcache_core import (
+    AdapterSet,
+    FusedAdapterSet,
+    Guidance,
+    InputError,
+    Layout,
+    ReferenceUse,
+)
 from ..dreamcache_core.backends import layout_of
 from ..dreamcache_core.guidance import fold_guidance
 from ..dreamcache_core.injection import LayerReference, blend_references, prepare_layer
+from ..dreamcache_core.reference_image import check_mask_aspect
+
+logger = logging.getLogger(__name__)
 
 KEY = "dreamcache"
 GATE = "dreamcache_gate"
 ACTIVE = "dreamcache_active"
 RELABEL = "dreamcache_relabel"
 RUN = "dreamcache_run"
+REGION = "dreamcache_region_"
 GUIDANCE = "dreamcache_guidance"
 UNCONDITIONAL = "dreamcache_unconditional"
 
@@ -43,7 +55,7 @@ _WRAPPERS = (
     WrappersMP.CALC_COND_BATCH,
     WrappersMP.APPLY_MODEL,
 )
-_fused: "WeakKeyDictionary[AdapterSet, dict[torch.dtype, ModelPatcher]]" = WeakKeyDictionary()
+_fused: "WeakKeyDictionary[AdapterSet, dict[tuple[Any, ...], ModelPatcher]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,19 +65,19 @@ class AppliedUse:
     Attributes:
         use: The reference with its adapters, scale and region.
         patcher: ModelPatcher of the adapters, as the Apply node made it.
-        start_sigma: Noise level from which on it acts, inclusive.
-        end_sigma: Noise level down to which it acts, exclusive.
+        start_percent: Progress from which on it acts, 0 to 1, inclusive.
+        end_percent: Progress up to which it acts, 0 to 1, exclusive.
     """
 
     use: ReferenceUse
     patcher: ModelPatcher
-    start_sigma: float
-    end_sigma: float
+    start_percent: float
+    end_percent: float
 
     @property
     def is_always_on(self) -> bool:
         """Whether the range covers every step, so that no sigma has to be read."""
-        return self.end_sigma <= 0 and self.start_sigma > 1e6
+        return self.start_percent <= 0 and self.end_percent >= 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,28 +92,51 @@ class Applied:
         """The adapters' ModelPatchers, each once."""
         return list(dict.fromkeys(applied.patcher for applied in self.uses))
 
+    def sigma_ranges(self, sampling: Any) -> tuple[tuple[float, float], ...]:
+        """Noise levels from which on (inclusive) and down to which (exclusive) each use acts, for a ``model_sampling``."""
+        return tuple(
+            (
+                _float32(sampling.percent_to_sigma(use.start_percent)),
+                _float32(sampling.percent_to_sigma(use.end_percent)),
+            )
+            for use in self.uses
+        )
+
+
+class RunStore:
+    """What one sampling run computes once and needs at every step; dropped when the run ends.
+
+    Args:
+        applied: The references of the run.
+        sampling: The ``model_sampling`` of the MODEL that samples.
+    """
+
+    def __init__(self, applied: Applied, sampling: Any) -> None:
+        self.uses = applied.uses
+        self.is_ranged = not all(use.is_always_on for use in applied.uses)
+        self.ranges = applied.sigma_ranges(sampling) if self.is_ranged else ()
+        self.prepared: dict[tuple[Any, ...], LayerReference] = {}
+        self.rows: dict[tuple[Any, ...], Tensor] = {}
+        self.regions: dict[tuple[Any, ...], Tensor] = {}
+        self.offsets: list[Tensor] = []
+        self.num_nested = 0
+        self.is_unfolded = False
+        self.has_warned = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RunStore":
+        """Return the same store: ComfyUI copies options at every step."""
+        return self
+
     def active_at(self, timestep: Tensor) -> tuple[int, ...]:
         """Indices of the uses whose range holds a noise level; it is read back only where a range needs it.
 
         Args:
             timestep: Sigma of each row, (rows,), all equal.
         """
-        if all(use.is_always_on for use in self.uses):
+        if not self.is_ranged:
             return tuple(range(len(self.uses)))
         sigma = float(timestep.flatten()[0])
-        return tuple(i for i, u in enumerate(self.uses) if u.end_sigma < sigma <= u.start_sigma)
-
-
-class RunStore:
-    """What one sampling run needs at each step, computed once: keys and values, and row indices on the device."""
-
-    def __init__(self) -> None:
-        self.prepared: dict[tuple[Any, ...], LayerReference] = {}
-        self.rows: dict[tuple[Any, ...], Tensor] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RunStore":
-        """Return the same store: ComfyUI copies options at every step."""
-        return self
+        return tuple(i for i, (start, end) in enumerate(self.ranges) if end < sigma <= start)
 
     def row_index(self, is_on: tuple[bool, ...], device: torch.device) -> Tensor | None:
         """Indices of the rows that are on, int64; ``None`` where all are."""
@@ -111,10 +146,50 @@ class RunStore:
             self.rows[is_on, device] = torch.tensor(is_on).nonzero().flatten().to(device)
         return self.rows[is_on, device]
 
+    def region_conds(self, active: Sequence[int], x: Tensor) -> dict[str, CONDNoiseShape]:
+        """Region masks of the active uses at the size of a latent, as ComfyUI crops and batches latents themselves.
+
+        Args:
+            active: Indices of the uses.
+            x: The latents, (images, channels, height, width).
+        """
+        conds: dict[str, CONDNoiseShape] = {}
+        for index in active:
+            region = self.uses[index].use.regions
+            if region is None:
+                continue
+            key = (index, x.shape[0], x.shape[2:], x.device)
+            if key not in self.regions:
+                resized = F.interpolate(region[:, None].to(x.device), size=x.shape[2:], mode="area")
+                self.regions[key] = resized.expand(x.shape[0], -1, -1, -1)
+            conds[f"{REGION}{index}"] = CONDNoiseShape(self.regions[key])
+        return conds
+
+    def begin_step(self) -> None:
+        """Forget what belongs to the step before."""
+        self.offsets.clear()
+        self.num_nested = 0
+        self.is_unfolded = False
+
+    def shift_nested(self, prediction: Tensor) -> Tensor:
+        """Bring a further prediction of this step to where ``fold_guidance`` has put the step's own.
+
+        Other nodes (PAG, SAG) take the difference of the two, which must not see the fold.
+
+        Args:
+            prediction: With the reference, of the size of the step's own.
+        """
+        if not self.offsets:
+            return prediction
+        offset = self.offsets[self.num_nested % len(self.offsets)]
+        self.num_nested += 1
+        return prediction + offset if offset.shape == prediction.shape else prediction
+
     def clear(self) -> None:
         """Forget everything."""
-        self.prepared.clear()
-        self.rows.clear()
+        self.begin_step()
+        for kept in (self.prepared, self.rows, self.regions):
+            kept.clear()
 
 
 class _Uncompiled:
@@ -162,35 +237,35 @@ def compute_dtype(model: Any) -> torch.dtype:
     return getattr(model, "manual_cast_dtype", None) or model.get_dtype()
 
 
-def adapter_patcher(adapters: AdapterSet, dtype: torch.dtype) -> ModelPatcher:
-    """Fuse adapters for generation and hand them to ComfyUI's memory management; once per set and type.
+def adapter_patcher(adapters: AdapterSet, model: ModelPatcher) -> ModelPatcher:
+    """Fuse adapters for generation and hand them to ComfyUI's memory management; once per set, float type and device.
 
     Args:
         adapters: The adapters.
-        dtype: Float type that the model computes in.
+        model: The MODEL that they will work in.
 
     Returns:
         A ModelPatcher around a ``FusedAdapterSet`` made of ``comfy.ops.manual_cast`` layers.
     """
-    by_dtype = _fused.setdefault(adapters, {})
-    if dtype not in by_dtype:
-        by_dtype[dtype] = _new_patcher(adapters.fuse(comfy.ops.manual_cast, dtype))
-    return by_dtype[dtype]
+    dtype = compute_dtype(model.model)
+    devices = (model.load_device, model.offload_device)
+    key, known = (dtype, devices), _fused.setdefault(adapters, {})
+    if key not in known:
+        known[key] = _new_patcher(adapters.fuse(comfy.ops.manual_cast, dtype), *devices)
+    return known[key]
 
 
-def _new_patcher(fused: FusedAdapterSet) -> ModelPatcher:
-    patcher = ModelPatcher(
-        fused,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+def _new_patcher(
+    fused: FusedAdapterSet, load_device: torch.device, offload_device: torch.device
+) -> ModelPatcher:
+    patcher = ModelPatcher(fused, load_device=load_device, offload_device=offload_device)
     # lets a ComfyUI that samples on several devices make a copy for each of them
-    patcher.cached_patcher_init = (_copy_patcher, (fused,))
+    patcher.cached_patcher_init = (_copy_patcher, (fused, load_device, offload_device))
     return patcher
 
 
-def _copy_patcher(fused: FusedAdapterSet) -> ModelPatcher:
-    return _new_patcher(copy.deepcopy(fused))
+def _copy_patcher(fused: FusedAdapterSet, *devices: torch.device) -> ModelPatcher:
+    return _new_patcher(copy.deepcopy(fused), *devices)
 
 
 def applied_to(model: ModelPatcher) -> Applied | None:
@@ -220,21 +295,14 @@ def apply_reference(
         The clone.
     """
     before = applied_to(model)
-    sampling = model.get_model_object("model_sampling")
-    applied_use = AppliedUse(
-        use,
-        patcher,
-        _float32(sampling.percent_to_sigma(start_percent)),
-        _float32(sampling.percent_to_sigma(end_percent)),
-    )
+    applied_use = AppliedUse(use, patcher, start_percent, end_percent)
     applied = Applied((*(before.uses if before else ()), applied_use), guidance)
     clone = model.clone()
     remove_references(clone)
     clone.set_attachments(KEY, applied)
     acting = replace(applied, uses=tuple(u for u in applied.uses if u.use.is_active))
-    if acting.uses:
-        clone.set_additional_models(KEY, acting.patchers)
-        _Wrappers(acting).install(clone)
+    clone.set_additional_models(KEY, acting.patchers)
+    _Wrappers(acting).install(clone)
     return clone
 
 
@@ -261,16 +329,26 @@ def gate_conditioning(conditioning: list[Any], use_reference: bool) -> list[Any]
     Returns:
         A new CONDITIONING.
     """
-    return [[text, _with_gate(options, use_reference)] for text, options in conditioning]
+    # a text without a mark sees the references
+    return [
+        [text, _without_gate(options) if use_reference else _mark(options, False, {}, force=True)]
+        for text, options in conditioning
+    ]
 
 
-def _with_gate(cond: dict[str, Any], is_on: bool, *, keep: bool = False) -> dict[str, Any]:
-    model_conds = cond.get("model_conds", {})
-    if keep and GATE in model_conds:
-        return cond
-    # integers are left alone by ComfyUI's casts, and a tensor travels with its row through every re-batching
-    gate = CONDRegular(torch.tensor([[int(is_on)]], dtype=torch.long))
-    return {**cond, "model_conds": {**model_conds, GATE: gate}}
+def _mark(
+    cond: dict[str, Any], is_on: bool, regions: dict[str, CONDNoiseShape], *, force: bool = False
+) -> dict[str, Any]:
+    """Add to a conditioning whether its rows see the references, unless it says so itself, and where."""
+    model_conds = {**cond.get("model_conds", {}), **regions}
+    if force or GATE not in model_conds:
+        # integers are left alone by ComfyUI's casts; a tensor travels with its row through every re-batching
+        model_conds[GATE] = CONDRegular(torch.tensor([[int(is_on)]], dtype=torch.long))
+    return {**cond, "model_conds": model_conds}
+
+
+def _sees_reference(marked: list[dict[str, Any]]) -> bool:
+    return all(bool(cond["model_conds"][GATE].cond.any()) for cond in marked)
 
 
 def _without_gate(cond: dict[str, Any]) -> dict[str, Any]:
@@ -284,12 +362,35 @@ def _without_gates(conds: list[Any]) -> list[Any]:
     return [None if cond is None else [_without_gate(item) for item in cond] for cond in conds]
 
 
-def _off_copy(cond: dict[str, Any]) -> dict[str, Any]:
+def _off_copy(cond: dict[str, Any], regions: dict[str, CONDNoiseShape]) -> dict[str, Any]:
     """Return a copy of a conditioning that sees no reference, with an identity of its own that does not change."""
-    off = _with_gate(cond, False)
+    off = _mark(cond, False, regions, force=True)
     if isinstance(cond.get("uuid"), uuid.UUID):
         off["uuid"] = uuid.uuid5(cond["uuid"], "dreamcache-off")
     return off
+
+
+def _check_regions(uses: Sequence[AppliedUse], noise: Tensor) -> None:
+    """Refuse region masks that do not fit the images to be made, before anything is computed."""
+    for applied_use in uses:
+        region = applied_use.use.regions
+        if region is None:
+            continue
+        check_mask_aspect(region, *noise.shape[-2:])
+        if len(region) not in (1, len(noise)):
+            raise InputError(
+                f"Expected one region mask for Apply DreamCache, or one for each of the {len(noise)} images; given "
+                f"{len(region)}."
+            )
+
+
+def _warn_once_of_missing_term(store: RunStore) -> None:
+    if not store.has_warned:
+        store.has_warned = True
+        logger.warning(
+            "image_guidance has no effect in this graph: the guider, or another node, asks for its predictions one by one or "
+            "for more than two. Set image_guidance to 1, or mark the texts with DreamCache Conditioning."
+        )
 
 
 class _Wrappers:
@@ -311,14 +412,16 @@ class _Wrappers:
         for wrapper_type in _WRAPPERS:
             model.add_wrapper_with_key(wrapper_type, KEY, getattr(self, wrapper_type))
 
-    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keep a store for the keys and values of this run, and empty it whatever happens."""
-        guider, store = executor.class_obj, RunStore()
-        original = guider.model_options
+    def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Keep a store for this run, and empty it whatever happens."""
+        guider = executor.class_obj
+        _check_regions(self.applied.uses, noise)
+        sampling = guider.model_patcher.get_model_object("model_sampling")
+        store, original = RunStore(self.applied, sampling), guider.model_options
         guider.model_options = _with_transformer_options(original, {RUN: store})
         guider.model_options[GUIDANCE] = getattr(guider, GUIDANCE, self.applied.guidance)
         try:
-            return executor(*args, **kwargs)
+            return executor(noise, *args, **kwargs)
         finally:
             guider.model_options = original
             store.clear()
@@ -346,12 +449,19 @@ class _Wrappers:
         seed: Any = None,
     ) -> Any:
         """Find out once per step which references act, and keep the negative alive at cfg 1 where it is needed."""
-        active = self.applied.active_at(timestep)
-        options = _with_transformer_options(model_options, {ACTIVE: active})
-        if active and options.get(GUIDANCE, self.applied.guidance).needs_unconditional:
-            options[UNCONDITIONAL] = getattr(executor.class_obj, "conds", {}).get(UNCONDITIONAL)
+        guider = executor.class_obj
+        store = self._store(model_options, guider.inner_model)
+        store.begin_step()
+        active = store.active_at(timestep)
+        options = _with_transformer_options(model_options, {RUN: store, ACTIVE: active})
+        needs_third = active and options.get(GUIDANCE, self.applied.guidance).needs_unconditional
+        if needs_third:
+            options[UNCONDITIONAL] = getattr(guider, "conds", {}).get(UNCONDITIONAL)
             options["disable_cfg1_optimization"] = True
-        return executor(x, timestep, options, seed)
+        result = executor(x, timestep, options, seed)
+        if needs_third and store.is_unfolded and guider.conds.get("negative") is not None:
+            _warn_once_of_missing_term(store)
+        return result
 
     def calc_cond_batch(
         self,
@@ -363,23 +473,34 @@ class _Wrappers:
         model_options: dict[str, Any],
     ) -> Any:
         """Mark which rows see the references, add the prediction without them and fold three into two."""
+        store = self._store(model_options, model)
         active = model_options.get("transformer_options", {}).get(ACTIVE)
         if active is None:
-            active = self.applied.active_at(timestep)
+            active = store.active_at(timestep)
         if not active:
             return executor(model, _without_gates(conds), x, timestep, model_options)
         guidance = model_options.get(GUIDANCE, self.applied.guidance)
-        options = _with_transformer_options(model_options, {ACTIVE: active})
-        is_pair = len(conds) == 2 and None not in conds
-        gated = _gate_lists(conds, negative_is_off=is_pair and guidance.mode == "joint")
-        if not (is_pair and guidance.needs_unconditional):
-            return executor(model, gated, x, timestep, options)
+        options = _with_transformer_options(model_options, {RUN: store, ACTIVE: active})
+        regions = store.region_conds(active, x)
+        negative_is_off = len(conds) == 2 and guidance.mode == "joint"
+        marked = [
+            cond and [_mark(c, not (negative_is_off and i == 1), regions) for c in cond]
+            for i, cond in enumerate(conds)
+        ]
+        if len(conds) == 1 and _sees_reference(marked[0]):
+            (nested,) = executor(model, marked, x, timestep, options)
+            return [store.shift_nested(nested)]
+        if len(conds) != 2 or None in conds or not guidance.needs_unconditional:
+            store.is_unfolded = True
+            return executor(model, marked, x, timestep, options)
         without = model_options.get(UNCONDITIONAL) or conds[1]
         # packs that index (cond, uncond)[i] must not meet our third list's index
         options["transformer_options"][RELABEL] = {2: 1}
-        lists = [*gated, [_off_copy(cond) for cond in without]]
+        lists = [*marked, [_off_copy(cond, regions) for cond in without]]
         text, reference, plain = executor(model, lists, x, timestep, options)
-        return list(fold_guidance(plain, reference, text, image_scale=guidance.image_scale))
+        folded = fold_guidance(plain, reference, text, image_scale=guidance.image_scale)
+        store.offsets.append(folded[1] - reference)
+        return list(folded)
 
     def apply_model(
         self,
@@ -395,20 +516,27 @@ class _Wrappers:
         """Add the patches that attend to the references, for this one call of the U-Net."""
         options = dict(transformer_options or {})
         gate = kwargs.pop(GATE, None)
+        regions = {i: kwargs.pop(f"{REGION}{i}", None) for i in range(len(self.applied.uses))}
+        store = self._store({"transformer_options": options}, executor.class_obj)
         active = options.pop(ACTIVE, None)
         if active is None:
-            active = self.applied.active_at(t)
-        store = options.pop(RUN, None) or RunStore()
+            active = store.active_at(t)
+        options.pop(RUN, None)
         relabel = options.pop(RELABEL, {})
         if relabel and "cond_or_uncond" in options:
             options["cond_or_uncond"] = [relabel.get(i, i) for i in options["cond_or_uncond"]]
         is_on = (True,) * len(x) if gate is None else tuple(g != 0 for g in gate.flatten().tolist())
         if not (active and any(is_on)):
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        references = _prepare(active, self.applied, executor.class_obj, store, x.device)
+        references = _prepare(active, self.applied, executor.class_obj, store, x.device, regions)
         _add_patches(options, references, store.row_index(is_on, x.device))
         with _uncompiled:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def _store(self, model_options: dict[str, Any], base_model: Any) -> RunStore:
+        """Return the store of the run, or one for this call where another node has left ``outer_sample`` out."""
+        store = model_options.get("transformer_options", {}).get(RUN)
+        return RunStore(self.applied, base_model.model_sampling) if store is None else store
 
 
 def _with_transformer_options(options: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -417,28 +545,24 @@ def _with_transformer_options(options: dict[str, Any], extra: dict[str, Any]) ->
     return merged
 
 
-def _gate_lists(conds: list[Any], *, negative_is_off: bool) -> list[Any]:
-    return [
-        None
-        if cond is None
-        else [_with_gate(c, not (negative_is_off and i == 1), keep=True) for c in cond]
-        for i, cond in enumerate(conds)
-    ]
-
-
 def _shape_to_reserve(
     uses: Sequence[AppliedUse], guidance: Guidance, model: ModelPatcher, shape: Sequence[int]
 ) -> list[int]:
-    """Enlarge the batch that ComfyUI estimates memory for: a third row per image, and the keys and values."""
-    rows = shape[0] * (1.5 if guidance.needs_unconditional else 1.0)
+    """Widen the latent that ComfyUI estimates memory for, by a third row per image and the keys and values.
+
+    ComfyUI counts two rows per image, so half of an image more makes the third row.
+    """
+    if not uses:
+        return list(shape)
     element = compute_dtype(model.model).itemsize
     kv_bytes = sum(
         2 * feature.numel() * element
         for applied_use in uses
         for feature in applied_use.use.reference.features.values()
     )
-    per_row = model.model.memory_required([1, *shape[1:]])
-    return [math.ceil(rows + kv_bytes / max(per_row, 1.0)), *shape[1:]]
+    two_rows = model.model.memory_required([2 * shape[0], *shape[1:]])
+    share = (1.5 if guidance.needs_unconditional else 1.0) + kv_bytes / max(two_rows, 1.0)
+    return [*shape[:-1], math.ceil(shape[-1] * share)]
 
 
 def _prepare(
@@ -447,6 +571,7 @@ def _prepare(
     base_model: Any,
     store: RunStore,
     device: torch.device,
+    regions: dict[int, Tensor | None],
 ) -> dict[tuple[str, int], list[LayerReference]]:
     """Keys and values by ComfyUI's block id, computed on first use in a run."""
     loaded = base_model.current_patcher.get_additional_models_with_key(KEY)
@@ -461,7 +586,11 @@ def _prepare(
                 store.prepared[key] = prepare_layer(
                     use, layer, fused[layer], device=device, dtype=dtype
                 )
-            references.setdefault(block_id(layer), []).append(store.prepared[key])
+            reference = store.prepared[key]
+            region = regions[index]
+            if region is not None:
+                reference = replace(reference, region=region[:, 0])  # -> (rows, height, width)
+            references.setdefault(block_id(layer), []).append(reference)
     return references
 
 
@@ -519,7 +648,6 @@ def _add_patches(
             heads=extra["n_heads"],
             size=(height, width),
             rows=rows,
-            num_images=len(x) // max(len(extra.get("cond_or_uncond", ())), 1),
             attention=attention,
         )
 

@@ -13,6 +13,18 @@ from ..dreamcache_core import InputError, ReferenceCache, UnsupportedModelError,
 from ..dreamcache_core.capture import cache_from_features
 from .comfy_bridge import model_layout, remove_references
 
+NOT_PLAIN = {
+    "area",
+    "mask",
+    "start_percent",
+    "end_percent",
+    "control",
+    "hooks",
+    "gligen",
+    "model_conds",
+}
+"""Entries of a conditioning that make it act on a part of the picture or the run only."""
+
 
 def encode_reference(
     model: ModelPatcher,
@@ -41,9 +53,11 @@ def encode_reference(
         The cache, on the CPU.
 
     Raises:
-        InputError: VAE and model do not belong together.
+        InputError: VAE and model do not belong together, the conditioning is more than one plain text, or the features
+            are not finite.
         UnsupportedModelError: The model is no U-Net of Stable Diffusion's kind.
     """
+    _check_conditioning(conditioning)
     layout = model_layout(model)
     clean = _clean_clone(model)
     sampling = clean.get_model_object("model_sampling")
@@ -77,12 +91,24 @@ def encode_reference(
     )
 
 
+def _check_conditioning(conditioning: list[Any]) -> None:
+    special = set(conditioning[0][1]) & NOT_PLAIN if conditioning else set()
+    if len(conditioning) != 1 or special:
+        raise InputError(
+            f"Encode Reference takes one plain text as conditioning; given {len(conditioning)} texts"
+            f"{', with ' + ', '.join(sorted(special)) if special else ''}. Connect the output of a CLIP Text Encode, or "
+            "leave conditioning unconnected."
+        )
+
+
 def _clean_clone(model: ModelPatcher) -> ModelPatcher:
     """Clone a MODEL without anything that changes a forward pass, except its weights."""
     clone = model.clone()
     remove_references(clone)
     clone.model_options = {"transformer_options": {}}
     clone.wrappers, clone.callbacks = {}, {}
+    if not clone.is_injected:
+        clone.injections = {}
     # another sampling (LCM, say) has other sigmas; a compiled U-Net ignores hooks
     for name in list(clone.object_patches):
         if name == "model_sampling" or name.startswith("diffusion_model"):

@@ -84,8 +84,8 @@ def reference_path(choice: str) -> str:
     for root_label, folder in _reference_roots():
         if f"{root_label}]" != label:
             continue
-        path = os.path.realpath(os.path.join(folder, name))
-        inside = os.path.commonpath([path, os.path.realpath(folder)]) == os.path.realpath(folder)
+        path = os.path.abspath(os.path.join(folder, name))
+        inside = os.path.commonpath([path, os.path.abspath(folder)]) == os.path.abspath(folder)
         if inside and os.path.isfile(path):
             return path
     searched = ", ".join(folder for _, folder in _reference_roots())

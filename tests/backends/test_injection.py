@@ -152,12 +152,18 @@ def test_mask_of_ones_equals_no_mask(unet, use, size):
 @pytest.mark.parametrize("size", [(8, 24), (24, 8), (9, 13), (16, 16)])
 def test_any_size_and_batch_runs_and_rows_are_independent(unet, use, batch, size):
     height, width = size
-    region = changed(use, mask=torch.ones(3, 5))
+    left = torch.zeros(3, 5)
+    left[:, :2] = 1
+    region = changed(use, mask=left)
     out = injected(unet, region, batch=batch, height=height, width=width)
     assert out.shape == (batch, 4, height, width)
     assert bool(out.isfinite().all())
-    alone = injected(unet, region, batch=batch, height=height, width=width, rows=[True] * batch)
-    torch.testing.assert_close(out, alone, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(out, injected(unet, use, batch=batch, height=height, width=width))
+    on = [row == batch - 1 for row in range(batch)]
+    last = injected(unet, region, batch=batch, height=height, width=width, rows=on)
+    without = plain(unet, batch=batch, height=height, width=width)
+    assert torch.equal(last[:-1], without[:-1])
+    torch.testing.assert_close(last[-1], out[-1], rtol=1e-5, atol=1e-5)
 
 
 def test_reference_of_another_latent_size_fits(unet, use):
@@ -254,7 +260,7 @@ def test_region_is_row_major_and_shrinks_by_area(states):
 def test_masks_of_several_images_serve_the_rows_of_their_image(states, rows):
     masks = torch.stack([torch.ones(SIZE), torch.zeros(SIZE)])
     index = None if rows is None else torch.tensor(rows)
-    out = blend(states, tiny_use(mask=masks), rows=index, num_images=2)
+    out = blend(states, tiny_use(mask=masks), rows=index)
     full = adapted(states, tiny_use())
     for row in range(4):  # rows 0 and 2 are of image 0, rows 1 and 3 of image 1
         if row % 2 or (rows is not None and row not in rows):
@@ -265,7 +271,7 @@ def test_masks_of_several_images_serve_the_rows_of_their_image(states, rows):
 
 def test_one_image_in_three_rows_uses_its_only_mask_in_each(states):
     mask = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
-    out = blend(states, tiny_use(mask=mask), num_images=1)
+    out = blend(states, tiny_use(mask=mask))
     assert torch.equal(out[:, 1:], states[1][:, 1:])
     assert bool((out[:, 0] != states[1][:, 0]).any(dim=-1).all())
 

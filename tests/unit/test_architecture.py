@@ -124,6 +124,30 @@ def test_hot_modules_read_nothing_back_and_name_no_device(path: Path) -> None:
             assert not re.fullmatch(r"cuda(:\d+)?", node.value), f"{name_of(path)}:{node.lineno}"
 
 
+READS_BACK = {"item", "tolist", "cpu", "numpy", "nonzero", "isfinite", "aminmax", "any", "all"}
+IN_EVERY_BLOCK = {
+    "dreamcache_core/adapter.py": {"attend", "merge_attention", "forward", "torch_attention"},
+    "dreamcache_core/injection.py": {"blend_references", "_rows_of", "_region_weights"},
+    "nodes/comfy_bridge.py": {"_add_patches"},
+}
+
+
+@pytest.mark.parametrize("file", IN_EVERY_BLOCK)
+def test_what_runs_in_every_block_never_waits_for_the_device(file: str) -> None:
+    functions = [
+        node
+        for node in nodes_of(ROOT / file)
+        if isinstance(node, ast.FunctionDef) and node.name in IN_EVERY_BLOCK[file]
+    ]
+    assert {function.name for function in functions} == IN_EVERY_BLOCK[file]
+    for function in functions:
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in READS_BACK, f"{file}:{node.lineno} .{node.attr}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"float", "int", "bool"}, f"{file}:{node.lineno}"
+
+
 @each(PUBLISHED)
 def test_published_modules_parse_as_python_3_10(path: Path) -> None:
     ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=(3, 10))

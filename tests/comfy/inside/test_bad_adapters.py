@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import comfy_extras.nodes_model_advanced as advanced
 import folder_paths
 import pytest
 import torch
@@ -145,14 +146,9 @@ def test_a_video_unet_is_refused():
 
 
 def test_a_v_prediction_model_under_epsilon_adapters_is_a_warning(models, caplog):
-    model = models["sd21"].clone()
-    epsilon = model.model.model_type
-    model.model.model_type = type(epsilon).V_PREDICTION
-    try:
-        with caplog.at_level(logging.WARNING):
-            apply(model, make_adapters(models["sd21"]), encode(models["sd21"]))
-    finally:
-        model.model.model_type = epsilon
+    model = advanced.ModelSamplingDiscrete().patch(models["sd21"], "v_prediction", False)[0]
+    with caplog.at_level(logging.WARNING):
+        apply(model, make_adapters(models["sd21"]), encode(models["sd21"]))
     assert "v2-1_512" in caplog.text
     caplog.clear()
     apply(models["sd21"])

@@ -126,11 +126,30 @@ class ThreeTerms(comfy.samplers.CFGGuider):
         e_ct = predict([positive], options)[0]
         base = e_u + IMAGE_SCALE * (e_c - e_u)
         text = base + e_ct - e_c
-        if options.keys() & {"sampler_cfg_function", "sampler_post_cfg_function"}:
-            return comfy.samplers.cfg_function(
-                self.inner_model, text, base, self.cfg, x, timestep, options, positive, negative
+        post = options.get("sampler_post_cfg_function", [])
+        rest = {k: v for k, v in options.items() if k != "sampler_post_cfg_function"}
+        args = (self.inner_model, text, base, self.cfg, x, timestep, rest, positive, negative)
+        denoised = base + self.cfg * (e_ct - e_c)
+        if "sampler_cfg_function" in options:
+            denoised = comfy.samplers.cfg_function(*args)
+        for (
+            function
+        ) in post:  # what these add is the difference of two predictions with the reference
+            denoised = function(
+                {
+                    "denoised": denoised,
+                    "cond": positive,
+                    "uncond": negative,
+                    "cond_scale": self.cfg,
+                    "model": self.inner_model,
+                    "cond_denoised": e_ct,
+                    "uncond_denoised": base,
+                    "sigma": timestep,
+                    "model_options": options,
+                    "input": x,
+                }
             )
-        return base + self.cfg * (e_ct - e_c)
+        return denoised
 
 
 def without_dreamcache(options):

@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from tiny import BRIDGE, CallCounter, apply, encode, make_adapters, make_model, run, sample
+from tiny import (
+    BRIDGE,
+    CallCounter,
+    apply,
+    encode,
+    make_adapters,
+    make_model,
+    make_text,
+    run,
+    sample,
+)
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd21", "sdxl"])
@@ -89,11 +99,11 @@ def test_ranges_that_meet_never_overlap(setup):
     sampling = model.get_model_object("model_sampling")
     first = apply(model, adapters, reference, end_percent=0.5)
     both = apply(first, adapters, reference, start_percent=0.5)
-    a, b = BRIDGE.applied_to(both).uses
-    assert a.end_sigma == b.start_sigma == float(torch.tensor(sampling.percent_to_sigma(0.5)))
-    for sigma in (a.end_sigma, a.end_sigma * 1.01, a.end_sigma * 0.99):
-        active = BRIDGE.applied_to(both).active_at(torch.tensor([sigma]))
-        assert active == ((0,) if sigma > a.end_sigma else (1,))
+    store = BRIDGE.RunStore(BRIDGE.applied_to(both), sampling)
+    border = float(torch.tensor(sampling.percent_to_sigma(0.5)))
+    for sigma in (border, border * 1.01, border * 0.99):
+        active = store.active_at(torch.tensor([sigma]))
+        assert active == ((0,) if sigma > border else (1,))
 
 
 def test_the_model_before_apply_stays_plain(setup):
@@ -175,20 +185,25 @@ def test_rows_that_are_off_equal_the_plain_unet_bit_for_bit(setup):
             assert torch.equal(ours[row], plain[row]) is not bool(is_on), (gate, row)
 
 
-def test_gated_conditionings_on_a_plain_model_are_plain(setup):
-    model, _, _, plain = setup
-    from tiny import make_text
+def test_one_marked_text_leaves_a_model_with_scale_zero_plain_and_in_one_call(setup):
+    model, adapters, reference, plain = setup
+    marked = run("DreamCacheConditioning", conditioning=make_text(model, 1), use_reference=False)[0]
+    with CallCounter(model) as counter:
+        ours = sample(apply(model, adapters, reference, scale=0.0), batch=2, positive=marked)
+    assert counter.rows == [4, 4, 4]
+    assert torch.equal(ours, plain)
 
-    gate = {"use_reference": False}
-    positive = run("DreamCacheConditioning", conditioning=make_text(model, 1), **gate)[0]
-    negative = run("DreamCacheConditioning", conditioning=make_text(model, 2), **gate)[0]
-    assert torch.equal(sample(model, batch=2, positive=positive, negative=negative), plain)
+
+def test_a_text_marked_as_seeing_the_reference_is_like_one_without_a_mark(setup):
+    model, _, _, plain = setup
+    marked = run("DreamCacheConditioning", conditioning=make_text(model, 1), use_reference=True)[0]
+    with CallCounter(model) as counter:
+        assert torch.equal(sample(model, batch=2, positive=marked), plain)
+    assert counter.rows == [4, 4, 4]
 
 
 def test_every_text_switched_off_is_close_to_plain(setup):
     model, adapters, reference, plain = setup
-    from tiny import make_text
-
     gate = {"use_reference": False}
     positive = run("DreamCacheConditioning", conditioning=make_text(model, 1), **gate)[0]
     negative = run("DreamCacheConditioning", conditioning=make_text(model, 2), **gate)[0]
