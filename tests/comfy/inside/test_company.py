@@ -132,9 +132,8 @@ class ThreeTerms(comfy.samplers.CFGGuider):
         denoised = base + self.cfg * (e_ct - e_c)
         if "sampler_cfg_function" in options:
             denoised = comfy.samplers.cfg_function(*args)
-        for (
-            function
-        ) in post:  # what these add is the difference of two predictions with the reference
+        # PAG adds a difference of predictions with the reference; euler_cfg_pp needs the folded negative
+        for function in post:
             denoised = function(
                 {
                     "denoised": denoised,
