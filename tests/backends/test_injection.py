@@ -757,3 +757,13 @@ def test_compiled_model_is_refused(use, way):
         unet.compile(backend="eager")
     with pytest.raises(StateError, match=r"compiled by torch\.compile"), inject(unet, use):
         pass
+
+
+def test_kept_keys_and_values_equal_fresh_ones(unet, use, key_calls):
+    with torch.no_grad(), inject(unet, use):
+        first, kept = call(unet), call(unet)
+    calls = len(key_calls)
+    fresh = injected(unet, use)
+    assert len(key_calls) > calls
+    assert torch.equal(first, kept)
+    assert torch.equal(kept, fresh)

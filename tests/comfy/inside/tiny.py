@@ -52,7 +52,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
             "channel_mult": [1, 2, 4],
             "transformer_depth": [0, 0, 2, 2, 3, 3],
             "transformer_depth_middle": 3,
-            "transformer_depth_output": [3, 3, 3, 2, 2, 2, 0, 0, 0],
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
             "use_linear_in_transformer": True,
             "context_dim": 2048,
             "adm_in_channels": 2816,
