@@ -158,14 +158,15 @@ class ReferenceCache:
         return replace(first, features=features, masks=masks, seed=seed)
 
     def describe(self) -> str:
-        """One line for messages and reports."""
+        """One line for messages and reports; what matters first, as nodes show little of it."""
         height, width = self.latent_size
         parts = [
             f"{self.num_references} reference{'s' if self.num_references > 1 else ''}",
-            self.layout.describe(),
-            f"timestep {self.timestep}",
-            f"latent {height} x {width} (height x width)",
             f"{self.nbytes / 2**20:.1f} MiB",
+            f"{len(self.layers)} layers",
+            f"latent {height} x {width} (height x width)",
+            f"timestep {self.timestep}",
+            self.layout.describe(),
         ]
         return ", ".join(parts)
 

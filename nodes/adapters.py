@@ -41,7 +41,9 @@ class LoadAdapters(io.ComfyNode):
     def execute(cls, adapters: str) -> io.NodeOutput:
         """Load the file."""
         loaded = load_adapters(adapter_path(adapters))
-        text = f"{loaded.num_parameters / 1e6:.1f} M parameters, {loaded.info.layout.describe()}"
+        layout = loaded.info.layout
+        count = f"{loaded.num_parameters / 1e6:.1f} M parameters, {len(loaded)} layers"
+        text = f"{count}, {layout.describe()}"
         return io.NodeOutput(loaded, ui=report(cls, text))
 
 
