@@ -22,9 +22,9 @@ from .comfy_bridge import (
     adapter_patcher,
     applied_to,
     apply_reference,
-    gate_conditioning,
     unet_of,
 )
+from .gates import gate_conditioning
 from .types import Adapters, Reference
 
 logger = logging.getLogger(__name__)

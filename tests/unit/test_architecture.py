@@ -128,7 +128,7 @@ READS_BACK = {"item", "tolist", "cpu", "numpy", "nonzero", "isfinite", "aminmax"
 IN_EVERY_BLOCK = {
     "dreamcache_core/adapter.py": {"attend", "merge_attention", "forward", "torch_attention"},
     "dreamcache_core/injection.py": {"blend_references", "_rows_of", "_region_weights"},
-    "nodes/comfy_bridge.py": {"_add_patches"},
+    "nodes/patches.py": {"add_patches"},
 }
 
 

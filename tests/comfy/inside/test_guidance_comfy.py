@@ -5,7 +5,7 @@ import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
 from tiny import (
-    BRIDGE,
+    PATCHES,
     CallCounter,
     apply,
     assert_close,
@@ -237,9 +237,9 @@ def test_the_reference_passes_through_the_unet_once_for_many_steps_and_images(se
 def test_keys_and_values_are_computed_once_per_run(setup, monkeypatch):
     model, adapters, reference = setup
     applied, layers = apply(model, adapters, reference), len(adapters.layers)
-    calls, original = [], BRIDGE.prepare_layer
+    calls, original = [], PATCHES.prepare_layer
     monkeypatch.setattr(
-        BRIDGE, "prepare_layer", lambda *a, **k: calls.append(a[1]) or original(*a, **k)
+        PATCHES, "prepare_layer", lambda *a, **k: calls.append(a[1]) or original(*a, **k)
     )
     sample(applied, steps=4)
     assert len(calls) == layers

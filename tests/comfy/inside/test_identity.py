@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import (
+    APPLIED,
     BRIDGE,
     CallCounter,
     apply,
@@ -99,7 +100,7 @@ def test_ranges_that_meet_never_overlap(setup):
     sampling = model.get_model_object("model_sampling")
     first = apply(model, adapters, reference, end_percent=0.5)
     both = apply(first, adapters, reference, start_percent=0.5)
-    store = BRIDGE.RunStore(BRIDGE.applied_to(both), sampling)
+    store = APPLIED.RunStore(BRIDGE.applied_to(both), sampling)
     border = float(torch.tensor(sampling.percent_to_sigma(0.5)))
     for sigma in (border, border * 1.01, border * 0.99):
         active = store.active_at(torch.tensor([sigma]))

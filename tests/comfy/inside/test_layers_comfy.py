@@ -6,7 +6,7 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from tiny import BRIDGE, CORE
+from tiny import CORE, PATCHES
 
 COMMON = {
     "image_size": 32,
@@ -76,6 +76,6 @@ def test_full_size_unets_have_the_layers_of_the_method(
     with torch.device("meta"):
         adapters = CORE.AdapterSet(CORE.AdapterInfo(layout))
     assert adapters.num_parameters == parameters
-    assert [BRIDGE.block_id(layer)[1] for layer in layers] == [
+    assert [PATCHES.block_id(layer)[1] for layer in layers] == [
         0 if layer == "middle_block.1" else int(layer.split(".")[1]) for layer in layers
     ]

@@ -11,6 +11,8 @@ import torch
 from tiny import (
     BRIDGE,
     CORE,
+    GATES,
+    PATCHES,
     CallCounter,
     apply,
     assert_close,
@@ -65,13 +67,13 @@ def test_two_nested_differences_add_nothing_either(parts):
 
 
 def seen_regions(monkeypatch):
-    seen, original = [], BRIDGE.blend_references
+    seen, original = [], PATCHES.blend_references
 
     def spy(x, n, references, **options):
         seen.extend((ref.region, options["rows"]) for ref in references)
         return original(x, n, references, **options)
 
-    monkeypatch.setattr(BRIDGE, "blend_references", spy)
+    monkeypatch.setattr(PATCHES, "blend_references", spy)
     return seen
 
 
@@ -207,7 +209,7 @@ def test_encode_takes_one_plain_text_only(parts, change):
         "two texts": text + text,
         "area": [[text[0][0], {"area": (8, 8, 0, 0)}]],
         "range": [[text[0][0], {"start_percent": 0.0, "end_percent": 0.5}]],
-        "marked": BRIDGE.gate_conditioning(text, False),
+        "marked": GATES.gate_conditioning(text, False),
     }[change]
     from tiny import FlatVAE, run
 

@@ -9,7 +9,18 @@ import comfy.model_patcher
 import comfy.samplers
 import pytest
 import torch
-from tiny import BRIDGE, CORE, apply, encode, make_adapters, make_model, run, sample
+from tiny import (
+    APPLIED,
+    BRIDGE,
+    CORE,
+    PATCHES,
+    apply,
+    encode,
+    make_adapters,
+    make_model,
+    run,
+    sample,
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +126,14 @@ def test_memory_estimate_grows_with_the_number_of_references(parts, requested):
 @pytest.fixture
 def keys(monkeypatch):
     """Weak references to all keys and values that runs compute."""
-    original, seen = BRIDGE.prepare_layer, []
+    original, seen = PATCHES.prepare_layer, []
 
     def prepare(*args, **kwargs):
         layer = original(*args, **kwargs)
         seen.extend(weakref.ref(item) for item in (layer, layer.key, layer.value))
         return layer
 
-    monkeypatch.setattr(BRIDGE, "prepare_layer", prepare)
+    monkeypatch.setattr(PATCHES, "prepare_layer", prepare)
     return seen
 
 
@@ -214,7 +225,7 @@ def test_model_options_hold_nothing_that_a_copy_would_double(parts, monkeypatch)
     original = comfy.samplers.CFGGuider.predict_noise
 
     def predict_noise(self, x, timestep, model_options, seed=None):
-        stores = [item for item in walk(model_options) if isinstance(item, BRIDGE.RunStore)]
+        stores = [item for item in walk(model_options) if isinstance(item, APPLIED.RunStore)]
         seen.append((len(list(tensors_and_modules(model_options))), len(stores)))
         assert all(copy.deepcopy(store) is store for store in stores)
         return original(self, x, timestep, model_options, seed)
@@ -231,7 +242,7 @@ def tensors_and_modules(options):
         torch.nn.Module,
         comfy.model_patcher.ModelPatcher,
         CORE.ReferenceCache,
-        BRIDGE.AppliedUse,
+        APPLIED.AppliedUse,
     )
     return (item for item in walk(options) if isinstance(item, kinds))
 
@@ -253,4 +264,4 @@ def test_clones_share_the_adapters_and_the_reference(parts):
 
 
 def count_fused():
-    return sum(type(item) is BRIDGE.FusedAdapterSet for item in gc.get_objects())
+    return sum(type(item) is CORE.FusedAdapterSet for item in gc.get_objects())

@@ -13,8 +13,9 @@ import nodes as comfy_nodes
 
 CPU = torch.device("cpu")
 CORE = next(module for name, module in sys.modules.items() if name.endswith(".dreamcache_core"))
-BRIDGE = next(
-    module for name, module in sys.modules.items() if name.endswith(".nodes.comfy_bridge")
+APPLIED, BRIDGE, GATES, PATCHES = (
+    next(module for name, module in sys.modules.items() if name.endswith(f".nodes.{file}"))
+    for file in ("applied", "comfy_bridge", "gates", "patches")
 )
 
 SD = {
