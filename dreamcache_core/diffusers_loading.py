@@ -143,3 +143,35 @@ def _variant(folder: Path) -> str | None:
     names = {file.name for file in (folder / "unet").glob("diffusion_pytorch_model*")}
     is_plain = any(name.split(".")[1] in ("safetensors", "bin") for name in names)
     return "fp16" if not is_plain and any(".fp16" in name for name in names) else None
+
+
+def is_sdxl(pipeline: Any) -> bool:
+    """Tell SDXL from SD by duck typing; refuse everything else.
+
+    Args:
+        pipeline: A loaded diffusers pipeline.
+
+    Returns:
+        Whether it has SDXL's two text encoders.
+
+    Raises:
+        UnsupportedModelError: It is no plain text-to-image pipeline of Stable Diffusion 1.x, 2.x or SDXL.
+    """
+    parts = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", "encode_prompt")
+    missing = [part for part in parts if getattr(pipeline, part, None) is None]
+    name = type(pipeline).__name__
+    if missing:
+        raise UnsupportedModelError(
+            f"Expected a StableDiffusionPipeline or StableDiffusionXLPipeline; {name} lacks {', '.join(missing)}."
+        )
+    is_xl = getattr(pipeline, "tokenizer_2", None) is not None
+    config = pipeline.unet.config
+    has_added = getattr(config, "addition_embed_type", None) is not None
+    is_distilled = getattr(config, "time_cond_proj_dim", None) is not None
+    is_plain = config.in_channels == pipeline.vae.config.latent_channels
+    if has_added != is_xl or is_distilled or not is_plain:
+        raise UnsupportedModelError(
+            f"Expected a plain text-to-image Stable Diffusion 1.x, 2.x or SDXL pipeline; the U-Net of this {name} takes "
+            "other inputs (inpainting, instruction or guidance-distilled models do)."
+        )
+    return is_xl

@@ -5,8 +5,7 @@ import dataclasses
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -17,10 +16,11 @@ from .adapter import AdapterModules, AdapterSet
 from .backends import layout_of
 from .cache import ReferenceCache
 from .capture import capture_reference, subject_tokens
-from .diffusers_loading import require_diffusers
+from .diffusers_loading import is_sdxl, require_diffusers
 from .errors import InputError, UnsupportedModelError
 from .guidance import Guidance, GuidanceMode, Prediction, combine_guidance, needed_predictions
 from .injection import ReferenceUse, inject
+from .latents import LatentCodec
 from .reference_image import check_image, check_mask_aspect
 
 logger = logging.getLogger(__name__)
@@ -78,9 +78,10 @@ class DreamCachePipeline:
 
     def __init__(self, pipeline: Any) -> None:
         require_diffusers()
-        self.is_sdxl = _is_sdxl(pipeline)
+        self.is_sdxl = is_sdxl(pipeline)
         self.layout = layout_of(pipeline.unet)
         self.pipeline = pipeline
+        self._codec = LatentCodec(pipeline)
         self._fused: WeakKeyDictionary[AdapterModules, tuple[Any, AdapterModules]] = (
             WeakKeyDictionary()
         )
@@ -142,7 +143,7 @@ class DreamCachePipeline:
         noise = torch.randn(self._latent_shape(image), generator=_cpu_generator(seed))
         # METHOD.md section 3, point 3: x_1 = sqrt(abar_1) * z + sqrt(1 - abar_1) * noise
         noised = [
-            alpha.sqrt() * self._encode_latent(image[i : i + 1]).float().cpu()
+            alpha.sqrt() * self._codec.encode(image[i : i + 1]).float().cpu()
             + (1 - alpha).sqrt() * noise
             for i in range(len(image))
         ]
@@ -406,73 +407,20 @@ class DreamCachePipeline:
         channels = self.pipeline.vae.config.latent_channels
         return 1, channels, image.shape[1] // factor, image.shape[2] // factor
 
-    def _encode_latent(self, image: Tensor) -> Tensor:
-        """Encode one picture (1, height, width, 3) in [0, 1] -> scaled latent."""
-        with self._precise_vae() as vae:
-            pixels = image.permute(0, 3, 1, 2).clamp(0, 1) * 2 - 1  # -> (1, 3, height, width)
-            latent = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
-            shift, factor = self._latent_scale(latent)
-            return (latent - shift) * factor
-
     def _finish(self, latents: Tensor, output_type: OutputType) -> Any:
         if not bool(latents.isfinite().all()):
             raise InputError(_NOT_FINITE.format("The latents", "Load the model in float32."))
         if output_type == "latent":
             return latents
-        with self._precise_vae() as vae:
-            shift, factor = self._latent_scale(latents)
-            decoded = vae.decode((latents / factor + shift).to(vae.dtype), return_dict=False)[0]
+        decoded = self._codec.decode(latents)
         if not bool(decoded.isfinite().all()):
             raise InputError(_NOT_FINITE.format("The decoded images", "Load the VAE in float32."))
         return self.pipeline.image_processor.postprocess(decoded, output_type=output_type)
-
-    def _latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Shift and factor with which scaled = (latent - shift) * factor."""
-        config = self.pipeline.vae.config
-        mean, std = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
-        if not self.is_sdxl or mean is None or std is None:
-            return 0.0, config.scaling_factor
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(like) for v in (mean, std))
-        return mean, config.scaling_factor / std
-
-    @contextmanager
-    def _precise_vae(self) -> Iterator[Any]:
-        """Yield the VAE; SDXL's overflows in float16 and is lifted to float32 meanwhile, as in diffusers."""
-        vae = self.pipeline.vae
-        if not (self.is_sdxl and vae.dtype == torch.float16 and vae.config.force_upcast):
-            yield vae
-            return
-        try:
-            yield vae.to(torch.float32)
-        finally:
-            vae.to(torch.float16)
 
 
 _NOT_FINITE = (
     "{} hold NaN or infinity, so there is no picture to show: an overflow in half precision. {}"
 )
-
-
-def _is_sdxl(pipeline: Any) -> bool:
-    """Tell SDXL from SD by duck typing; refuse everything else."""
-    parts = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", "encode_prompt")
-    missing = [part for part in parts if getattr(pipeline, part, None) is None]
-    name = type(pipeline).__name__
-    if missing:
-        raise UnsupportedModelError(
-            f"Expected a StableDiffusionPipeline or StableDiffusionXLPipeline; {name} lacks {', '.join(missing)}."
-        )
-    is_sdxl = getattr(pipeline, "tokenizer_2", None) is not None
-    config = pipeline.unet.config
-    has_added = getattr(config, "addition_embed_type", None) is not None
-    is_distilled = getattr(config, "time_cond_proj_dim", None) is not None
-    is_plain = config.in_channels == pipeline.vae.config.latent_channels
-    if has_added != is_sdxl or is_distilled or not is_plain:
-        raise UnsupportedModelError(
-            f"Expected a plain text-to-image Stable Diffusion 1.x, 2.x or SDXL pipeline; the U-Net of this {name} takes "
-            "other inputs (inpainting, instruction or guidance-distilled models do)."
-        )
-    return is_sdxl
 
 
 def _fuse(adapters: AdapterModules, device: torch.device, dtype: torch.dtype) -> AdapterModules:
