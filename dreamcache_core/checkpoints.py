@@ -153,7 +153,9 @@ def adapters_from_released(
         )
     if family is None:
         logger.info(
-            "%s carries no model family: it counts as sd21 (Stable Diffusion 2.1-base).", source
+            "%s carries no model family: it counts as sd21 (Stable Diffusion 2.1-base). If it is for another: dreamcache "
+            "convert --family sd15, say.",
+            source,
         )
     return _build(source, own, unknown, _context_width("sd21" if family is None else family), {})
 
@@ -315,7 +317,7 @@ def _context_width(family: str) -> int:
     for width, name in FAMILY_OF_CONTEXT_WIDTH.items():
         if name == family:
             return width
-    if match := re.fullmatch(r"custom-(\d+)", family):
+    if match := re.fullmatch(r"custom-([1-9]\d*)", family):
         return int(match[1])
     raise InputError(
         f"Unknown family {family!r}. Give sd15, sd21, sdxl or custom-<context width>, custom-512 say."

@@ -105,6 +105,10 @@ def _quiet_loading() -> Iterator[None]:
 
 def _config_folder(path: Path, config: str | os.PathLike[str] | None) -> Path:
     if path.is_dir():
+        if config is not None:
+            raise InputError(
+                f"--config goes with a single-file checkpoint; {path} is a folder with its own configuration. Leave it out."
+            )
         return path
     if not path.exists():
         raise FileFormatError(

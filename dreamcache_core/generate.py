@@ -26,11 +26,14 @@ from .guidance import Guidance, GuidanceMode
 from .image_files import contact_sheet, read_image, read_mask, save_png
 from .injection import ReferenceUse
 from .pipeline import DreamCachePipeline
-from .reference_image import check_mask_aspect, prepare_reference_image
+from .reference_image import check_mask_aspect, check_placement, prepare_reference_image
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+MAX_STEPS = 1000
+"""Training timesteps of Stable Diffusion; a sampler cannot take more steps."""
+
 METADATA_KEY = "dreamcache"
 """Key of the PNG text chunk that holds all parameters as JSON."""
 
@@ -73,10 +76,11 @@ class GenerateOptions(Config):
             raise InputError(
                 f"--cfg and --scale must be finite; given {self.cfg} and {self.scale}."
             )
-        if self.steps < 1 or self.count < 1:
+        if not 1 <= self.steps <= MAX_STEPS or self.count < 1:
             raise InputError(
-                f"--steps and --count must be at least 1; given {self.steps} and {self.count}."
+                f"--steps must be in 1 ... {MAX_STEPS} and --count at least 1; given {self.steps} and {self.count}."
             )
+        check_placement(512 if self.size is None else self.size, self.fill)
         if not 0 <= self.seed <= 2**64 - self.count:
             raise InputError(
                 f"--seed must be in 0 ... 2^64 - 1, also for the last image; given {self.seed}."
@@ -123,6 +127,7 @@ def generate(options: GenerateOptions) -> None:
         prepared, timestep=adapters.info.timestep, layers=adapters.layers
     )
     use = ReferenceUse(reference, adapters, options.scale)
+    _make_folder(out)
     run = _Run(out, options.parameters(size, _versions()), list(prepared.split(1)))
     with tqdm(total=options.count * options.steps, unit="step", desc="sampling") as bar:
         for seed in range(options.seed, options.seed + options.count):
@@ -140,6 +145,15 @@ def _check_out(out: Path) -> Path:
             "folder of your own."
         )
     return out
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write to {out}: {error.strerror}. Give --out a folder of your own."
+        ) from error
 
 
 def _read_references(options: GenerateOptions) -> list[tuple[Tensor, Tensor | None]]:
@@ -243,7 +257,7 @@ def _versions() -> dict[str, str]:
 class _Run:
     """The files of one run: ``0001_reference.png``, ``0001_seed_7.png``, ..., ``0001_sheet.png``.
 
-    The number is the first free one of the folder, so nothing is overwritten. The folder appears with the first image.
+    The number is the first free one of the folder, so nothing is overwritten.
     """
 
     def __init__(
@@ -255,7 +269,6 @@ class _Run:
 
     def add_image(self, image: Tensor, seed: int) -> None:
         if not self.images:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for index, picture in enumerate(self.references, start=1):
                 suffix = "" if len(self.references) == 1 else f"_{index}"
                 self.write(f"reference{suffix}", picture, {})

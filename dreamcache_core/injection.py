@@ -59,6 +59,13 @@ class ReferenceUse:
             raise InputError(f"scale must be a finite number; given {self.scale!r}.")
         if self.mask is not None:
             check_mask(self.mask)
+        if not isinstance(self.reference, ReferenceCache) or not isinstance(
+            self.adapters, AdapterModules
+        ):
+            raise InputError(
+                f"Expected ReferenceUse(reference, adapters); given a {type(self.reference).__name__} and a "
+                f"{type(self.adapters).__name__}."
+            )
         info = self.adapters.info
         require_same_layout(self.reference.layout, "The reference", info.layout, "the adapters")
         if self.reference.timestep != info.timestep:

@@ -211,8 +211,9 @@ class DreamCachePipeline:
             MismatchError: A reference or its adapters were made for another model.
         """
         rule = Guidance(image_scale=image_scale, mode=guidance)
-        _check_settings(text_scale, num_inference_steps, num_images_per_prompt, output_type)
-        ready = [self._ready(u) for u in ([uses] if isinstance(uses, ReferenceUse) else uses)]
+        _check_settings(text_scale, num_images_per_prompt, output_type)
+        self._check_steps(num_inference_steps)
+        ready = [self._ready(use) for use in _list_of_uses(uses)]
         is_active = any(use.is_active for use in ready)
         # without an active reference, joint guidance is ordinary classifier-free guidance
         wanted = needed_predictions(rule if is_active else Guidance(mode="joint"), text_scale)
@@ -275,6 +276,8 @@ class DreamCachePipeline:
         wanted: tuple[Prediction, ...],
         num_images_per_prompt: int,
     ) -> _Batch:
+        if not isinstance(prompt, (str, Sequence)):
+            raise InputError(f"Expected a prompt or a list of them; given {type(prompt).__name__}.")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         is_one = isinstance(negative_prompt, str)
         negatives = [negative_prompt] * len(prompts) if is_one else list(negative_prompt)
@@ -373,6 +376,11 @@ class DreamCachePipeline:
                 adapters.info.prediction,
             )
 
+    def _check_steps(self, steps: int) -> None:
+        most = self.pipeline.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= most:
+            raise InputError(f"num_inference_steps must be in 1 ... {most}; given {steps}.")
+
     def _check_reference(self, image: Tensor, mask: Tensor | None) -> None:
         check_image(image)
         height, width, channels = image.shape[1:]
@@ -418,9 +426,7 @@ class DreamCachePipeline:
         return self.pipeline.image_processor.postprocess(decoded, output_type=output_type)
 
 
-_NOT_FINITE = (
-    "{} hold NaN or infinity, so there is no picture to show: an overflow in half precision. {}"
-)
+_NOT_FINITE = "{} hold NaN or infinity, so there is no picture to show: an overflow, by extreme scales or in half precision. {}"
 
 
 def _fuse(adapters: AdapterModules, device: torch.device, dtype: torch.dtype) -> AdapterModules:
@@ -455,13 +461,21 @@ def _cpu_generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def _check_settings(text_scale: float, steps: int, num_images: int, output_type: str) -> None:
+def _list_of_uses(uses: Any) -> list[ReferenceUse]:
+    listed = [uses] if isinstance(uses, ReferenceUse) else uses
+    if not isinstance(listed, Sequence) or not all(isinstance(u, ReferenceUse) for u in listed):
+        raise InputError(
+            f"Expected uses to be a ReferenceUse or a list of them; given {type(uses).__name__}. Build one with "
+            "ReferenceUse(reference, adapters)."
+        )
+    return list(listed)
+
+
+def _check_settings(text_scale: float, num_images: int, output_type: str) -> None:
     if not math.isfinite(text_scale):
         raise InputError(f"text_scale must be a finite number; given {text_scale}.")
-    if steps < 1 or num_images < 1:
-        raise InputError(
-            f"Expected at least one step and one image; given {steps} steps and {num_images} images."
-        )
+    if num_images < 1:
+        raise InputError(f"Expected at least one image; given {num_images}.")
     if output_type not in ("pil", "pt", "latent"):
         raise InputError(f"output_type must be 'pil', 'pt' or 'latent'; given {output_type!r}.")
 

@@ -61,7 +61,7 @@ def prepare_reference_image(
         InputError: An argument is out of range or misshapen, the picture is smaller than 8 pixels,
             the mask is empty or has another aspect or batch than the picture.
     """
-    long_side = _check_placement(size, fill, background)
+    long_side = check_placement(size, fill, background)
     check_image(image)
     opacity = _subject_opacity(image, mask)
     shade = BACKGROUNDS[background]
@@ -143,8 +143,20 @@ def check_mask_aspect(mask: Tensor, height: int, width: int) -> None:
     )
 
 
-def _check_placement(size: int, fill: float, background: str) -> int:
-    """Check the settings; return the length in pixels of the subject's longer side."""
+def check_placement(size: int, fill: float, background: str = "white") -> int:
+    """Check the settings of ``prepare_reference_image``.
+
+    Args:
+        size: Side of the square, pixels.
+        fill: Share of it that the subject's longer side takes.
+        background: Name of the colour around it.
+
+    Returns:
+        Length of the subject's longer side, pixels.
+
+    Raises:
+        InputError: A setting is out of range.
+    """
     if not isinstance(size, int) or size % 8 or not 64 <= size <= 2048:
         raise InputError(
             f"Expected size to be a multiple of 8 in 64 ... 2048 pixels, got {size!r}. "

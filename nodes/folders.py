@@ -107,6 +107,11 @@ def new_reference_path(prefix: str) -> str:
     Raises:
         InputError: The prefix leads out of the output folder.
     """
+    name = os.path.basename(prefix).strip()
+    if name in ("", ".", "..") or "\0" in prefix:
+        raise InputError(
+            f"A reference needs a file name; the prefix {prefix!r} has none. Give a name such as dreamcache/my_dog."
+        )
     output = os.path.realpath(folder_paths.get_output_directory())
     target = os.path.realpath(os.path.join(output, os.path.dirname(os.path.normpath(prefix))))
     if os.path.isabs(prefix) or os.path.commonpath([output, target]) != output:

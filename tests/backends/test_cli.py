@@ -231,6 +231,10 @@ BAD = {
     ),
     "out is a file": ({"out": "{t}/page.pt"}, "a file"),
     "out is below a file": ({"out": "{t}/page.pt/deep/out"}, "a file"),
+    "a picture as adapters": ({"adapters": "{t}/tiny.png"}, "a picture or a document"),
+    "--config with a folder": ({"config": "{f}/sd"}, "--config goes with a single-file"),
+    "size 0": ({"size": 0}, "multiple of 8"),
+    "too many steps": ({"steps": 2000}, "1 ... 1000"),
     "odd size": ({"size": 65}, "multiple of 8"),
     "no steps": ({"steps": 0}, "--steps"),
     "no finite cfg": ({"cfg": "nan"}, "--cfg"),
@@ -291,7 +295,7 @@ def test_a_file_without_read_permission_or_a_failing_disk_is_one_line(
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert main(arguments(files, tmp_path / "out")) == 2
-    assert "error: [Errno 13] Permission denied" in capsys.readouterr().err
+    assert "Permission denied. Give --out a folder" in capsys.readouterr().err
 
 
 def test_interruption_is_no_traceback(files, tmp_path, capsys, monkeypatch):

@@ -767,3 +767,10 @@ def test_kept_keys_and_values_equal_fresh_ones(unet, use, key_calls):
     assert len(key_calls) > calls
     assert torch.equal(first, kept)
     assert torch.equal(kept, fresh)
+
+
+def test_a_use_with_its_parts_swapped_says_their_order(use):
+    with pytest.raises(
+        InputError, match=r"ReferenceUse\(reference, adapters\); given a AdapterSet"
+    ):
+        ReferenceUse(use.adapters, use.reference)

@@ -442,7 +442,7 @@ def test_a_v_prediction_model_under_epsilon_adapters_is_warned_of_once(tmp_path,
         ({"height": 63}, "multiples of 8"),
         ({"latents": noise(2)}, "latents of"),
         ({"generator": [torch.Generator()] * 2}, "generator"),
-        ({"num_inference_steps": 0}, "at least one step"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be in 1"),
         ({"output_type": "np"}, "output_type"),
         ({"guidance": "both"}, "guidance"),
         ({"text_scale": float("nan")}, "text_scale"),
@@ -498,3 +498,17 @@ def test_half_precision_folders_are_loaded(tmp_path):
     loaded = load_diffusers_pipeline(tmp_path / "half", dtype=torch.float16)
     assert loaded.unet.dtype == torch.float16
     assert loaded.safety_checker is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"uses": None}, "Expected uses to be a ReferenceUse"),
+        ({"prompt": None}, "Expected a prompt"),
+        ({"num_inference_steps": 1001}, r"1 \.\.\. 1000"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(pipe, changes, message):
+    arguments = {"prompt": "a dog", "uses": [], **changes}
+    with pytest.raises(InputError, match=message):
+        pipe(**arguments)

@@ -148,7 +148,7 @@ def test_changed_content_does_not_pass_the_checksum(tmp_path: Path, change: str)
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (bytes(1000), "not a complete safetensors file"),
         (b'{"error": "not found"}', "not a complete safetensors file"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a complete safetensors file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "is a picture or a document"),
         (b"abc", "not a complete safetensors file"),
         (b"PK\x03\x04" + bytes(100), "is a torch file"),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "is a torch file"),

@@ -277,6 +277,12 @@ def test_saving_outside_the_output_folder_is_refused(model, prefix):
     assert sorted(Path(folder_paths.get_output_directory()).parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize("prefix", ["", "  ", "..", "dogs/", "a\0b"])
+def test_saving_without_a_file_name_is_refused(model, prefix):
+    with pytest.raises(CORE.InputError, match="file name"):
+        run("DreamCacheSaveReference", reference=encode(model), filename_prefix=prefix)
+
+
 @pytest.mark.parametrize(
     "name",
     [
