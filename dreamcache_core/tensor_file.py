@@ -142,7 +142,7 @@ def refuse_non_weights(path: str | os.PathLike[str]) -> bytes:
             f"{file} is a Git LFS pointer, not the weights: the repository was cloned without LFS. Run 'git lfs "
             "pull' there, or download the file from the model's page."
         )
-    if start.startswith((b"\x89png", b"\xff\xd8\xff\xe0", b"gif8", b"%pdf")):
+    if start.startswith((b"\x89png", b"\xff\xd8\xff", b"gif8", b"%pdf")):
         raise FileFormatError(
             f"{file} is a picture or a document, not weights. Give a .safetensors or .pt file."
         )
