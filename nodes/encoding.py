@@ -1,5 +1,6 @@
 """One pass over a reference inside ComfyUI's own sampling machinery."""
 
+import logging
 from typing import Any
 
 import comfy.samplers
@@ -12,6 +13,8 @@ from torch import Tensor
 from ..dreamcache_core import InputError, ReferenceCache, UnsupportedModelError, capture_features
 from ..dreamcache_core.capture import cache_from_features
 from .comfy_bridge import model_layout, remove_references
+
+logger = logging.getLogger(__name__)
 
 NOT_PLAIN = {
     "area",
@@ -89,6 +92,25 @@ def encode_reference(
     return cache_from_features(
         passes, layout.context_width, tuple(latent.shape[-2:]), timestep, seed, mask
     )
+
+
+def plain_text(conditioning: list[Any]) -> list[Any]:
+    """Reduce what a CLIP returns to one text without hooks and schedule, and say so where there were any.
+
+    Args:
+        conditioning: A CLIP's own CONDITIONING of one text; one that carries hooks returns several scheduled ones.
+
+    Returns:
+        A CONDITIONING of its first text.
+    """
+    text, options = conditioning[0]
+    special = sorted(set(options) & NOT_PLAIN)
+    if special or len(conditioning) > 1:
+        logger.warning(
+            "The CLIP adds %s to its texts; the reference is encoded without.",
+            ", ".join(special) or "a schedule",
+        )
+    return [[text, {key: value for key, value in options.items() if key not in NOT_PLAIN}]]
 
 
 def _check_conditioning(conditioning: list[Any]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dreamcache_core import InputError, ReferenceCache, prepare_reference_image
 from ..dreamcache_core.reference_image import check_mask_aspect, is_placeholder_mask, resize_mask
-from .encoding import encode_reference
+from .encoding import encode_reference, plain_text
 from .folders import file_state, list_reference_files, new_reference_path, reference_path
 from .report import report
 from .types import Reference
@@ -304,7 +304,7 @@ def _empty_prompt(clip: Any) -> list[Any]:
             "Encode Reference needs clip (for the empty prompt) or conditioning; neither is connected. Connect the "
             "CLIP of your checkpoint loader."
         )
-    return clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    return plain_text(clip.encode_from_tokens_scheduled(clip.tokenize("")))
 
 
 def _check_pictures(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from tiny import (
     GATES,
     PATCHES,
     CallCounter,
+    FlatVAE,
     apply,
     assert_close,
     encode,
@@ -21,6 +22,7 @@ from tiny import (
     make_image,
     make_model,
     make_text,
+    run,
     sample,
 )
 
@@ -211,7 +213,6 @@ def test_encode_takes_one_plain_text_only(parts, change):
         "range": [[text[0][0], {"start_percent": 0.0, "end_percent": 0.5}]],
         "marked": GATES.gate_conditioning(text, False),
     }[change]
-    from tiny import FlatVAE, run
 
     with pytest.raises(CORE.InputError, match="one plain text"):
         run(
@@ -244,3 +245,25 @@ def test_adapters_go_to_the_devices_of_their_model(parts):
 def test_adapters_count_their_bytes_for_the_output_cache(parts):
     adapters = parts[1]
     assert adapters.get_ram_usage() == 4 * sum(p.numel() for p in adapters.parameters())
+
+
+def test_a_clip_with_hooks_still_encodes_the_empty_prompt(parts, caplog):
+    model, text = parts[0], make_text(parts[0], 100)
+
+    class HookedClip:
+        """What ComfyUI's CLIP returns once Set CLIP Hooks has been at it: scheduled texts with hooks."""
+
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens_scheduled(self, tokens):
+            extra = {"hooks": object(), "start_percent": 0.0, "end_percent": 0.5}
+            return [[text[0][0], {**text[0][1], **extra}], text[0]]
+
+    with caplog.at_level(logging.WARNING):
+        ours = run(
+            "DreamCacheEncode", model=model, vae=FlatVAE(), image=make_image(0), clip=HookedClip()
+        )[0]
+    theirs = encode(model)
+    assert all(torch.equal(ours.features[n], theirs.features[n]) for n in theirs.layers)
+    assert "hooks" in caplog.text
