@@ -1,4 +1,4 @@
-"""The command line: ``dreamcache generate | inspect | convert``. The one module of the core that prints."""
+"""The command line: ``dreamcache generate | inspect | convert | train | dataset``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, train_cli
 from .adapter import AdapterSet
 from .checkpoints import load_adapters, save_adapters
+from .dataset_cli import add_dataset_commands
 from .errors import DreamCacheError, InputError
 from .generate import DTYPES, GenerateOptions, generate
 from .inspection import describe_file, read_header
@@ -30,10 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 done, 2 bad input (one line on stderr says what), 130 interrupted.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.takes_rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     with _log_on_stderr():
         try:
-            args.run(args)
+            args.run(rest if args.takes_rest else args)
         except (DreamCacheError, OSError) as error:
             return _fail(str(error))
         except torch.cuda.OutOfMemoryError:
@@ -83,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dreamcache {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_generate, _add_inspect, _add_convert):
+    for add in (_add_generate, _add_inspect, _add_convert, _add_train, add_dataset_commands):
         add(commands)
     return parser
 
@@ -92,7 +96,7 @@ def _command(commands: Any, name: str, run: Callable[[Any], None], help: str) ->
     parser = commands.add_parser(
         name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, takes_rest=False)
     return parser
 
 
@@ -140,7 +144,20 @@ def _add_generate(commands: Any) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    generate(GenerateOptions.from_dict({k: v for k, v in vars(args).items() if k != "run"}))
+    generate(
+        GenerateOptions.from_dict(
+            {k: v for k, v in vars(args).items() if k not in ("run", "takes_rest")}
+        )
+    )
+
+
+# --- train
+
+
+def _add_train(commands: Any) -> None:
+    # its flags are the fields of the configuration, which has a parser of its own
+    parser = commands.add_parser("train", help="Train adapters.", add_help=False)
+    parser.set_defaults(run=train_cli.run, takes_rest=True)
 
 
 # --- inspect

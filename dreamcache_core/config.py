@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from .errors import InputError
@@ -27,15 +27,27 @@ class Config:
         Raises:
             InputError: A key names no field; the message gives the nearest field.
         """
+        cls.check_keys(values)
+        return cls(**values)
+
+    @classmethod
+    def check_keys(cls, keys: Iterable[str]) -> None:
+        """Refuse keys that are no fields.
+
+        Args:
+            keys: Field names to check.
+
+        Raises:
+            InputError: A key names no field; the message gives the nearest field.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
+        for key in keys:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise InputError(
                     f"{cls.__name__} has no field {key!r}.{hint} Fields: {', '.join(known)}."
                 )
-        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, in the order of declaration."""

@@ -31,20 +31,22 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Text:
-    """Text states (rows, tokens, width) and, for SDXL, the pooled vectors (rows, width)."""
+class Text:
+    """Encoded prompts: text states (rows, tokens, width) and, for SDXL, the pooled vectors (rows, width)."""
 
     states: Tensor
     pooled: Tensor | None
 
-    def repeat_each(self, times: int) -> "_Text":
+    def repeat_each(self, times: int) -> "Text":
+        """Repeat every row so many times, one after the other."""
         pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, dim=0)
-        return _Text(self.states.repeat_interleave(times, dim=0), pooled)
+        return Text(self.states.repeat_interleave(times, dim=0), pooled)
 
     @staticmethod
-    def join(texts: Sequence["_Text"]) -> "_Text":
+    def join(texts: Sequence["Text"]) -> "Text":
+        """Put the rows of several one below the other."""
         pooled = [text.pooled for text in texts if text.pooled is not None]
-        return _Text(
+        return Text(
             torch.cat([text.states for text in texts]), torch.cat(pooled) if pooled else None
         )
 
@@ -54,7 +56,7 @@ class _Batch:
     """One step's U-Net rows: every needed prediction for every image, prediction by prediction."""
 
     predictions: tuple[Prediction, ...]
-    text: _Text
+    text: Text
     num_images: int
 
     @property
@@ -81,7 +83,7 @@ class DreamCachePipeline:
         self.is_sdxl = is_sdxl(pipeline)
         self.layout = layout_of(pipeline.unet)
         self.pipeline = pipeline
-        self._codec = LatentCodec(pipeline)
+        self.codec = LatentCodec(pipeline)
         self._fused: WeakKeyDictionary[AdapterModules, tuple[Any, AdapterModules]] = (
             WeakKeyDictionary()
         )
@@ -143,18 +145,18 @@ class DreamCachePipeline:
         noise = torch.randn(self._latent_shape(image), generator=_cpu_generator(seed))
         # METHOD.md section 3, point 3: x_1 = sqrt(abar_1) * z + sqrt(1 - abar_1) * noise
         noised = [
-            alpha.sqrt() * self._codec.encode(image[i : i + 1]).float().cpu()
+            alpha.sqrt() * self.codec.encode(image[i : i + 1]).float().cpu()
             + (1 - alpha).sqrt() * noise
             for i in range(len(image))
         ]
-        text = self._encode_text([prompt])
+        text = self.encode_text([prompt])
         height, width = image.shape[1:3]
         cache = capture_reference(
             self.pipeline.unet,
             torch.cat(noised).to(self.device, self.dtype),
             timestep,
             text.states,
-            unet_kwargs=self._conditions(text, height, width),
+            unet_kwargs=self.conditions(text, height, width),
             seed=seed,
             layers=layers,
         )
@@ -249,7 +251,7 @@ class DreamCachePipeline:
         factor = self.pipeline.vae_scale_factor
         height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
         num_terms = len(batch.predictions)
-        conditions = self._conditions(batch.text, height, width)
+        conditions = self.conditions(batch.text, height, width)
         latents = latents * scheduler.init_noise_sigma
         with inject(unet, uses, rows=batch.rows):
             for index, timestep in enumerate(scheduler.timesteps):
@@ -286,14 +288,22 @@ class DreamCachePipeline:
                 f"Expected at least one prompt and one negative prompt for all or for each; given {len(prompts)} "
                 f"prompts and {len(negatives)} negative prompts."
             )
-        positive = self._encode_text(prompts).repeat_each(num_images_per_prompt)
+        positive = self.encode_text(prompts).repeat_each(num_images_per_prompt)
         texts = [positive]
         if len(wanted) > 1:
-            negative = self._encode_text(negatives).repeat_each(num_images_per_prompt)
+            negative = self.encode_text(negatives).repeat_each(num_images_per_prompt)
             texts = [negative] * (len(wanted) - 1) + texts
-        return _Batch(wanted, _Text.join(texts), len(prompts) * num_images_per_prompt)
+        return _Batch(wanted, Text.join(texts), len(prompts) * num_images_per_prompt)
 
-    def _encode_text(self, prompts: list[str]) -> _Text:
+    def encode_text(self, prompts: list[str]) -> Text:
+        """Encode prompts with the pipeline's text encoders.
+
+        Args:
+            prompts: What is beyond the encoders' limit is cut off.
+
+        Returns:
+            A row for each prompt, on the device and in the float type of the U-Net.
+        """
         encoded = self.pipeline.encode_prompt(
             prompt=prompts,
             device=self.device,
@@ -301,10 +311,19 @@ class DreamCachePipeline:
             do_classifier_free_guidance=False,
         )
         pooled = encoded[2].to(self.device, self.dtype) if self.is_sdxl else None
-        return _Text(encoded[0].to(self.device, self.dtype), pooled)
+        return Text(encoded[0].to(self.device, self.dtype), pooled)
 
-    def _conditions(self, text: _Text, height: int, width: int) -> dict[str, Any]:
-        """Further arguments of the U-Net: SDXL's pooled text and time ids (METHOD.md section 3)."""
+    def conditions(self, text: Text, height: int, width: int) -> dict[str, Any]:
+        """Further arguments of the U-Net: SDXL's pooled text and time ids (METHOD.md section 3).
+
+        Args:
+            text: Encoded prompts of the rows.
+            height: Of the picture, pixels.
+            width: Likewise.
+
+        Returns:
+            Keyword arguments; none for Stable Diffusion 1.x and 2.x.
+        """
         if text.pooled is None:
             return {}
         ids = [height, width, 0, 0, height, width]
@@ -420,7 +439,7 @@ class DreamCachePipeline:
             raise InputError(_NOT_FINITE.format("The latents", "Load the model in float32."))
         if output_type == "latent":
             return latents
-        decoded = self._codec.decode(latents)
+        decoded = self.codec.decode(latents)
         if not bool(decoded.isfinite().all()):
             raise InputError(_NOT_FINITE.format("The decoded images", "Load the VAE in float32."))
         return self.pipeline.image_processor.postprocess(decoded, output_type=output_type)

@@ -20,8 +20,8 @@ class Backend(Protocol):
 
     def call(
         self, unet: nn.Module, latent: Tensor, timestep: Tensor, text_states: Tensor, **kwargs: Any
-    ) -> None:
-        """Run one forward pass; only what hooks read from it is of interest.
+    ) -> Tensor:
+        """Run one forward pass.
 
         Args:
             unet: The U-Net.
@@ -29,6 +29,9 @@ class Backend(Protocol):
             timestep: Training index of each row, (batch,).
             text_states: (batch, tokens, context width).
             kwargs: Further arguments, passed on as given.
+
+        Returns:
+            The prediction, same shape as ``latent``.
         """
         ...
 

@@ -35,9 +35,11 @@ class DiffusersBackend:
 
     def call(
         self, unet: nn.Module, latent: Tensor, timestep: Tensor, text_states: Tensor, **kwargs: Any
-    ) -> None:
+    ) -> Tensor:
         """Run one forward pass."""
-        unet(latent, timestep, encoder_hidden_states=text_states, **kwargs)
+        return unet(
+            latent, timestep, encoder_hidden_states=text_states, return_dict=False, **kwargs
+        )[0]
 
     @staticmethod
     def _walk(unet: Any) -> Iterator[AttentionSite]:

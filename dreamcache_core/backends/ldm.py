@@ -35,9 +35,9 @@ class LdmBackend:
 
     def call(
         self, unet: nn.Module, latent: Tensor, timestep: Tensor, text_states: Tensor, **kwargs: Any
-    ) -> None:
+    ) -> Tensor:
         """Run one forward pass."""
-        unet(latent, timestep, context=text_states, **kwargs)
+        return unet(latent, timestep, context=text_states, **kwargs)
 
     @staticmethod
     def _walk(unet: Any) -> Iterator[AttentionSite]:

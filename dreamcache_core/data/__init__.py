@@ -1,0 +1,1 @@
+"""Training data: readers, augmentation, synthetic sets, precomputed latents."""

@@ -1,0 +1,226 @@
+"""``dreamcache dataset check``: read a whole set and say what is in it and what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import DreamCacheError, FileFormatError, InputError, MissingPackageError
+from ..image_files import contact_sheet
+from .augmentation import augment_reference
+from .buckets import crop_target
+from .order import sample_seed
+from .reading import MaskError
+from .source import Pair, PairSource
+
+INCOMPLETE = "incomplete samples, left out"
+UNREADABLE = "unreadable files"
+BAD_MASK = "empty or misfit masks"
+FULL_MASK = "full masks"
+NO_CAPTION = "empty captions"
+
+MAX_THREADS = 8
+FULL_FROM = 0.5
+"""A mask all of whose values are at least this says nothing of where the subject is."""
+
+CountTokens = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """What is in a set.
+
+    Attributes:
+        num_pairs: Complete pairs, readable or not.
+        problems: Kind to messages, each with its file; kinds without any are left out.
+        sizes: Height and width of the targets, pixels, to how many there are; the most frequent first.
+        num_enlarged: Targets with a side shorter than the training resolution.
+        num_without_mask: Pairs whose whole subject picture is the reference.
+        caption_words: Words of every readable pair's caption.
+        caption_tokens: Tokens of the same, start and end included; ``None``: not counted.
+    """
+
+    num_pairs: int
+    problems: Mapping[str, tuple[str, ...]]
+    sizes: Mapping[tuple[int, int], int]
+    num_enlarged: int
+    num_without_mask: int
+    caption_words: tuple[int, ...]
+    caption_tokens: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What is known of one pair; with a problem that keeps it from being read, the rest is empty."""
+
+    problems: tuple[tuple[str, str], ...] = ()
+    size: tuple[int, int] | None = None
+    has_mask: bool = True
+    words: int = 0
+    tokens: int = 0
+
+
+def check_source(
+    source: PairSource,
+    *,
+    resolution: int,
+    count_tokens: CountTokens | None = None,
+    has_bar: bool = False,
+) -> SetReport:
+    """Read every pair of a set.
+
+    Args:
+        source: The set.
+        resolution: Side of square targets in training, pixels.
+        count_tokens: Counts the tokens of a caption; ``None``: not counted.
+        has_bar: Whether to show a progress bar.
+
+    Returns:
+        The report.
+    """
+    findings = list(_find_all(source, count_tokens, has_bar=has_bar))
+    read = [finding for finding in findings if finding.size is not None]
+    problems: dict[str, list[str]] = {}
+    for message in getattr(source, "problems", ()):
+        problems.setdefault(INCOMPLETE, []).append(message)
+    for finding in findings:
+        for kind, message in finding.problems:
+            problems.setdefault(kind, []).append(message)
+    sizes = Counter(finding.size for finding in read if finding.size is not None)
+    return SetReport(
+        num_pairs=len(findings),
+        problems={kind: tuple(messages) for kind, messages in problems.items()},
+        sizes=dict(sizes.most_common()),
+        num_enlarged=sum(count for size, count in sizes.items() if min(size) < resolution),
+        num_without_mask=sum(not finding.has_mask for finding in read),
+        caption_words=tuple(finding.words for finding in read),
+        caption_tokens=None if count_tokens is None else tuple(f.tokens for f in read),
+    )
+
+
+def training_sheet(
+    source: PairSource, *, resolution: int, num_samples: int, seed: int = 0
+) -> Tensor | None:
+    """Show targets and references as training sees them, from the whole length of a set.
+
+    Args:
+        source: The set.
+        resolution: Side of both, pixels.
+        num_samples: Most pairs to show; unreadable ones are passed over.
+        seed: Seed of the augmentation.
+
+    Returns:
+        One row for each pair: target above its caption, reference above the pair's name; ``None`` where no pair can be
+        shown.
+    """
+    count = len(source.keys)
+    num_shown = min(num_samples, count)
+    rows: list[tuple[Tensor, Tensor]] = []
+    texts: list[tuple[str, str]] = []
+    for index in (place * count // num_shown for place in range(num_shown)):
+        generator = torch.Generator().manual_seed(sample_seed(seed, index))
+        try:
+            pair = source.read(index)
+            reference = augment_reference(
+                pair.subject, pair.mask, size=resolution, generator=generator
+            )
+        except DreamCacheError:
+            continue
+        rows.append((crop_target(pair.target, resolution, resolution), reference))
+        texts.append((pair.caption, source.keys[index]))
+    return contact_sheet(rows, texts) if rows else None
+
+
+def load_token_counter(folder: str | os.PathLike[str]) -> tuple[CountTokens, int]:
+    """Load a tokenizer.
+
+    Args:
+        folder: Folder of the tokenizer, or of a diffusers pipeline, whose first tokenizer is taken.
+
+    Returns:
+        A function that counts tokens, start and end included, and how many the text encoder takes.
+
+    Raises:
+        InputError: There is no such folder.
+        FileFormatError: It holds no tokenizer.
+        MissingPackageError: transformers is not installed.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingPackageError(
+            f"Counting tokens needs transformers ({error}). Install it: pip install 'dreamcache[train]'."
+        ) from error
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"Expected the folder of a tokenizer, got {folder}, which is none.")
+    if (path / "tokenizer").is_dir():
+        path = path / "tokenizer"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise FileFormatError(
+            f"Expected a tokenizer in {path}: {error} Give the folder 'tokenizer' of a diffusers model."
+        ) from error
+
+    def count(caption: str) -> int:
+        return len(tokenizer(caption, truncation=False, verbose=False)["input_ids"])
+
+    return count, tokenizer.model_max_length
+
+
+def _find_all(
+    source: PairSource, count_tokens: CountTokens | None, *, has_bar: bool
+) -> Iterator[_Finding]:
+    """Read all pairs, several at a time, in order."""
+    count = len(source.keys)
+    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+    # The readers hold warnings back, but not thread by thread: this keeps them from undoing each other.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = pool.map(partial(_examine, source, count_tokens), range(count))
+            yield from tqdm(found, total=count, unit="pair", desc="checking", disable=not has_bar)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _examine(source: PairSource, count_tokens: CountTokens | None, index: int) -> _Finding:
+    try:
+        pair = source.read(index)
+    except DreamCacheError as error:
+        kind = BAD_MASK if isinstance(error, MaskError) else UNREADABLE
+        return _Finding(((kind, _located(source, index, str(error))),))
+    height, width = pair.target.shape[1:3]
+    return _Finding(
+        tuple((kind, _located(source, index, text)) for kind, text in _doubts(pair)),
+        (height, width),
+        pair.mask is not None,
+        len(pair.caption.split()),
+        count_tokens(pair.caption) if count_tokens else 0,
+    )
+
+
+def _doubts(pair: Pair) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with a pair that can be read."""
+    if pair.mask is not None and float(pair.mask.min()) >= FULL_FROM:
+        yield (
+            FULL_MASK,
+            "the mask marks the whole picture, background included; mark the subject alone.",
+        )
+    if not pair.caption:
+        yield NO_CAPTION, "the caption is empty; describe the picture."
+
+
+def _located(source: PairSource, index: int, text: str) -> str:
+    return f"{source.keys[index]} ({', '.join(source.files(index))}): {text}"

@@ -1,0 +1,203 @@
+"""``dreamcache dataset encode``: run VAE and text encoders over a training set once, instead of at every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..base_model import ENCODER_PARTS, BaseModel, model_fingerprint
+from ..config import Config
+from ..diffusers_loading import require_diffusers
+from ..errors import DreamCacheError, InputError
+from .augmentation import augment_reference
+from .buckets import crop_target, target_sizes
+from .encoded import INDEX_FILE, EncodedIndex, require_same_set, shard_name
+from .opening import open_source
+from .order import sample_seed
+from .source import Pair, PairSource, fingerprint
+
+UNFINISHED_FILE = "index.unfinished.json"
+
+COMPARED = (
+    "data_fingerprint",
+    "model_fingerprint",
+    "resolution",
+    "sizes",
+    "samples_per_shard",
+    "num_variants",
+    "dtype",
+    "seed",
+)
+"""Fields of the index in which a set must agree with what is already in its folder."""
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class EncodeOptions(Config):
+    """Compute the latents and text states of a training set once."""
+
+    data: str = field(metadata={"help": "training set: folder, manifest, shards or parquet"})
+    model: str = field(metadata={"help": "base model: diffusers folder or single-file checkpoint"})
+    out: str = field(metadata={"help": "folder for the shards"})
+    model_config: str | None = field(
+        default=None, metadata={"help": "for a single file: a diffusers folder like it"}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "side of the pictures in pixels; else the model's"}
+    )
+    buckets: bool = field(default=False, metadata={"help": "keep the targets' aspect"})
+    reference_variants: int = field(
+        default=0,
+        metadata={"help": "augmented references per picture; 0: augmented and encoded in training"},
+    )
+    batch_size: int = field(default=8, metadata={"help": "pictures encoded at a time"})
+    samples_per_shard: int = field(default=1000, metadata={"help": "pictures in a file"})
+    dtype: Literal["float16", "bfloat16", "float32"] = field(
+        default="float16", metadata={"help": "float type of the files"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the augmentation"})
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: One is out of range.
+        """
+        for name, low in {"reference_variants": 0, "batch_size": 1, "samples_per_shard": 1}.items():
+            if getattr(self, name) < low:
+                raise InputError(f"{name} must be at least {low}; given {getattr(self, name)}.")
+
+
+def encode_dataset(options: EncodeOptions) -> Path:
+    """Encode a set; a run that was cut off goes on where it stopped, several processes share the shards.
+
+    Args:
+        options: What to do.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DreamCacheError: Bad input; the message says what and what to do.
+    """
+    require_diffusers()
+    from accelerate import PartialState
+
+    state: Any = PartialState()
+    source = open_source(options.data)
+    base = BaseModel(options.model, options.model_config, torch.float32)
+    resolution = options.resolution or min(base.pipeline.default_size_px)
+    sizes = target_sizes(source, resolution, has_buckets=options.buckets)
+    index = EncodedIndex(
+        keys=list(source.keys),
+        sizes=sizes,
+        captions=[source.caption(i) for i in range(len(sizes))],
+        samples_per_shard=options.samples_per_shard,
+        num_variants=options.reference_variants,
+        has_pooled=base.pipeline.is_sdxl,
+        resolution=resolution,
+        data_fingerprint=fingerprint(source),
+        model_fingerprint=model_fingerprint(options.model, ENCODER_PARTS),
+        dtype=options.dtype,
+        seed=options.seed,
+    )
+    folder = Path(options.out)
+    if state.is_main_process:
+        _begin(folder, index)
+    state.wait_for_everyone()
+    base.to(state.device)
+    encoder = _Encoder(options, source, base, index)
+    shards = range(-(-len(sizes) // options.samples_per_shard))
+    mine = shards[state.process_index :: state.num_processes]
+    for shard in tqdm(mine, unit="shard", desc="encoding", disable=not state.is_main_process):
+        encoder.write(folder / shard_name(shard), shard)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        (folder / UNFINISHED_FILE).replace(folder / INDEX_FILE)
+    state.wait_for_everyone()
+    return folder
+
+
+def _begin(folder: Path, index: EncodedIndex) -> None:
+    """Make the folder, or check that what lies in it is of the same set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (INDEX_FILE, UNFINISHED_FILE):
+        if (folder / name).exists():
+            before = EncodedIndex.load(folder / name)
+            require_same_set(before, {name: getattr(index, name) for name in COMPARED})
+    if (folder / INDEX_FILE).exists():
+        (folder / INDEX_FILE).replace(folder / UNFINISHED_FILE)
+    index.save(folder / UNFINISHED_FILE)
+
+
+class _Encoder:
+    """Turns pairs into the tensors of a shard."""
+
+    def __init__(
+        self, options: EncodeOptions, source: PairSource, base: BaseModel, index: EncodedIndex
+    ) -> None:
+        self.options, self.source, self.base, self.index = options, source, base, index
+
+    def write(self, path: Path, shard: int) -> None:
+        """Write a shard, all or nothing; one that exists is left."""
+        if path.exists():
+            return
+        first = shard * self.options.samples_per_shard
+        last = min(first + self.options.samples_per_shard, len(self.index.sizes))
+        tensors: dict[str, Tensor] = {}
+        for start in range(first, last, self.options.batch_size):
+            tensors |= self.encode(range(start, min(start + self.options.batch_size, last)))
+        temporary = path.with_suffix(".tmp")
+        try:
+            save_file(tensors, temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"Cannot write {path}: {error}. Make room and start the command again: it goes on where it stopped."
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def encode(self, indices: range) -> dict[str, Tensor]:
+        """Encode some pairs -> tensors by key."""
+        pairs = [self._read(index) for index in indices]
+        tensors: dict[str, Tensor] = {}
+        text = self.base.encode_text([pair.caption for pair in pairs])
+        for row, (index, pair) in enumerate(zip(indices, pairs, strict=True)):
+            tensors[f"{index}.text_states"] = text.states[row]
+            if text.pooled is not None:
+                tensors[f"{index}.text_pooled"] = text.pooled[row]
+            target = crop_target(pair.target, *self.index.sizes[index])
+            tensors[f"{index}.target_latent"] = self.base.encode_pictures(target)[0]
+            for variant in range(self.options.reference_variants):
+                reference = self._reference(pair, index, variant)
+                latent = self.base.encode_pictures(reference)[0]
+                tensors[f"{index}.reference_latent.{variant}"] = latent
+        dtype = DTYPES[self.options.dtype]
+        return {key: tensor.to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+
+    def _read(self, index: int) -> Pair:
+        try:
+            return self.source.read(index)
+        except DreamCacheError as error:
+            raise InputError(
+                f"Sample {index} ({', '.join(self.source.files(index))}) cannot be encoded: {error} Find all such "
+                "samples with 'dataset check'."
+            ) from error
+
+    def _reference(self, pair: Pair, index: int, variant: int) -> Tensor:
+        seed = sample_seed(self.options.seed, index * self.options.reference_variants + variant)
+        return augment_reference(
+            pair.subject,
+            pair.mask,
+            size=self.index.resolution,
+            generator=torch.Generator().manual_seed(seed),
+        )

@@ -1,0 +1,231 @@
+"""WebDataset shards: tar files with ``KEY.generation.png``, ``KEY.mask.png`` and ``KEY.caption.txt``."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..errors import FileFormatError, InputError
+from ..image_files import _tensor_to_picture
+from .build_folder import _to_png, require_webdataset
+from .reading import (
+    decode_caption,
+    decode_mask,
+    decode_picture,
+    make_pair,
+    picture_size,
+    printable,
+    settle,
+)
+from .source import Pair, PairSource
+
+PARTS = ("generation", "mask", "subject", "caption")
+_ENDINGS = {"caption.txt": "caption"} | {
+    f"{part}.{kind}": part for part in PARTS[:3] for kind in ("png", "jpg", "jpeg", "webp")
+}
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    size: int
+
+
+class _Entry(NamedTuple):
+    shard: Path
+    generation: _Member
+    mask: _Member | None
+    subject: _Member | None
+    caption: _Member
+
+
+class ShardSource:
+    """Pairs in tar files, with random access: the tars are indexed once, then read by seeking.
+
+    ``KEY.subject.png`` is optional: another picture of the subject, to which the mask then belongs, if there is one;
+    without it the target is its own subject and the mask is needed.
+
+    Args:
+        path: One shard, or the folder that holds them; not compressed.
+
+    Attributes:
+        keys: ``SHARD/KEY`` for every pair; shards by name, pairs in their order.
+        problems: What was left out as incomplete, and why.
+
+    Raises:
+        InputError: There are no shards, or no complete pair.
+        FileFormatError: A file is no tar, or is compressed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        problems: list[str] = []
+        keys: list[str] = []
+        entries: list[_Entry] = []
+        for shard in shard_files(self.path):
+            for key, parts in _index(shard, problems).items():
+                doubt = _incomplete(parts)
+                if doubt:
+                    problems.append(f"{shard.name}: {key} {doubt}")
+                else:
+                    keys.append(printable(f"{shard.stem}/{key}"))
+                    entries.append(_entry(shard, parts))
+        self.keys = tuple(keys)
+        self._entries = tuple(entries)
+        self.problems = settle(self.path, len(keys), problems)
+
+    def files(self, index: int) -> tuple[str, ...]:
+        """Shard and member of every part, as ``SHARD:MEMBER``."""
+        entry = self._entries[index]
+        return tuple(_name(entry, member) for member in entry[1:] if member is not None)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the target, pixels, from its header."""
+        entry = self._entries[index]
+        return picture_size(*_contents(entry, entry.generation))
+
+    def caption(self, index: int) -> str:
+        """Caption of a pair."""
+        entry = self._entries[index]
+        return decode_caption(*_contents(entry, entry.caption))
+
+    def read(self, index: int) -> Pair:
+        """Read a pair."""
+        entry = self._entries[index]
+        target, alpha = decode_picture(*_contents(entry, entry.generation))
+        subject, mask = target, None
+        if entry.subject is not None:
+            subject, alpha = decode_picture(*_contents(entry, entry.subject))
+        if entry.mask is not None:
+            mask = decode_mask(*_contents(entry, entry.mask))
+        name = _name(entry, entry.mask or entry.subject or entry.generation)
+        return make_pair(target, subject, alpha, mask, self.caption(index), name=name)
+
+
+def shard_files(path: Path) -> list[Path]:
+    """Return the shards of a set in order: a tar file itself, or those directly in a folder, hidden ones apart."""
+    if path.is_file():
+        return [path]
+    return sorted(shard for shard in path.glob("*.tar") if not shard.name.startswith("."))
+
+
+def write_shards(
+    source: PairSource, folder: str | os.PathLike[str], *, max_count: int = 1000
+) -> list[Path]:
+    """Write a set as shards.
+
+    Args:
+        source: The set. Pairs without a mask whose target is their own subject get a mask of ones.
+        folder: Where to; created if need be.
+        max_count: Pairs to a shard.
+
+    Returns:
+        The shards, ``shard-000000.tar`` and so on. A shard is there whole or not at all.
+
+    Raises:
+        InputError: The folder holds shards already.
+        MissingPackageError: webdataset is not installed.
+        DreamCacheError: A pair cannot be read.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and shard_files(folder):
+        raise InputError(f"Expected a folder without shards to write to, got {folder}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    indices = range(len(source.keys))
+    return [
+        _write_shard(folder / f"shard-{number:06d}.tar", source, indices[start : start + max_count])
+        for number, start in enumerate(indices[::max_count])
+    ]
+
+
+def _write_shard(path: Path, source: PairSource, indices: range) -> Path:
+    temporary = path.with_name(f".{path.name}.tmp")
+    TarWriter = require_webdataset().TarWriter
+    try:
+        with temporary.open("wb") as stream, TarWriter(stream, mtime=0) as writer:
+            for index in indices:
+                writer.write({"__key__": f"{index:08d}", **_encode(source.read(index))})
+        return temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _index(shard: Path, problems: list[str]) -> dict[str, dict[str, _Member]]:
+    """Find the members of a shard: key to part to member."""
+    keys: dict[str, dict[str, _Member]] = {}
+    try:
+        # "r:" refuses compressed files: there is no seeking in them
+        with tarfile.open(shard, "r:") as tar:
+            try:
+                end = shard.stat().st_size
+                for info in tar:
+                    if info.offset_data + info.size <= end:
+                        _add(keys, info)
+            except (tarfile.TarError, OSError) as error:
+                problems.append(f"{shard.name} is cut short or damaged ({error}); fetch it again.")
+    except (tarfile.TarError, OSError) as error:
+        raise FileFormatError(
+            f"Expected an uncompressed tar file, got {shard}: {error}. Unpack or fetch it again."
+        ) from error
+    return keys
+
+
+def _add(keys: dict[str, dict[str, _Member]], info: tarfile.TarInfo) -> None:
+    folder, slash, name = info.name.rpartition("/")
+    stem, _, ending = name.partition(".")
+    part = _ENDINGS.get(ending.lower())
+    if part is not None and info.isreg() and not info.issparse():
+        member = _Member(info.name, info.offset_data, info.size)
+        keys.setdefault(f"{folder}{slash}{stem}", {})[part] = member
+
+
+def _entry(shard: Path, parts: Mapping[str, _Member]) -> _Entry:
+    return _Entry(
+        shard, parts["generation"], parts.get("mask"), parts.get("subject"), parts["caption"]
+    )
+
+
+def _incomplete(parts: Mapping[str, _Member]) -> str:
+    """Say what is missing of a pair, if anything."""
+    missing = [part for part in ("generation", "caption") if part not in parts]
+    if "mask" not in parts and "subject" not in parts:
+        missing.append("mask")
+    return f"has no {' and no '.join(missing)}; add it." if missing else ""
+
+
+def _name(entry: _Entry, member: _Member) -> str:
+    return f"{entry.shard}:{member.name}"
+
+
+def _contents(entry: _Entry, member: _Member) -> tuple[bytes, str]:
+    """Read a member -> its bytes, and its name for messages."""
+    name = _name(entry, member)
+    try:
+        with entry.shard.open("rb") as stream:
+            stream.seek(member.offset)
+            return stream.read(member.size), name
+    except OSError as error:
+        raise FileFormatError(
+            f"Expected to read {name}: {error.strerror}. Check the shard's place and permissions."
+        ) from error
+
+
+def _encode(pair: Pair) -> dict[str, Any]:
+    """Return the members of a pair by ending."""
+    members: dict[str, Any] = {"generation.png": _png(pair.target), "caption.txt": pair.caption}
+    is_own_subject = pair.subject is pair.target
+    if not is_own_subject:
+        members["subject.png"] = _png(pair.subject)
+    if pair.mask is not None or is_own_subject:
+        mask = pair.target.new_ones(pair.target.shape[:3]) if pair.mask is None else pair.mask
+        members["mask.png"] = _png(mask[..., None].expand(-1, -1, -1, 3))
+    return members
+
+
+def _png(image: Tensor) -> bytes:
+    return _to_png(_tensor_to_picture(image))

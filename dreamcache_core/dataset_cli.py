@@ -1,0 +1,121 @@
+"""``dreamcache dataset build | check | encode``."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from . import dataset_build_cli
+from .config_flags import parse_config
+from .data.checking import SetReport, check_source, load_token_counter, training_sheet
+from .data.opening import FORMS, open_source
+from .errors import InputError
+from .image_files import save_png
+
+MAX_LISTED = 10
+"""Problems of a kind, and picture sizes, that are listed; the rest is counted."""
+
+
+def add_dataset_commands(commands: Any) -> None:
+    """Add ``dataset`` and what follows it.
+
+    Args:
+        commands: The sub-parsers of the program.
+    """
+    text = "Build, check or precompute a training set."
+    parser = commands.add_parser("dataset", help=text, description=text)
+    inner = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_check(inner)
+    # the flags of these are the fields of a configuration, which has a parser of its own
+    for name, run, text in (
+        ("build", dataset_build_cli.run, "Make a synthetic set: captions, pictures, masks."),
+        ("encode", _encode, "Run VAE and text encoders over a set once."),
+    ):
+        inner.add_parser(name, help=text, add_help=False).set_defaults(run=run, takes_rest=True)
+
+
+def _encode(argv: Sequence[str]) -> None:
+    from .data.encoding import EncodeOptions, encode_dataset
+
+    print(encode_dataset(parse_config(EncodeOptions, argv, program="dreamcache dataset encode")))
+
+
+# --- check
+
+
+def _add_check(commands: Any) -> None:
+    text = "Read a training set and say what is in it and what is wrong with it."
+    parser = commands.add_parser(
+        "check",
+        help=text,
+        description=f"{text} Exit code: 0 all is well, 1 there are problems, 2 it is no training set.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=_check, takes_rest=False)
+    add = parser.add_argument
+    add("path", metavar="PATH", help=FORMS)
+    add("--size", type=int, default=512, help="side of the pictures in training, pixels")
+    add("--out", default="check.png", help="picture of targets and references to write")
+    add("--samples", type=int, default=8, help="pairs in that picture; 0: no picture")
+    add("--tokenizer", help="folder of a tokenizer or diffusers model: captions in tokens as well")
+
+
+def _check(args: argparse.Namespace) -> None:
+    _check_options(args)
+    count, limit = load_token_counter(args.tokenizer) if args.tokenizer else (None, None)
+    source = open_source(args.path)
+    report = check_source(source, resolution=args.size, count_tokens=count, has_bar=True)
+    for line in _report_lines(report, args.size, limit):
+        print(line)
+    sheet = training_sheet(source, resolution=args.size, num_samples=args.samples)
+    if sheet is not None:
+        save_png(args.out, sheet)
+        print(f"targets and references as training sees them: {args.out}")
+    if report.problems:
+        raise SystemExit(1)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse, before the set is read, what would fail afterwards."""
+    if args.size % 8 or not 64 <= args.size <= 2048:
+        raise InputError(f"--size must be a multiple of 8 in 64 ... 2048; given {args.size}.")
+    if args.samples < 0:
+        raise InputError(f"--samples must be at least 0; given {args.samples}.")
+    if not Path(args.out).parent.is_dir():
+        raise InputError(f"There is no folder {Path(args.out).parent}. Create it, or change --out.")
+
+
+def _report_lines(report: SetReport, resolution: int, token_limit: int | None) -> Iterator[str]:
+    num_read = len(report.caption_words)
+    yield f"{report.num_pairs} pairs, {num_read} of them readable"
+    if report.num_without_mask:
+        yield f"{report.num_without_mask} without a mask: the whole picture is the reference"
+    yield "sizes of the targets (width x height):"
+    for (height, width), count in islice(report.sizes.items(), MAX_LISTED):
+        yield f"  {count:>8}  {width} x {height}"
+    if len(report.sizes) > MAX_LISTED:
+        rest = sum(islice(report.sizes.values(), MAX_LISTED, None))
+        yield f"  {rest:>8}  of {len(report.sizes) - MAX_LISTED} further sizes"
+    if report.num_enlarged:
+        yield f"{report.num_enlarged} have a side below {resolution} and may be enlarged"
+    yield from _caption_lines(report, token_limit)
+    for kind, messages in report.problems.items():
+        yield f"{len(messages)} {kind}:"
+        yield from (f"  {message}" for message in messages[:MAX_LISTED])
+        if len(messages) > MAX_LISTED:
+            yield f"  and {len(messages) - MAX_LISTED} more"
+    yield "problems found" if report.problems else "no problems"
+
+
+def _caption_lines(report: SetReport, token_limit: int | None) -> Iterator[str]:
+    for unit, lengths in (("words", report.caption_words), ("tokens", report.caption_tokens)):
+        if lengths:
+            middle = statistics.median_low(lengths)
+            yield f"captions: {min(lengths)} to {max(lengths)} {unit}, median {middle}"
+    num_long = sum(length > (token_limit or 0) for length in report.caption_tokens or ())
+    if num_long:
+        yield f"{num_long} captions exceed {token_limit} tokens; the text encoder cuts off the rest"

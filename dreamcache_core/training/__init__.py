@@ -1,0 +1,1 @@
+"""Training of adapters: the objective, the start values, the loop."""

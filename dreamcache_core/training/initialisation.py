@@ -1,0 +1,70 @@
+"""Adapters before their first training step."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from ..adapter import AdapterInfo, AdapterSet, ReferenceAdapter
+from ..backends import layout_of
+from ..errors import InputError
+
+Init = Literal["identity", "paper"]
+
+
+def new_adapters(
+    unet: nn.Module,
+    *,
+    init: Init = "identity",
+    seed: int = 0,
+    layers: Sequence[str] | None = None,
+    timestep: int = 1,
+    base_model: str = "",
+    prediction: str = "epsilon",
+) -> AdapterSet:
+    """Make untrained adapters for a U-Net.
+
+    ``paper``: everything random, as PyTorch initialises it. ``identity``: the same, but ``merge`` = [identity | 0], so
+    that the U-Net with adapters is at first the plain U-Net, and training starts at the base model's loss.
+
+    Args:
+        unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``.
+        init: Start values.
+        seed: Seed of the random values; the global random state is left alone.
+        layers: Canonical names of the layers to adapt; ``None`` takes METHOD.md's rule.
+        timestep: Training index at which references are cached, 0 to 999; 1 in the paper.
+        base_model: Name of the base model, for people.
+        prediction: What the base model predicts, ``epsilon`` or ``v_prediction``.
+
+    Returns:
+        The adapters, float32 on the CPU.
+
+    Raises:
+        InputError: ``init`` or ``timestep`` is unknown.
+        MismatchError: The U-Net has no layer of that name.
+        UnsupportedModelError: The model is not a supported U-Net.
+    """
+    if init not in get_args(Init):
+        raise InputError(f"init must be one of {', '.join(get_args(Init))}; given {init!r}.")
+    if not isinstance(timestep, int) or not 0 <= timestep <= 999:
+        raise InputError(
+            f"The cache's timestep must be a whole number in 0 ... 999; given {timestep!r}."
+        )
+    info = AdapterInfo(layout_of(unet, layers), timestep, base_model, prediction)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapters = AdapterSet(info)
+    if init == "identity":
+        for layer in adapters:
+            adapter = adapters[layer]
+            assert isinstance(adapter, ReferenceAdapter)
+            _pass_self_attention_on(adapter)
+    return adapters
+
+
+@torch.no_grad()
+def _pass_self_attention_on(adapter: ReferenceAdapter) -> None:
+    adapter.merge.weight.zero_()
+    adapter.merge.bias.zero_()
+    adapter.merge.weight[:, : adapter.channels].fill_diagonal_(1)

@@ -1,0 +1,252 @@
+"""The steps of a run: METHOD.md section 7 as a loop, on Hugging Face Accelerate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..adapter import AdapterInfo, AdapterSet
+from ..checkpoints import save_adapters
+from ..errors import StateError
+from ..pipeline import Text
+from .interruption import Interruption
+from .meter import Meter
+from .moving_average import MovingAverage
+from .objective import denoising_loss
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+LATENT_FACTOR = 8
+
+
+class Loop:
+    """The steps of a run: models on their device, the loader, the counters."""
+
+    def __init__(self, trainer: Trainer, interruption: Interruption) -> None:
+        self.trainer, self.interruption = trainer, interruption
+        self.config, self.accelerator = trainer.config, trainer.accelerator
+        self.base, self.folder, self.schedule = trainer.base, trainer.folder, trainer.schedule
+        self.base.to(self.accelerator.device)
+        if self.config.gradient_checkpointing:
+            self.base.unet.enable_gradient_checkpointing()
+        self.step = 0 if trainer.checkpoint is None else trainer.checkpoint[0]
+        self.model, self.optimizer, self.loader, self.lr_schedule = self._prepare()
+        parameters = trainer.module.adapters.parameters
+        self.average = MovingAverage.of(parameters, self.config.ema_decay)
+        if trainer.checkpoint is not None:
+            self._restore(trainer.checkpoint[1])
+        self.empty = self.base.encode_text([""])
+
+    def _prepare(self) -> tuple[Any, ...]:
+        from diffusers.optimization import get_scheduler
+
+        config, trainer = self.config, self.trainer
+        channels = int(self.base.unet.config.in_channels)
+        first = self.step * trainer.global_batch
+        loader = trainer.data.loader(config, first, trainer.global_batch, channels)
+        lr_schedule = get_scheduler(
+            config.lr_schedule,
+            trainer.optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.steps,
+        )
+        return self.accelerator.prepare(trainer.module, trainer.optimizer, loader, lr_schedule)
+
+    def _restore(self, checkpoint: Path) -> None:
+        self.accelerator.load_state(str(checkpoint))
+        self.average.load(checkpoint, self.step)
+        if self.accelerator.is_main_process:
+            self.folder.cut_log(self.step)
+        logger.info("Going on from %s.", checkpoint)
+
+    def run(self) -> None:
+        """Run all steps that are left, and write the adapters."""
+        self._start_trackers()
+        if self.step == 0:
+            self._validate()
+        losses: list[Tensor] = []
+        indices: list[Tensor] = []
+        meter = Meter(self)
+        for batch in self.loader:
+            indices.append(batch["index"])
+            norm = self._train_on(batch, losses)
+            if self.accelerator.sync_gradients:
+                meter.count(self._check(losses, indices, norm), norm)
+                self.finish_step()
+                losses, indices = [], []
+        meter.close()
+        self._save_checkpoint()
+        self._save_adapters(self.folder.adapters_file)
+
+    def _train_on(self, batch: Mapping[str, Any], losses: list[Tensor]) -> Tensor | None:
+        """Add a batch's gradients -> norm of all once the step's last batch is in."""
+        with self.accelerator.accumulate(self.model), self.trainer.module.until_backward():
+            loss = self.loss(batch)
+            losses.append(loss.detach())
+            self.accelerator.backward(loss)
+            if not self.accelerator.sync_gradients:
+                return None
+            most = self.config.max_grad_norm or math.inf
+            return self.accelerator.clip_grad_norm_(self.model.parameters(), most)
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Loss of a batch (METHOD.md section 7)."""
+        dtype, module = self.base.pipeline.dtype, self.trainer.module
+        latent, noise, timesteps = self._target_latent(batch), batch["noise"], batch["timestep"]
+        rows, height, width = len(latent), latent.shape[2] * 8, latent.shape[3] * 8
+        text = self._text(batch)
+        with torch.no_grad():
+            reference = module.capture(
+                self._noised_reference(batch).to(dtype),
+                self.empty.states.expand(rows, -1, -1),
+                self.base.unet_kwargs(self.empty.repeat_each(rows), *self._reference_size_px),
+            )
+        prediction = self.model(
+            reference,
+            self.schedule.add_noise(latent, noise, timesteps).to(dtype),
+            timesteps,
+            text.states,
+            self.base.unet_kwargs(text, height, width),
+        )
+        return denoising_loss(
+            prediction,
+            self.schedule.target(latent, noise, timesteps),
+            self.schedule.weights(timesteps, self.config.min_snr_gamma),
+        )
+
+    @property
+    def _reference_size_px(self) -> tuple[int, int]:
+        return self.trainer.data.resolution, self.trainer.data.resolution
+
+    def _target_latent(self, batch: Mapping[str, Any]) -> Tensor:
+        if "target_latent" in batch:
+            return batch["target_latent"].float()
+        return self.base.encode_pictures(batch["target"]).float()
+
+    def _noised_reference(self, batch: Mapping[str, Any]) -> Tensor:
+        if "reference_latent" in batch:
+            latent = batch["reference_latent"].float()
+        else:
+            latent = self.base.encode_pictures(batch["reference"]).float()
+        timestep = self.trainer.module.adapters.info.timestep
+        timesteps = torch.full((len(latent),), timestep, device=latent.device)
+        return self.schedule.add_noise(latent, batch["reference_noise"], timesteps)
+
+    def _text(self, batch: Mapping[str, Any]) -> Text:
+        """Text states of the captions, those of the empty prompt where the caption is dropped."""
+        is_dropped = batch["is_dropped"]
+        if "text_states" not in batch:
+            dropped = is_dropped.tolist()
+            pairs = zip(batch["caption"], dropped, strict=True)
+            return self.base.encode_text(["" if drop else caption for caption, drop in pairs])
+        like = self.empty.states
+        states = torch.where(is_dropped[:, None, None], like, batch["text_states"].to(like.dtype))
+        if self.empty.pooled is None:
+            return Text(states, None)
+        given = batch["text_pooled"].to(like.dtype)
+        return Text(states, torch.where(is_dropped[:, None], self.empty.pooled, given))
+
+    def _check(self, losses: list[Tensor], indices: list[Tensor], norm: Tensor | None) -> float:
+        """Agree with all processes on the step's mean loss, and stop all where it is not finite."""
+        local = torch.stack(losses).mean()
+        asked = torch.tensor(float(self.interruption.is_requested), device=local.device)
+        total: Any = self.accelerator.reduce(torch.stack([local, asked]), reduction="mean")
+        loss, self._asked = float(total[0]), bool(total[1] > 0)
+        # with fp16 an infinite norm is part of how the loss scale is found
+        is_scaled = self.accelerator.scaler is not None
+        is_norm_finite = norm is None or is_scaled or math.isfinite(float(norm))
+        if math.isfinite(loss) and is_norm_finite:
+            return loss
+        files = self.trainer.data.names(torch.cat(indices).tolist())
+        newest = self.folder.newest_checkpoint()
+        raise StateError(
+            f"The loss of step {self.step + 1} is {loss}, the norm of the gradients {norm}; the step was not taken. "
+            f"Its batch on process {self.accelerator.process_index}: {', '.join(files)}. "
+            f"{f'The last good checkpoint is {newest[1]}' if newest else 'There is no checkpoint yet'}. Lower the "
+            "learning rate, use bf16 in place of fp16, or look at these files."
+        )
+
+    def finish_step(self) -> None:
+        """Take the step, then show, save or stop as the settings and the user want."""
+        config = self.config
+        self.optimizer.step()
+        self.lr_schedule.step()
+        self.optimizer.zero_grad()
+        self.average.step()
+        self.step += 1
+        is_last = self.step == config.steps
+        if config.validate_every and (self.step % config.validate_every == 0 or is_last):
+            self._validate()
+        if self._asked:
+            self._save_checkpoint()
+            logger.warning("Stopped after step %d; go on with --resume.", self.step)
+            raise KeyboardInterrupt
+        if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not is_last:
+            self._save_checkpoint()
+
+    def _adapters(self) -> AdapterSet:
+        """The adapters as they would be used: averaged where there is an average; on the CPU."""
+        weights = self.accelerator.get_state_dict(self.model)
+        module, info = self.trainer.module, self._info()
+        adapters = AdapterSet(info)
+        prefix = "adapters."
+        adapters.load_state_dict({k.removeprefix(prefix): v.cpu() for k, v in weights.items()})
+        self.average.copy_to(adapters)
+        assert module.adapters.layers == adapters.layers
+        return adapters.requires_grad_(False)
+
+    def _info(self) -> AdapterInfo:
+        info = self.trainer.module.adapters.info
+        extra = {
+            **info.extra,
+            "training": json.dumps({**self.config.without_folders(), "step": self.step}),
+            "base_model_fingerprint": self.trainer.identity["base model"],
+            "dreamcache_version": __version__,
+        }
+        return AdapterInfo(
+            info.layout, info.timestep, self.base.name, self.schedule.prediction, extra
+        )
+
+    def _save_adapters(self, path: Path) -> None:
+        adapters = self._adapters()
+        if self.accelerator.is_main_process:
+            save_adapters(adapters, path)
+
+    def _save_checkpoint(self) -> None:
+        accelerator = self.accelerator
+        newest = self.folder.newest_checkpoint()
+        if newest is not None and newest[0] == self.step:
+            return
+        accelerator.wait_for_everyone()
+        with self.folder.new_checkpoint(
+            self.step, is_main=accelerator.is_main_process, wait=accelerator.wait_for_everyone
+        ) as target:
+            accelerator.save_state(str(target))
+            self._save_adapters(target / "adapters.safetensors")
+            if accelerator.is_main_process:
+                self.average.save(target)
+
+    def _validate(self) -> None:
+        adapters = self._adapters() if self.config.validate_every else None
+        validation = self.trainer.validation
+        if validation is not None and adapters is not None:
+            sheet = validation.save(adapters, self.folder.validation_folder, self.step)
+            for tracker in self.accelerator.trackers:
+                tracker.log_images({"validation": sheet.permute(0, 3, 1, 2)}, step=self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _start_trackers(self) -> None:
+        if self.config.tracker != "none":
+            plain = {k: str(v) for k, v in self.config.to_dict().items()}
+            self.accelerator.init_trackers("dreamcache", config=plain)

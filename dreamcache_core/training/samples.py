@@ -1,0 +1,135 @@
+"""What a training run reads: position by position, everything random drawn from the position's own seed.
+
+Source: METHOD.md section 7. A run with another number of workers or processes reads the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from ..data.augmentation import augment_reference
+from ..data.buckets import crop_target
+from ..data.encoded import EncodedSet
+from ..data.order import SampleOrder, sample_seed
+from ..data.source import PairSource
+from ..errors import DreamCacheError, InputError
+from .objective import NUM_TIMESTEPS
+
+LATENT_FACTOR = 8
+"""Pixels to a side of one latent value."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How samples are drawn.
+
+    Attributes:
+        resolution: Side of the reference square, pixels.
+        sizes: Height and width of every sample's target, pixels.
+        caption_dropout: Share of samples whose caption becomes empty.
+        seed: Seed of the run.
+        latent_channels: Channels of the VAE's latents.
+    """
+
+    resolution: int
+    sizes: Sequence[tuple[int, int]]
+    caption_dropout: float
+    seed: int
+    latent_channels: int = 4
+
+
+class TrainingSet(Dataset[dict[str, Any]]):
+    """The samples of a run from one position to another.
+
+    Args:
+        source: Pairs on disk; may be ``None`` where ``encoded`` holds everything.
+        encoded: Their precomputed form, or ``None``.
+        order: Which pair stands at which position.
+        settings: How samples are drawn.
+        first: First position of the run that is read.
+        last: Position after the last.
+    """
+
+    def __init__(
+        self,
+        source: PairSource | None,
+        encoded: EncodedSet | None,
+        order: SampleOrder,
+        settings: SampleSettings,
+        first: int,
+        last: int,
+    ) -> None:
+        self.source, self.encoded, self.order, self.settings = source, encoded, order, settings
+        self.first, self.last = first, last
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self.last - self.first
+
+    def __getitem__(self, offset: int) -> dict[str, Any]:
+        """Read one sample.
+
+        Args:
+            offset: Position, counted from ``first``.
+
+        Returns:
+            ``index`` of the pair; ``timestep``; ``noise`` and ``reference_noise`` (channels, height / 8, width / 8);
+            ``is_dropped``: whether the caption counts as empty. Then ``target`` (height, width, 3) in [0, 1] and
+            ``caption``, or their precomputed form ``target_latent``, ``text_states`` and for SDXL ``text_pooled``;
+            and ``reference`` (resolution, resolution, 3) or ``reference_latent``.
+
+        Raises:
+            InputError: The pair cannot be read; the message names its files.
+        """
+        position = self.first + offset
+        epoch, index = self.order(position)
+        generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, position))
+        sample = self._draw(index, generator)
+        try:
+            return sample | self._read(index, epoch, generator)
+        except DreamCacheError as error:
+            files = () if self.source is None else self.source.files(index)
+            raise InputError(
+                f"Training sample {index} ({', '.join(files)}) cannot be used: {error} Find all such samples with "
+                "'dataset check'."
+            ) from error
+
+    def _draw(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        settings = self.settings
+        height, width = (side // LATENT_FACTOR for side in settings.sizes[index])
+        side, channels = settings.resolution // LATENT_FACTOR, settings.latent_channels
+        timestep = torch.randint(NUM_TIMESTEPS, (), generator=generator)
+        return {
+            "index": index,
+            "timestep": timestep,
+            "is_dropped": torch.rand((), generator=generator) < settings.caption_dropout,
+            "noise": torch.randn((channels, height, width), generator=generator),
+            "reference_noise": torch.randn((channels, side, side), generator=generator),
+        }
+
+    def _read(self, index: int, epoch: int, generator: torch.Generator) -> dict[str, Tensor | str]:
+        sample: dict[str, Tensor | str] = {}
+        if self.encoded is not None:
+            sample |= self.encoded.read_target(index)
+            if self.encoded.num_variants:
+                return sample | self.encoded.read_reference(index, epoch)
+        assert self.source is not None
+        pair = self.source.read(index)
+        if self.encoded is None:
+            target = crop_target(pair.target, *self.settings.sizes[index])
+            sample |= {"target": target[0], "caption": pair.caption}
+        reference = augment_reference(
+            pair.subject, pair.mask, size=self.settings.resolution, generator=generator
+        )
+        return sample | {"reference": reference[0]}
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples: tensors along a new first axis, captions as a list."""
+    return default_collate(samples)

@@ -1,0 +1,106 @@
+"""Pictures during training: each reference, its prompt without it, and its prompt with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapter import AdapterSet
+from ..base_model import BaseModel
+from ..data.opening import open_source
+from ..data.source import PairSource
+from ..errors import InputError
+from ..image_files import contact_sheet, save_png
+from ..injection import ReferenceUse
+from ..reference_image import prepare_reference_image
+from .config import TrainConfig
+
+SEED = 0
+
+
+class Validation:
+    """A fixed set of references and prompts, drawn with fixed seeds; training is not touched by it.
+
+    Args:
+        base: The base model.
+        config: Settings of the run.
+        source: Training set, which serves where the settings name no set of its own.
+        resolution: Side of references and images, pixels.
+
+    Raises:
+        InputError: There is no set to take references from.
+    """
+
+    def __init__(
+        self, base: BaseModel, config: TrainConfig, source: PairSource | None, resolution: int
+    ) -> None:
+        if config.validation_data is not None:
+            source = open_source(config.validation_data)
+        if source is None:
+            raise InputError(
+                "The validation needs pictures, and the training set is given in its precomputed form alone. Give "
+                "validation_data (or data), or validate_every = 0."
+            )
+        self.base, self.config, self.resolution = base, config, resolution
+        count = min(config.validation_samples, len(source.keys))
+        pairs = [source.read(index) for index in range(count)]
+        self.references = [
+            prepare_reference_image(pair.subject, pair.mask, size=resolution)[0] for pair in pairs
+        ]
+        given = config.validation_prompts
+        self.prompts = [given[i % len(given)] if given else pairs[i].caption for i in range(count)]
+        self._without: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def draw(self, adapters: AdapterSet) -> Tensor:
+        """Draw the grid.
+
+        Args:
+            adapters: The adapters as they are now.
+
+        Returns:
+            A contact sheet, (1, height, width, 3) in [0, 1]: a row for each reference.
+        """
+        uses = [self._use(picture, adapters) for picture in self.references]
+        if self._without is None:
+            self._without = [
+                self._image(prompt, use, scale=0.0)
+                for prompt, use in zip(self.prompts, uses, strict=True)
+            ]
+        rows: list[Sequence[Tensor]] = []
+        for prompt, use, picture, plain in zip(
+            self.prompts, uses, self.references, self._without, strict=True
+        ):
+            rows.append([picture, plain, self._image(prompt, use)])
+        captions = [["reference", f"without: {prompt}", "with it"] for prompt in self.prompts]
+        return contact_sheet(rows, captions)
+
+    def save(self, adapters: AdapterSet, folder: Path, step: int) -> Tensor:
+        """Draw the grid and write it as ``step-000500.png``; see ``draw``."""
+        sheet = self.draw(adapters)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_png(folder / f"step-{step:06d}.png", sheet)
+        return sheet
+
+    def _use(self, picture: Tensor, adapters: AdapterSet) -> ReferenceUse:
+        reference = self.base.pipeline.encode_reference(
+            picture, timestep=adapters.info.timestep, layers=adapters.layers
+        )
+        return ReferenceUse(reference, adapters)
+
+    def _image(self, prompt: str, use: ReferenceUse, scale: float = 1.0) -> Tensor:
+        image = self.base.pipeline(
+            prompt,
+            ReferenceUse(use.reference, use.adapters, scale),
+            text_scale=self.config.validation_cfg,
+            image_scale=self.config.validation_image_guidance,
+            num_inference_steps=self.config.validation_steps,
+            generator=torch.Generator().manual_seed(SEED),
+            height=self.resolution,
+            width=self.resolution,
+            output_type="pt",
+        )
+        return image.permute(0, 2, 3, 1).float().cpu()
