@@ -1,0 +1,249 @@
+"""Training of adapters inside ComfyUI's own sampling machinery: a sampler that takes optimizer steps.
+
+Source: METHOD.md section 7.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ..dreamcache_core import (
+    AdapterSet,
+    InputError,
+    ReferenceCache,
+    ReferenceUse,
+    capture_features,
+    inject,
+)
+from ..dreamcache_core.data.order import SampleOrder, sample_seed
+from ..dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule, denoising_loss
+from .applied import compute_dtype
+from .encoding import _clean_clone
+from .frozen_model import FrozenModel, checkpointed, frozen, noise_schedule
+from .training_set import EMPTY_TEXT, TrainingSet
+
+MAX_GRAD_NORM = 1.0
+AfterStep = Callable[[float], None]
+
+
+class DivergedError(Exception):
+    """The loss is not finite any more; the adapters are back at the last step at which it was."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How the loop trains.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Pictures of a step.
+        learning_rate: Of AdamW, constant.
+        seed: Seed of the order, noise levels, noise and dropped captions.
+        caption_dropout: Share of samples with the empty prompt.
+        gradient_checkpointing: Compute the decoder's activations twice instead of keeping them.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    caption_dropout: float
+    gradient_checkpointing: bool
+
+
+def train(
+    model: ModelPatcher,
+    adapters: AdapterSet,
+    data: TrainingSet,
+    settings: TrainSettings,
+    after_step: AfterStep,
+) -> None:
+    """Train adapters in place.
+
+    Args:
+        model: The MODEL, left as it is; LoRAs count, patches of other packs do not.
+        adapters: The adapters, float32, outside inference mode. They are on the CPU again afterwards, whatever happens, as
+            the last complete step left them.
+        data: The training set.
+        settings: How to train.
+        after_step: Called after each step with its loss; may raise to end the training.
+
+    Raises:
+        DivergedError: The loss became NaN or infinite.
+        InputError: VAE or CLIP and model do not belong together.
+    """
+    _check_fit(model, adapters, data)
+    clean = _clean_clone(model)
+    if "model_sampling" in model.object_patches:
+        clean.add_object_patch("model_sampling", model.object_patches["model_sampling"])
+    # all of the U-Net and nothing else on the device: no sampling run needs as much room
+    comfy.model_management.load_models_gpu([clean], memory_required=1e20, force_full_load=True)
+    sampler = _TrainSampler(adapters, noise_schedule(model), data, settings, after_step)
+    guider = comfy.samplers.CFGGuider(clean)
+    guider.inner_set_conds({"positive": data.texts[EMPTY_TEXT]})
+    blank = torch.zeros_like(data.targets[0])
+    try:
+        guider.sample(blank, blank, sampler, torch.ones(2), disable_pbar=True, seed=settings.seed)
+    finally:
+        with torch.inference_mode(False):
+            adapters.requires_grad_(False).zero_grad()
+            adapters.cpu()
+
+
+def _check_fit(model: ModelPatcher, adapters: AdapterSet, data: TrainingSet) -> None:
+    channels, given = model.model.latent_format.latent_channels, data.targets[0].shape[1]
+    if given != channels:
+        raise InputError(
+            f"The model takes latents of {channels} channels, the VAE gave {given}. Connect the VAE of this model."
+        )
+    width = adapters.info.layout.context_width
+    widths = {text.shape[-1] for ((text, _),) in data.texts}
+    if widths != {width}:
+        raise InputError(
+            f"The model takes text states of width {width}, the CLIP or the conditioning gave "
+            f"{', '.join(map(str, sorted(widths)))}. Connect the CLIP of this model."
+        )
+
+
+class _TrainSampler(comfy.samplers.Sampler):
+    """Takes optimizer steps where a sampler would take sampling steps."""
+
+    def __init__(
+        self,
+        adapters: AdapterSet,
+        schedule: NoiseSchedule,
+        data: TrainingSet,
+        settings: TrainSettings,
+        after_step: AfterStep,
+    ) -> None:
+        self.adapters, self.schedule, self.data = adapters, schedule, data
+        self.settings, self.after_step = settings, after_step
+        sizes = [tuple(target.shape[-2:]) for target in data.targets]
+        numbers = {size: number for number, size in enumerate(dict.fromkeys(sizes))}
+        buckets = [numbers[size] for size in sizes] if len(numbers) > 1 else None
+        self.order = SampleOrder(
+            len(data), settings.seed, buckets=buckets, group=settings.batch_size
+        )
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,  # noqa: ARG002 - ComfyUI's signature
+        extra_args: dict[str, Any],
+        callback: Any,  # noqa: ARG002
+        noise: Tensor,
+        latent_image: Tensor | None = None,  # noqa: ARG002
+        denoise_mask: Any = None,  # noqa: ARG002
+        disable_pbar: bool = False,  # noqa: ARG002
+    ) -> Tensor:
+        """Train; what is returned counts for nothing."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(frozen(model_wrap.inner_model))
+            options = extra_args["model_options"].get("transformer_options", {})
+            base = FrozenModel(
+                model_wrap.inner_model, options, noise.device, self.data.texts, self.schedule
+            )
+            if self.settings.gradient_checkpointing:
+                stack.enter_context(checkpointed(base.unet))
+            self.adapters.to(noise.device).requires_grad_(True)
+            self.take_steps(base)
+        return noise
+
+    def take_steps(self, base: FrozenModel) -> None:
+        """Run the loop."""
+        parameters = list(self.adapters.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=self.settings.learning_rate)
+        # half-precision gradients of the frozen layers underflow without
+        has_half = compute_dtype(base.model) == torch.float16
+        scaler = torch.amp.GradScaler(base.device.type, enabled=has_half)
+        good = [parameter.detach().clone() for parameter in parameters]
+        for step in range(self.settings.steps):
+            optimizer.zero_grad()
+            loss = self.backward(base, step, scaler)
+            if not math.isfinite(loss):
+                _copy(good, parameters)
+                raise DivergedError(f"step {step + 1}")
+            _copy(parameters, good)
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            self.after_step(loss)
+
+    def backward(self, base: FrozenModel, step: int, scaler: Any) -> float:
+        """Compute one batch's loss and gradients."""
+        size = self.settings.batch_size
+        batch = [self.draw(position) for position in range(step * size, (step + 1) * size)]
+        stacked = {
+            name: torch.cat([getattr(sample, name) for sample in batch]).to(base.device)
+            for name in ("target", "noise", "reference", "reference_noise", "timestep")
+        }
+        texts = [sample.text for sample in batch]
+        use = ReferenceUse(self.capture(base, stacked), self.adapters, per_row=True)
+        latent, timesteps = base.model.process_latent_in(stacked["target"]), stacked["timestep"]
+        schedule = self.schedule
+        weights = schedule.weights(timesteps, None)
+        with inject(base.unet, use):  # open until after backward: checkpointing runs blocks again
+            prediction = base.predict(latent, stacked["noise"], timesteps, texts)
+            target = schedule.target(latent, stacked["noise"], timesteps)
+            loss = denoising_loss(prediction, target, weights)
+            if math.isfinite(value := float(loss.detach())):
+                scaler.scale(loss).backward()
+        return value
+
+    @torch.no_grad()
+    def capture(self, base: FrozenModel, stacked: dict[str, Tensor]) -> ReferenceCache:
+        """Cache the references of a batch in one pass that ends at the last cached layer."""
+        latent = base.model.process_latent_in(stacked["reference"])
+        timestep = self.adapters.info.timestep
+        timesteps = torch.full_like(stacked["timestep"], timestep)
+        texts = [EMPTY_TEXT] * len(latent)
+        with capture_features(base.unet, self.adapters.layers, stop_early=True) as features:
+            base.predict(latent, stacked["reference_noise"], timesteps, texts)
+        width, (rows, columns) = self.adapters.info.layout.context_width, latent.shape[-2:]
+        return ReferenceCache(features, width, (rows, columns), timestep)
+
+    def draw(self, position: int) -> "_Sample":
+        """Draw the sample at a position of the run, everything random from the position's own seed."""
+        epoch, index = self.order(position)
+        generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, position))
+        timestep = torch.randint(NUM_TIMESTEPS, (1,), generator=generator)
+        is_dropped = bool(torch.rand((), generator=generator) < self.settings.caption_dropout)
+        target, variants = self.data.targets[index], self.data.references[index]
+        reference = variants[epoch % len(variants)]
+        return _Sample(
+            EMPTY_TEXT if is_dropped else index,
+            target,
+            torch.randn(target.shape, generator=generator),
+            reference,
+            torch.randn(reference.shape, generator=generator),
+            timestep,
+        )
+
+
+@torch.no_grad()
+def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    for given, taken in zip(source, target, strict=True):
+        taken.copy_(given)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """One row of a batch, see ``TrainingSet``; ``text`` is an index into its texts."""
+
+    text: int
+    target: Tensor
+    noise: Tensor
+    reference: Tensor
+    reference_noise: Tensor
+    timestep: Tensor

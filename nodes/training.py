@@ -1,0 +1,193 @@
+"""The node that trains adapters."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..dreamcache_core.training.loss_curve import draw_loss_curve
+from .report import report
+from .train_loop import DivergedError, train
+from .training_run import TrainingRun
+from .types import Adapters
+
+LISTS = ("images", "masks", "captions", "conditioning")
+"""Inputs that may hold several things; of the others the first counts."""
+
+
+class TrainAdapters(io.ComfyNode):
+    """Train adapters on pictures with masks and captions."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheTrainAdapters",
+            display_name="Train DreamCache Adapters",
+            category="DreamCache",
+            description="Trains adapters for this model from pictures with subject masks and captions: for Stable "
+            "Diffusion 1.5, SDXL and fine-tunes, for which none are published, or to go on from some. When it is "
+            "cancelled, what was learned so far is kept in models/dreamcache.",
+            is_input_list=True,
+            inputs=_inputs(),
+            outputs=[
+                Adapters.Output(
+                    display_name="adapters",
+                    tooltip="For Apply DreamCache and Save DreamCache Adapters.",
+                ),
+                io.Image.Output(
+                    display_name="loss_curve", tooltip="The loss of each step and its average."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, **inputs: list[Any]) -> io.NodeOutput:
+        """Train."""
+        given: dict[str, Any] = {
+            name: value if name in LISTS else value[0] for name, value in inputs.items()
+        }
+        run = TrainingRun(cls, **given)
+        adapters = run.start_adapters()
+        data = run.encode()
+        try:
+            train(run.model, adapters, data, run.settings, run.after_step)
+        except DivergedError as error:
+            raise run.divergence(adapters) from error
+        except BaseException:
+            run.keep(adapters)
+            raise
+        run.write_record(adapters)
+        return io.NodeOutput(
+            adapters, draw_loss_curve(run.losses), ui=report(cls, run.describe(adapters))
+        )
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        io.Model.Input(
+            "model",
+            tooltip="The model that the adapters are for. It is not changed. LoRAs on it count.",
+        ),
+        io.Vae.Input("vae", tooltip="The model's VAE."),
+        io.Clip.Input(
+            "clip", tooltip="The model's CLIP: it encodes the captions and the empty prompt."
+        ),
+        io.Image.Input(
+            "images",
+            tooltip="The training pictures: a batch, or a list such as the core's dataset loaders give, with pictures "
+            "of different sizes.",
+        ),
+        io.String.Input(
+            "captions",
+            default="",
+            multiline=True,
+            tooltip="What each picture shows: one line for each picture, in their order, or one line for all. Or a "
+            "list of texts from a dataset loader.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=1000,
+            min=1,
+            max=1_000_000,
+            tooltip="Optimizer steps. The paper took 25,000 at batch 128, on 400,000 pictures.",
+        ),
+        io.Int.Input(
+            "batch_size",
+            default=4,
+            min=1,
+            max=1024,
+            tooltip="Pictures of a step. More is steadier and takes more memory and time.",
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=0.0001,
+            min=0.0000001,
+            max=1.0,
+            step=0.0000001,
+            tooltip="How far each step goes. 0.0001 suits small sets and short runs, 0.00001 is the paper's for long "
+            "ones. Too high, and the loss rises or becomes NaN.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=False,
+            tooltip="The same inputs and seed give the same adapters.",
+        ),
+        io.Combo.Input(
+            "init",
+            options=["identity", "paper"],
+            default="identity",
+            tooltip="Start values. 'identity': training starts at exactly the plain model. 'paper': everything random. "
+            "Without effect when adapters is connected.",
+        ),
+        io.Mask.Input(
+            "masks",
+            optional=True,
+            tooltip="Where the subject of each picture is. Without them all of the picture counts as the subject, and "
+            "backgrounds leak into the results.",
+        ),
+        io.Conditioning.Input(
+            "conditioning",
+            optional=True,
+            tooltip="Encoded captions, one for each picture, as some dataset loaders give them. Replaces captions.",
+        ),
+        Adapters.Input(
+            "adapters",
+            optional=True,
+            tooltip="Adapters to go on from, for the same kind of model. They are not changed.",
+        ),
+        io.Combo.Input(
+            "mask_marks",
+            options=["subject", "background"],
+            default="subject",
+            optional=True,
+            tooltip="What 1 in the masks marks. 'subject' for masks that you painted; 'background' for the mask of Load "
+            "Image, which marks what is transparent.",
+        ),
+        io.Float.Input(
+            "caption_dropout",
+            default=0.07,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip="Advanced: share of samples that are trained with the empty prompt. 0.07 is the paper's.",
+        ),
+        io.Int.Input(
+            "resolution",
+            default=0,
+            min=0,
+            max=2048,
+            step=64,
+            optional=True,
+            tooltip="Advanced: side of the pictures in training, pixels. 0 is the model's: 512, for SDXL 1024.",
+        ),
+        io.Boolean.Input(
+            "buckets",
+            default=False,
+            optional=True,
+            tooltip="Advanced: keep the aspect of pictures that are not square (in sizes of equal area) instead of "
+            "cutting the middle square out.",
+        ),
+        io.Int.Input(
+            "reference_variants",
+            default=32,
+            min=1,
+            max=10_000,
+            optional=True,
+            tooltip="Advanced: how many differently cut-out references of each picture are made before training. They "
+            "come round again after as many epochs.",
+        ),
+        io.Boolean.Input(
+            "gradient_checkpointing",
+            default=False,
+            optional=True,
+            tooltip="Advanced: less memory on the GPU for about a fifth more time. Changes nothing else.",
+        ),
+    ]
+
+
+NODES: list[type[io.ComfyNode]] = [TrainAdapters]

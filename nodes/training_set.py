@@ -1,0 +1,275 @@
+"""Pictures, masks and texts of a graph as a training set: paired, checked and encoded once. Knows no U-Net."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dreamcache_core import DreamCacheError, InputError
+from ..dreamcache_core.data.augmentation import augment_reference
+from ..dreamcache_core.data.buckets import aspect_buckets, crop_target, nearest_bucket
+from ..dreamcache_core.data.order import sample_seed
+from ..dreamcache_core.data.source import Pair
+from ..dreamcache_core.reference_image import (
+    check_image,
+    check_mask_aspect,
+    is_placeholder_mask,
+    resize_mask,
+)
+from .encoding import plain_text
+
+logger = logging.getLogger(__name__)
+
+EMPTY_TEXT = -1
+"""Index of the empty prompt among the texts of a training set."""
+
+ShowPair = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """What the loop draws from; latents are unscaled and, like the texts, on the CPU and outside inference mode.
+
+    Attributes:
+        targets: Latent of each picture, (1, channels, height, width).
+        references: Latents of each picture's augmented references, all of one size.
+        texts: ComfyUI's CONDITIONING of each picture, and at ``EMPTY_TEXT`` that of the empty prompt.
+    """
+
+    targets: Sequence[Tensor]
+    references: Sequence[Sequence[Tensor]]
+    texts: Sequence[list[Any]]
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.targets)
+
+
+def make_pairs(
+    images: Sequence[Tensor], masks: Sequence[Tensor], captions: Sequence[str], mask_marks: str
+) -> list[Pair]:
+    """Pair pictures with their masks and captions.
+
+    Args:
+        images: Batches of pictures, (batch, height, width, 1, 3 or 4) in [0, 1]; alpha counts as a mask.
+        masks: Batches of masks, (batch, height, width) or (height, width); may be empty.
+        captions: One for each picture.
+        mask_marks: What 1 in the masks marks, ``subject`` or ``background``.
+
+    Returns:
+        One pair for each picture; its target and its subject are the same picture.
+
+    Raises:
+        InputError: A picture or mask cannot be used, or there are more or fewer masks than pictures.
+    """
+    pictures = [picture for batch in images for picture in _checked(batch).split(1)]
+    flat = _masks_of(masks, len(pictures))
+    pairs: list[Pair] = []
+    for number, (picture, mask, caption) in enumerate(
+        zip(pictures, flat, captions, strict=True), start=1
+    ):
+        subject = _subject_mask(picture, mask, mask_marks)
+        if subject is not None and not bool(subject.max() > 0):
+            raise InputError(
+                f"The mask of picture {number} leaves no subject (mask_marks is {mask_marks!r}). Paint it, change "
+                "mask_marks, or leave the picture without a mask."
+            )
+        colour = picture[..., :3].float().clamp(0, 1).expand(-1, -1, -1, 3)
+        pairs.append(Pair(colour, colour, subject, caption))
+    num_whole = sum(pair.mask is None for pair in pairs)
+    if num_whole:
+        logger.warning(
+            "%d of %d training pictures have no mask: all of the picture counts as the subject, and its background "
+            "will leak into the results.",
+            num_whole,
+            len(pairs),
+        )
+    return pairs
+
+
+def match_captions(texts: Sequence[str], num_pictures: int) -> list[str]:
+    """Give every picture its caption.
+
+    Args:
+        texts: A single text with one line for each picture or one for all; or a list with one text for each.
+        num_pictures: Number of pictures.
+
+    Returns:
+        A caption for each picture, on one line.
+
+    Raises:
+        InputError: The numbers do not fit, or there is no text.
+    """
+    single = len(texts) == 1 and num_pictures > 1
+    lines = [line for line in texts[0].splitlines() if line.strip()] if single else list(texts)
+    captions = [" ".join(line.split()) for line in lines]
+    if not any(captions):
+        raise InputError(
+            "captions is empty. Write what the pictures show: one line for each picture, in their order, or one line "
+            "for all of them."
+        )
+    return _one_for_each(captions, num_pictures, "captions (one line each)")
+
+
+def split_conditioning(conditioning: Sequence[list[Any]], num_pictures: int) -> list[list[Any]]:
+    """Give every picture its CONDITIONING.
+
+    Args:
+        conditioning: CONDITIONINGs of one or several texts each; one text for each picture, or one for all.
+        num_pictures: Number of pictures.
+
+    Returns:
+        A CONDITIONING of one plain text for each picture.
+
+    Raises:
+        InputError: The numbers do not fit.
+    """
+    texts = [plain_text([text]) for given in conditioning for text in given]
+    return _one_for_each(texts, num_pictures, "texts in conditioning")
+
+
+def encode_texts(clip: Any, captions: Sequence[str]) -> list[list[Any]]:
+    """Encode captions, each different one once.
+
+    Args:
+        clip: The model's CLIP.
+        captions: The captions.
+
+    Returns:
+        A CONDITIONING for each.
+    """
+    known = {
+        caption: plain_text(clip.encode_from_tokens_scheduled(clip.tokenize(caption)))
+        for caption in dict.fromkeys(captions)
+    }
+    return [known[caption] for caption in captions]
+
+
+def encode_pairs(
+    pairs: Sequence[Pair],
+    texts: Sequence[list[Any]],
+    vae: Any,
+    *,
+    resolution: int,
+    has_buckets: bool,
+    num_variants: int,
+    seed: int,
+    show: ShowPair,
+) -> TrainingSet:
+    """Encode targets once, and of each picture several differently augmented references.
+
+    Source: METHOD.md section 7. Differs from it in: the augmentations are drawn beforehand and come round again.
+
+    Args:
+        pairs: The pictures.
+        texts: CONDITIONING of each picture, and last that of the empty prompt.
+        vae: The model's VAE.
+        resolution: Side of the references and of square targets, pixels.
+        has_buckets: Keep the targets' aspect, as far as the buckets have it.
+        num_variants: References of each picture.
+        seed: Seed of the augmentation.
+        show: Called with every target and reference, each (1, height, width, 3), once they are encoded.
+
+    Returns:
+        The set.
+
+    Raises:
+        InputError: A picture is too small, or its mask marks too little; the message counts from 1.
+    """
+    square = (resolution, resolution)
+    buckets = aspect_buckets(resolution) if has_buckets else (square,)
+    targets: list[Tensor] = []
+    references: list[list[Tensor]] = []
+    for index, pair in enumerate(pairs):
+        height, width = pair.target.shape[1:3]
+        target = crop_target(pair.target, *nearest_bucket(height, width, buckets))
+        targets.append(_plain(vae.encode(target)))
+        references.append([])
+        for variant in range(num_variants):
+            # seed + 1: not the numbers that the loop draws noise from
+            place = sample_seed(seed + 1, variant * len(pairs) + index)
+            generator = torch.Generator().manual_seed(place)
+            try:
+                reference = augment_reference(
+                    pair.subject, pair.mask, size=resolution, generator=generator
+                )
+            except DreamCacheError as error:
+                raise InputError(f"Training picture {index + 1} cannot be used: {error}") from error
+            references[-1].append(_plain(vae.encode(reference)))
+            show(target, reference)
+    return TrainingSet(targets, references, [_plain_text_states(text) for text in texts])
+
+
+def count_variants(num_pictures: int, num_samples: int, most: int) -> int:
+    """Count the references to encode of each picture: one for each time it is seen, up to a limit.
+
+    Args:
+        num_pictures: Pictures of the set.
+        num_samples: Samples that the run draws.
+        most: The limit.
+
+    Returns:
+        At least 1.
+    """
+    return max(1, min(most, math.ceil(num_samples / num_pictures)))
+
+
+def _checked(batch: Tensor) -> Tensor:
+    check_image(batch)
+    return batch
+
+
+def _masks_of(masks: Sequence[Tensor], num_pictures: int) -> list[Tensor | None]:
+    """Masks one by one, ``None`` for LoadImage's placeholders."""
+    single = [row for mask in masks for row in mask.reshape(-1, *mask.shape[-2:]).split(1)]
+    flat = [None if is_placeholder_mask(row) else row for row in single]
+    if not any(row is not None for row in flat):
+        return [None] * num_pictures
+    if len(flat) != num_pictures:
+        raise InputError(
+            f"Expected one mask for each of the {num_pictures} pictures, in their order; given {len(flat)}. Leave masks "
+            "unconnected where there are none."
+        )
+    return flat
+
+
+def _subject_mask(picture: Tensor, mask: Tensor | None, mask_marks: str) -> Tensor | None:
+    """Where the subject is, at the picture's size; ``None`` for everywhere."""
+    alpha = picture[..., 3].float().clamp(0, 1) if picture.shape[-1] == 4 else None
+    if mask is None:
+        return alpha
+    height, width = picture.shape[1:3]
+    check_mask_aspect(mask, height, width)
+    subject = resize_mask(mask, height, width)
+    subject = 1 - subject if mask_marks == "background" else subject
+    return subject if alpha is None else subject * alpha
+
+
+def _one_for_each(items: list[Any], num_pictures: int, name: str) -> list[Any]:
+    if len(items) not in (1, num_pictures):
+        raise InputError(
+            f"Expected 1 or {num_pictures} {name}, as there are {num_pictures} pictures; given {len(items)}."
+        )
+    return items * num_pictures if len(items) == 1 else items
+
+
+@torch.inference_mode(False)
+def _plain(tensor: Tensor) -> Tensor:
+    """Copy a tensor out of inference mode, in which ComfyUI executes nodes and autograd cannot use it."""
+    return tensor.detach().cpu().float().clone()
+
+
+@torch.inference_mode(False)
+def _plain_text_states(conditioning: list[Any]) -> list[Any]:
+    """Copy a CONDITIONING of one text out of inference mode."""
+    return [
+        [
+            text.clone(),
+            {k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()},
+        ]
+        for text, options in conditioning
+    ]

@@ -1,0 +1,549 @@
+"""The nodes that train and save adapters."""
+
+import importlib
+import json
+import shutil
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.utils
+import comfy_extras.nodes_model_advanced as model_nodes
+import folder_paths
+import pytest
+import torch
+from tiny import (
+    CORE,
+    FlatVAE,
+    apply,
+    assert_close,
+    encode,
+    make_image,
+    make_model,
+    make_text,
+    run,
+    sample,
+)
+
+import nodes as comfy_nodes
+
+FROZEN, SET = (
+    next(module for name, module in sys.modules.items() if name.endswith(f".nodes.{file}"))
+    for file in ("frozen_model", "training_set")
+)
+INJECTED, ORDER = (
+    importlib.import_module(f"{CORE.__name__}.{file}")
+    for file in ("training.injected_unet", "data.order")
+)
+Interrupted = comfy.model_management.InterruptProcessingException
+NODE = comfy_nodes.NODE_CLASS_MAPPINGS["DreamCacheTrainAdapters"]
+FOLDER = Path(folder_paths.get_folder_paths("dreamcache")[0])
+LISTS = ("images", "masks", "captions", "conditioning")
+
+
+@dataclass
+class TinyClip:
+    """A CLIP whose text states are random, but always the same for the same text."""
+
+    model: Any
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list[Any]:
+        return make_text(self.model, zlib.crc32(tokens.encode()))
+
+
+def train(model: Any, **inputs: Any) -> tuple[Any, torch.Tensor]:
+    """Run the node as a graph does: every input in a list."""
+    given = {
+        "vae": FlatVAE(),
+        "clip": TinyClip(model),
+        "images": [make_image(1, batch=2)],
+        "captions": ["a red dog\na blue cat"],
+        "steps": 2,
+        "batch_size": 2,
+        "learning_rate": 1e-3,
+        "seed": 0,
+        "init": "identity",
+        "resolution": 64,
+        **inputs,
+    }
+    lists = {k: v if k in LISTS else [v] for k, v in given.items()}
+    return NODE.execute(model=[model], **lists).result
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.inference_mode():
+        return make_model()
+
+
+@pytest.fixture(scope="module")
+def trained(model):
+    """Two steps with the default inputs."""
+    with torch.inference_mode():
+        return train(model)[0]
+
+
+@pytest.fixture(autouse=True)
+def tidy():
+    """Leave the folder of adapters as it was."""
+    yield
+    shutil.rmtree(FOLDER / "mine", ignore_errors=True)
+    for path in kept_files():
+        path.unlink()
+
+
+def weights(adapters: Any) -> dict[str, torch.Tensor]:
+    return adapters.state_dict()
+
+
+def same(one: Any, other: Any, **tolerance: float) -> bool:
+    mine, theirs = weights(one), weights(other)
+    if tolerance:
+        return all(torch.allclose(mine[k], theirs[k], **tolerance) for k in mine)
+    return all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def record(adapters: Any) -> dict[str, Any]:
+    return json.loads(adapters.info.extra["training"])
+
+
+def kept_files() -> set[Path]:
+    return set(FOLDER.glob("dreamcache-interrupted*.safetensors"))
+
+
+def test_only_the_adapters_learn(model):
+    unet = model.model.diffusion_model
+    before = {name: (p, p.clone(), p.requires_grad) for name, p in unet.named_parameters()}
+    untrained = train(model, learning_rate=0.0, steps=1)[0]
+    adapters, curve = train(model)
+    for name, parameter in weights(adapters).items():
+        assert not torch.equal(parameter, weights(untrained)[name]), name
+        assert (parameter.dtype, parameter.device.type) == (torch.float32, "cpu")
+    for parameter in adapters.parameters():
+        assert not parameter.is_inference()
+        assert parameter.grad is None
+        assert not parameter.requires_grad
+    for name, parameter in unet.named_parameters():
+        kept, value, requires_grad = before[name]
+        assert parameter is kept
+        assert torch.equal(parameter, value)
+        assert parameter.requires_grad == requires_grad
+        assert parameter.grad is None
+    assert curve.shape == (1, 360, 640, 3)
+
+
+def test_the_model_is_left_as_it_was(model):
+    options = dict(model.model_options["transformer_options"])
+    train(model, gradient_checkpointing=True)
+    assert model.model_options["transformer_options"] == options
+    assert not model.object_patches
+    assert not any(model.wrappers.values())
+    for module in model.model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert "forward" not in vars(module)
+
+
+def v_model(kind):
+    return model_nodes.ModelSamplingDiscrete().patch(make_model(kind), "v_prediction", False)[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: make_model("sd15"), lambda: v_model("sd21"), lambda: make_model("sdxl")],
+    ids=["noise", "v", "sdxl"],
+)
+def test_the_loss_is_the_one_of_the_method(make):
+    """Against the U-Net called directly, with x_t, target and reference written as METHOD.md has them."""
+    model = make()
+    inputs = {"batch_size": 1, "caption_dropout": 0.0, "learning_rate": 0.0, "init": "paper"}
+    inputs |= {"images": [make_image(3)], "captions": ["a red dog"], "steps": 1, "seed": 4}
+    adapters = train(model, **inputs)[0]
+    with torch.inference_mode(False), torch.no_grad():
+        clip, schedule = TinyClip(model), FROZEN.noise_schedule(model)
+        assert schedule.prediction == ("v_prediction" if model.object_patches else "epsilon")
+        (pair,) = SET.make_pairs(inputs["images"], [], inputs["captions"], "subject")
+        texts = [clip.encode_from_tokens_scheduled(text) for text in ("a red dog", "")]
+        data = SET.encode_pairs(
+            [pair],
+            texts,
+            FlatVAE(),
+            resolution=64,
+            has_buckets=False,
+            num_variants=1,
+            seed=4,
+            show=lambda *_: None,
+        )
+        generator = torch.Generator().manual_seed(ORDER.sample_seed(4, 0))
+        t = torch.randint(1000, (1,), generator=generator)
+        torch.rand((), generator=generator)
+        noise, reference_noise = (torch.randn((1, 4, 8, 8), generator=generator) for _ in range(2))
+        z, r = (model.model.process_latent_in(x) for x in (data.targets[0], data.references[0][0]))
+        sizes = model.model.extra_conds
+        text, empty = (
+            sizes(
+                cross_attn=states,
+                noise=z,
+                device=z.device,
+                width=64,
+                height=64,
+                prompt_type="positive",
+                **options,
+            )
+            for ((states, options),) in texts
+        )
+        text, empty = (
+            {"context": c.pop("c_crossattn").cond, **{k: v.cond for k, v in c.items()}}
+            for c in (text, empty)
+        )
+        module = INJECTED.InjectedUNet(model.model.diffusion_model, adapters)
+        noised = schedule.add_noise(r, reference_noise, torch.tensor([1]))
+        cache = module.capture(noised, empty.pop("context"), empty)
+        x_t = schedule.add_noise(z, noise, t)
+        with module.until_backward():
+            prediction = module(cache, x_t, t, text.pop("context"), text)
+        abar = 1 / (model.get_model_object("model_sampling").sigmas[t] ** 2 + 1)
+        v = abar.sqrt() * noise - (1 - abar).sqrt() * z
+        target = v if schedule.prediction == "v_prediction" else noise
+        expected = (prediction - target).square().mean()
+    assert record(adapters)["loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_loss_falls_when_two_pictures_are_learned_by_heart(model):
+    """Below that of predicting nothing, 1, which a U-Net of random weights is above."""
+    inputs = {"steps": 25, "caption_dropout": 0.0}
+    untrained = record(train(model, learning_rate=0.0, **inputs)[0])["loss"]
+    learned = record(train(model, learning_rate=1e-2, **inputs)[0])["loss"]
+    assert learned < 1 < untrained
+
+
+def test_the_same_inputs_and_seed_give_the_same_adapters(model, trained):
+    state = torch.random.get_rng_state()
+    assert same(train(model)[0], trained)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not same(train(model, seed=1)[0], trained)
+
+
+def test_adapters_that_have_not_learned_are_the_plain_model(model, trained):
+    reference, plain = encode(model), sample(model)
+    untrained = train(model, steps=1, learning_rate=0.0)[0]
+    assert_close(sample(apply(model, untrained, reference)), plain, 1e-4)
+    learned = sample(apply(model, trained, reference))
+    assert learned.isfinite().all()
+    assert (learned - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_weights_loaded_in_inference_mode_train_as_plain_ones(model, trained):
+    assert all(p.is_inference() for p in model.model.diffusion_model.parameters())
+    with torch.inference_mode(False):
+        plain = make_model()
+    assert not any(p.is_inference() for p in plain.model.diffusion_model.parameters())
+    assert same(train(plain)[0], trained)
+    assert all(p.requires_grad for p in plain.model.diffusion_model.parameters())
+    assert all(p.is_inference() for p in model.model.diffusion_model.parameters())
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what autograd keeps for backward."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.count += tensor.nbytes
+        return tensor
+
+
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(model, trained):
+    plain, checkpointed = SavedBytes(), SavedBytes()
+    with plain:
+        train(model)
+    with checkpointed:
+        adapters = train(model, gradient_checkpointing=True)[0]
+    assert same(adapters, trained, rtol=0, atol=1e-6)
+    assert 0 < checkpointed.count < plain.count / 4
+
+
+def test_the_encoder_builds_no_graph(model):
+    unet, has_graph = model.model.diffusion_model, {"encoder": set(), "decoder": set()}
+    parts = {"encoder": unet.input_blocks[-1][-1], "decoder": unet.output_blocks[-1][0]}
+    hooks = [
+        module.register_forward_hook(lambda *a, n=name: has_graph[n].add(a[-1].requires_grad))
+        for name, module in parts.items()
+    ]
+    train(model)
+    for hook in hooks:
+        hook.remove()
+    assert has_graph == {"encoder": {False}, "decoder": {True}}
+
+
+def test_a_lora_on_the_model_counts_and_stays_on_it(model, trained):
+    key = "diffusion_model.output_blocks.3.1.transformer_blocks.0.attn1.to_q.weight"
+    weight = comfy.utils.get_attr(model.model, key)
+    before, patched = weight.clone(), model.clone()
+    patched.add_patches({key: (torch.ones_like(weight),)}, 0.5)
+    assert not same(train(patched)[0], trained)
+    assert patched.patches
+    comfy.model_management.unload_all_models()
+    assert torch.equal(comfy.utils.get_attr(model.model, key), before)
+
+
+def test_kernels_without_gradients_are_not_used(model, trained, monkeypatch):
+    @comfy.ldm.modules.attention.wrap_attn
+    def no_gradient(*_, **__):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", no_gradient)
+    assert same(train(model)[0], trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "manual_cast"),
+    [(torch.bfloat16, None), (torch.float16, torch.float32), (torch.float16, None)],
+)
+def test_half_precision_models_train_adapters_in_float32(dtype, manual_cast):
+    model = make_model(dtype=dtype, manual_cast=manual_cast)
+    adapters = train(model)[0]
+    untrained = train(model, learning_rate=0.0)[0]
+    for name, parameter in weights(adapters).items():
+        assert parameter.dtype == torch.float32
+        assert parameter.isfinite().all()
+        assert not torch.equal(parameter, weights(untrained)[name]), name
+
+
+def test_sdxl_trains_on_pictures_of_different_sizes():
+    model = make_model("sdxl")
+    images = [make_image(1, 64, 256), make_image(2, 128, 128), make_image(3, 256, 64)]
+    captions = ["a dog", "a cat", "a bird"]
+    inputs = {"images": images, "captions": captions, "steps": 3, "resolution": 192}
+    adapters = train(model, **inputs, buckets=True, batch_size=1)[0]
+    assert adapters.family == "sdxl"
+    assert record(adapters)["pictures"] == 3
+    assert not same(adapters, train(model, **inputs, batch_size=1)[0])
+    assert sample(apply(model, adapters, encode(model))).isfinite().all()
+
+
+def test_a_mask_cuts_the_subject_out(model, trained):
+    mask = torch.zeros((2, 128, 128))
+    mask[0, 32:96, 16:80], mask[1, 64:, 64:] = 1, 1
+    masked = train(model, masks=[mask])[0]
+    assert not same(masked, trained)
+    assert record(masked)["masks"] == 2
+    assert same(train(model, masks=[1 - mask], mask_marks="background")[0], masked)
+    assert same(train(model, masks=list(mask))[0], masked)
+    alpha = [torch.cat([make_image(1, batch=2), mask[..., None]], dim=-1)]
+    assert same(train(model, images=alpha)[0], masked)
+
+
+def test_the_placeholder_of_load_image_is_no_mask(model, trained):
+    assert same(train(model, masks=[torch.zeros((1, 64, 64))])[0], trained)
+    assert same(train(model, masks=[torch.zeros((64, 64))] * 2)[0], trained)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"captions": ["a red dog", "a blue cat"]},
+        {"captions": ["\n a red  dog \n\na blue cat\n"]},
+        {"images": list(make_image(1, batch=2).split(1))},
+    ],
+    ids=["list", "spaces", "list of pictures"],
+)
+def test_lists_and_lines_are_the_same(model, trained, texts):
+    assert same(train(model, **texts)[0], trained)
+
+
+def test_encoded_captions_replace_captions(model, trained):
+    texts = [TinyClip(model).encode_from_tokens_scheduled(t) for t in ("a red dog", "a blue cat")]
+    assert same(train(model, captions=[""], conditioning=texts)[0], trained)
+    joined = [[text for conditioning in texts for text in conditioning]]
+    assert same(train(model, captions=[""], conditioning=joined)[0], trained)
+
+
+def test_one_caption_serves_all_pictures(model):
+    one = train(model, captions=["a dog"])[0]
+    assert same(train(model, captions=["a dog", "a dog"])[0], one)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"captions": ["one\ntwo\nthree"]}, "1 or 2 captions .* given 3"),
+        ({"captions": ["one", "two", "three"]}, "1 or 2 captions .* given 3"),
+        ({"captions": [" \n "]}, "captions is empty"),
+        ({"masks": [torch.ones((1, 128, 128))]}, "mask for each of the 2 pictures.* given 1"),
+        ({"masks": [torch.zeros((2, 128, 128))]}, "mask of picture 1 leaves no subject"),
+        (
+            {"masks": [torch.ones((2, 128, 128))], "mask_marks": "background"},
+            "mask of picture 1 leaves no subject .*'background'",
+        ),
+        ({"masks": [torch.ones((2, 128, 64))]}, "mask of the picture's aspect"),
+        ({"images": []}, "Expected pictures"),
+        ({"clip": None}, "needs clip"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(model, inputs, message):
+    with pytest.raises(CORE.InputError, match=message):
+        train(model, **inputs)
+
+
+def test_a_vae_and_a_clip_of_other_models_are_refused(model):
+    class WideVAE(FlatVAE):
+        def encode(self, pixels):
+            return super().encode(pixels).repeat(1, 4, 1, 1)
+
+    with pytest.raises(CORE.InputError, match="of 4 channels, the VAE gave 16"):
+        train(model, vae=WideVAE())
+    with pytest.raises(CORE.InputError, match=r"width 768, .* gave 1024"):
+        train(model, clip=TinyClip(make_model("sd21")))
+
+
+def test_a_model_sampled_as_lcm_is_refused(model):
+    lcm = model_nodes.ModelSamplingDiscrete().patch(model, "lcm", False)[0]
+    with pytest.raises(CORE.DreamCacheError, match="LCM"):
+        train(lcm)
+
+
+class Hook:
+    """ComfyUI's progress hook, which the server interrupts in."""
+
+    def __init__(self, interrupt_after: int = 10**9) -> None:
+        self.calls: list[tuple[int, int, Any]] = []
+        self.interrupt_after = interrupt_after
+
+    def __call__(self, value: int, total: int, preview: Any, **_: Any) -> None:
+        self.calls.append((value, total, preview))
+        if len(self.calls) == self.interrupt_after:
+            comfy.model_management.interrupt_current_processing(True)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def test_progress_shows_pairs_then_the_loss_curve(model, monkeypatch):
+    hook = Hook()
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    train(model, steps=3, reference_variants=2)
+    assert [value for value, _, _ in hook.calls] == [1, 2, 3, 4, 5, 6, 7]
+    assert {total for _, total, _ in hook.calls} == {7}
+    kinds = [(kind, picture.size) for _, _, (kind, picture, _) in hook.calls]
+    assert kinds == [("JPEG", (512, 256))] * 4 + [("JPEG", (512, 360))] * 3
+
+
+def test_an_interrupted_training_keeps_what_it_learned(model, trained, monkeypatch, caplog):
+    before = kept_files()
+    # two references for each of the two pictures, then two steps
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", Hook(interrupt_after=6))
+    with pytest.raises(Interrupted):
+        train(model, steps=50, reference_variants=2)
+    monkeypatch.undo()
+    (path,) = kept_files() - before
+    loader = comfy_nodes.NODE_CLASS_MAPPINGS["DreamCacheLoadAdapters"]
+    assert path.name in loader.define_schema().inputs[0].options
+    assert str(path) in caplog.text
+    assert "after 2 of 50 steps" in caplog.text
+    kept = run("DreamCacheLoadAdapters", adapters=path.name)[0]
+    assert same(kept, trained)
+    assert (record(kept)["step"], record(kept)["steps"]) == (2, 50)
+    further = train(model, adapters=kept)[0]
+    assert same(kept, trained)
+    assert not same(further, trained)
+    assert json.loads(record(further)["before"])["step"] == 2
+
+
+def test_an_interruption_in_the_middle_of_a_step_keeps_the_step_before(model, trained):
+    before, calls = kept_files(), []
+
+    def count(*_):
+        calls.append(1)
+        if len(calls) == 5:  # each step calls the U-Net twice
+            raise Interrupted
+
+    handle = model.model.diffusion_model.register_forward_pre_hook(count)
+    try:
+        with pytest.raises(Interrupted):
+            train(model, steps=50, reference_variants=2)
+    finally:
+        handle.remove()
+    (path,) = kept_files() - before
+    assert same(CORE.load_adapters(path), trained)
+    assert not any(m._forward_hooks for m in model.model.modules())
+
+
+def test_an_interruption_before_the_first_step_leaves_no_file(model, monkeypatch):
+    before = kept_files()
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", Hook(interrupt_after=1))
+    with pytest.raises(Interrupted):
+        train(model)
+    assert kept_files() == before
+
+
+def test_a_learning_rate_that_explodes_stops_with_the_step_and_keeps_good_adapters(model):
+    before = kept_files()
+    with pytest.raises(CORE.StateError, match=r"step \d+ is NaN.* learning rate 1e\+30 is too"):
+        train(model, learning_rate=1e30, steps=9)
+    (path,) = kept_files() - before
+    CORE.load_adapters(path)  # refuses what is not finite
+
+
+def test_pictures_that_overflow_stop_at_the_first_step_without_a_file(model):
+    class BrokenVAE(FlatVAE):
+        def encode(self, pixels):
+            return super().encode(pixels) * torch.nan
+
+    before = kept_files()
+    with pytest.raises(CORE.StateError, match=r"step 1 is NaN.*half precision"):
+        train(model, vae=BrokenVAE())
+    assert kept_files() == before
+
+
+def test_adapters_of_another_model_are_no_start(model):
+    others = train(make_model("sdxl"), steps=1)[0]
+    with pytest.raises(CORE.MismatchError, match="do not belong together"):
+        train(model, adapters=others)
+
+
+def test_saved_adapters_are_listed_and_nothing_is_overwritten(trained):
+    loader = comfy_nodes.NODE_CLASS_MAPPINGS["DreamCacheLoadAdapters"]
+    before = set(loader.define_schema().inputs[0].options)
+    for dtype in ("float32", "float16"):
+        run("DreamCacheSaveAdapters", adapters=trained, filename_prefix="mine/dog", dtype=dtype)
+    exact, half = sorted(set(loader.define_schema().inputs[0].options) - before)
+    assert Path(exact) == Path("mine/dog_00001_.safetensors")
+    assert Path(half) == Path("mine/dog_00002_.safetensors")
+    loaded = run("DreamCacheLoadAdapters", adapters=exact)[0]
+    assert same(loaded, trained)
+    assert loaded.info == trained.info
+    rounded = run("DreamCacheLoadAdapters", adapters=half)[0]
+    assert not same(rounded, trained)
+    assert same(rounded, trained, rtol=1e-3, atol=1e-4)
+    sizes = [
+        Path(folder_paths.get_full_path("dreamcache", n)).stat().st_size for n in (exact, half)
+    ]
+    assert sizes[0] > 1.8 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "a/", "../a", "a/../../b", "/tmp/a", "C:\\a", "references/a"]
+)
+def test_adapters_are_not_saved_elsewhere(trained, prefix):
+    with pytest.raises(CORE.InputError, match="saved by name below models/dreamcache"):
+        run("DreamCacheSaveAdapters", adapters=trained, filename_prefix=prefix)
+
+
+def test_the_record_says_how_the_adapters_were_trained(trained):
+    expected = {"steps": 2, "step": 2, "batch_size": 2, "learning_rate": 1e-3, "seed": 0}
+    expected |= {
+        "init": "identity",
+        "caption_dropout": 0.07,
+        "resolution": 64,
+        "optimizer": "AdamW",
+    }
+    assert {name: record(trained)[name] for name in expected} == expected
+    assert trained.info.prediction == "epsilon"
