@@ -11,8 +11,10 @@ PYTEST := $(BIN)/python -m pytest -rs --timeout=600
 
 setup: $(STAMP)
 
+# The first half on all cores; ComfyUI and the browser keep them busy by themselves.
 test: setup
-	$(PYTEST) tests
+	$(PYTEST) -n auto --dist worksteal tests/unit tests/backends
+	$(PYTEST) tests/comfy tests/e2e
 
 check: setup
 	$(BIN)/ruff format --check .

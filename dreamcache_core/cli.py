@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 done, 2 bad input (one line on stderr says what), 130 interrupted.
+
+    Raises:
+        SystemExit: The flags are wrong (code 2), help was asked for (0), or ``dataset check`` found problems (1).
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -41,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (DreamCacheError, OSError) as error:
             return _fail(str(error))
         except torch.cuda.OutOfMemoryError:
-            return _fail("The device ran out of memory. Use --dtype float16 or a smaller --size.")
+            return _fail(
+                "The device ran out of memory. Generating: --dtype float16 or a smaller --size; training: a smaller "
+                "--batch_size, --gradient_checkpointing, or --mixed_precision bf16."
+            )
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

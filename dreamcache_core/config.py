@@ -44,10 +44,8 @@ class Config:
         for key in keys:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise InputError(
-                    f"{cls.__name__} has no field {key!r}.{hint} Fields: {', '.join(known)}."
-                )
+                hint = f"Did you mean {near[0]!r}?" if near else f"Fields: {', '.join(known)}."
+                raise InputError(f"{cls.__name__} has no field {key!r}. {hint}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, in the order of declaration."""

@@ -58,8 +58,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: It is missing or no TOML.
     """
-    import tomllib  # Python 3.11
-
+    try:
+        import tomllib
+    except ImportError as error:
+        raise InputError(
+            "--config needs Python 3.11 or newer. Give the fields as flags."
+        ) from error
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

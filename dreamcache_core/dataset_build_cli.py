@@ -10,6 +10,7 @@ from .config_flags import parse_config
 from .data.build_options import BuildOptions
 from .data.building import build, summarise
 from .errors import MissingPackageError
+from .processes import require_all_processes
 
 MAX_WAIT = timedelta(days=30)
 """How long a process waits for the last one; the default of minutes would end a long build."""
@@ -27,6 +28,7 @@ def run(argv: Sequence[str]) -> None:
     """
     options = parse_config(BuildOptions, argv, program="dreamcache dataset build")
     state = _process_state(options.cpu)
+    require_all_processes(state.num_processes)
     build(
         options,
         process_index=state.process_index,

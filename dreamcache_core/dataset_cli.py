@@ -1,10 +1,10 @@
-"""``dreamcache dataset build | check | encode``."""
+"""``dreamcache dataset build | check | encode | shard``."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from . import dataset_build_cli
 from .config_flags import parse_config
 from .data.checking import SetReport, check_source, load_token_counter, training_sheet
 from .data.opening import FORMS, open_source
+from .data.shards import write_shards
 from .errors import InputError
 from .image_files import save_png
 
@@ -26,10 +27,11 @@ def add_dataset_commands(commands: Any) -> None:
     Args:
         commands: The sub-parsers of the program.
     """
-    text = "Build, check or precompute a training set."
+    text = "Build, check, precompute or pack a training set."
     parser = commands.add_parser("dataset", help=text, description=text)
     inner = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_check(inner)
+    _add_shard(inner)
     # the flags of these are the fields of a configuration, which has a parser of its own
     for name, run, text in (
         ("build", dataset_build_cli.run, "Make a synthetic set: captions, pictures, masks."),
@@ -44,19 +46,24 @@ def _encode(argv: Sequence[str]) -> None:
     print(encode_dataset(parse_config(EncodeOptions, argv, program="dreamcache dataset encode")))
 
 
+def _command(
+    commands: Any, name: str, run: Callable[[Any], None], help: str, description: str
+) -> argparse.ArgumentParser:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = commands.add_parser(
+        name, help=help, description=description, formatter_class=formatter
+    )
+    parser.set_defaults(run=run, takes_rest=False)
+    return parser
+
+
 # --- check
 
 
 def _add_check(commands: Any) -> None:
     text = "Read a training set and say what is in it and what is wrong with it."
-    parser = commands.add_parser(
-        "check",
-        help=text,
-        description=f"{text} Exit code: 0 all is well, 1 there are problems, 2 it is no training set.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.set_defaults(run=_check, takes_rest=False)
-    add = parser.add_argument
+    codes = "Exit code: 0 all is well, 1 there are problems, 2 it is no training set."
+    add = _command(commands, "check", _check, text, f"{text} {codes}").add_argument
     add("path", metavar="PATH", help=FORMS)
     add("--size", type=int, default=512, help="side of the pictures in training, pixels")
     add("--out", default="check.png", help="picture of targets and references to write")
@@ -119,3 +126,20 @@ def _caption_lines(report: SetReport, token_limit: int | None) -> Iterator[str]:
     num_long = sum(length > (token_limit or 0) for length in report.caption_tokens or ())
     if num_long:
         yield f"{num_long} captions exceed {token_limit} tokens; the text encoder cuts off the rest"
+
+
+# --- shard
+
+
+def _add_shard(commands: Any) -> None:
+    text = "Pack a training set into WebDataset shards."
+    add = _command(commands, "shard", _shard, text, text).add_argument
+    add("path", metavar="PATH", help=FORMS)
+    add("out", metavar="OUT", help="folder for the shards, empty or new")
+    add("--max-count", type=int, default=1000, help="most pairs to a shard")
+
+
+def _shard(args: argparse.Namespace) -> None:
+    source = open_source(args.path)
+    shards = write_shards(source, args.out, max_count=args.max_count, has_bar=True)
+    print(f"{len(source.keys)} pairs in {len(shards)} shards: {args.out}")

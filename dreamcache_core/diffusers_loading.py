@@ -68,10 +68,10 @@ def load_diffusers_pipeline(
             "requires_safety_checker": False,
         }
     try:
-        with _quiet_loading():
+        with quiet_loading():
             kind = getattr(diffusers, name)
             if path.is_dir():
-                pipeline = kind.from_pretrained(str(path), variant=_variant(path), **options)
+                pipeline = kind.from_pretrained(str(path), variant=weights_variant(path), **options)
             else:
                 pipeline = kind.from_single_file(str(path), config=str(folder), **options)
             # older releases of diffusers do not know the option dtype
@@ -84,7 +84,7 @@ def load_diffusers_pipeline(
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Hold back the libraries' progress bars and remarks; errors still come as exceptions."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -101,6 +101,20 @@ def _quiet_loading() -> Iterator[None]:
             lib.set_verbosity(verbosity)
             if has_bar:
                 lib.enable_progress_bar()
+
+
+def weights_variant(folder: Path) -> str | None:
+    """Name the variant of a folder that holds half-precision files only.
+
+    Args:
+        folder: A diffusers folder with a U-Net.
+
+    Returns:
+        ``fp16``, or ``None`` where there are plain files.
+    """
+    names = {file.name for file in (folder / "unet").glob("diffusion_pytorch_model*")}
+    is_plain = any(name.split(".")[1] in ("safetensors", "bin") for name in names)
+    return "fp16" if not is_plain and any(".fp16" in name for name in names) else None
 
 
 def _config_folder(path: Path, config: str | os.PathLike[str] | None) -> Path:
@@ -140,13 +154,6 @@ def _read_model_index(folder: Path) -> dict[str, Any]:
             f"DreamCache works on Stable Diffusion 1.x, 2.x and SDXL; {folder} holds a {index.get('_class_name')}."
         )
     return index
-
-
-def _variant(folder: Path) -> str | None:
-    """Name the variant of a folder that holds half-precision files only."""
-    names = {file.name for file in (folder / "unet").glob("diffusion_pytorch_model*")}
-    is_plain = any(name.split(".")[1] in ("safetensors", "bin") for name in names)
-    return "fp16" if not is_plain and any(".fp16" in name for name in names) else None
 
 
 def is_sdxl(pipeline: Any) -> bool:

@@ -1,18 +1,25 @@
 """Picture files in and out, by Pillow; knows nothing of models or of how a reference is placed."""
 
+import io
 import os
-import secrets
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, TypeAlias
+from uuid import uuid4
 
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from .errors import FileFormatError, InputError
+from .errors import DreamCacheError, FileFormatError, InputError
+from .picture_tensors import picture_to_tensor, tensor_to_picture
+from .whole_files import whole_file
+
+PictureFile: TypeAlias = str | os.PathLike[str] | bytes
+"""A picture file by its path, or its contents."""
 
 MAX_PIXELS = 100_000_000
 """Pictures with more pixels are refused from their header alone."""
@@ -41,14 +48,53 @@ _NOT_PICTURES = {
 }
 
 
-def read_image(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
+@contextmanager
+def open_picture(file: PictureFile, name: str | None = None) -> Iterator[Image.Image]:
+    """Open a picture; nothing but its header is read until its pixels are asked for.
+
+    What goes wrong while it is open becomes an error of ours, and Pillow's warnings are held back.
+
+    Args:
+        file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
+        name: What to call it in messages; ``None``: the file's own name.
+
+    Yields:
+        The picture as it is stored.
+
+    Raises:
+        InputError: There is no such file, or the picture is too large.
+        FileFormatError: The file is no picture, or is damaged.
+    """
+    name = name or ("a picture" if isinstance(file, bytes) else Path(file).name)
+    try:
+        with warnings.catch_warnings(), _open_bytes(file, name) as stream:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)  # of odd EXIF blocks
+            _refuse_known_others(stream.read(256), name)
+            stream.seek(0)
+            with Image.open(stream, formats=_known_formats()) as picture:
+                _check_size(picture, name)
+                yield picture
+    except DreamCacheError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(name, str(error)) from error
+    except _READ_ERRORS as error:
+        raise FileFormatError(
+            f"Expected a picture file ({', '.join(_known_formats())}), got {name}, which cannot be read: {error}. The "
+            "file is damaged, cut short or of another kind; fetch it again or save it as PNG."
+        ) from error
+
+
+def read_image(file: PictureFile, name: str | None = None) -> tuple[Tensor, Tensor | None]:
     """Read a picture as it is meant to be seen, and its alpha channel.
 
     EXIF orientation is applied. Greyscale, palette, 16-bit and CMYK pictures become RGB. Of an
     animation the first frame is read.
 
     Args:
-        path: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
+        file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
+        name: What to call it in messages; ``None``: the file's own name.
 
     Returns:
         The picture, (1, height, width, 3), float32 in [0, 1], and its alpha as a mask,
@@ -59,18 +105,21 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
         InputError: There is no such file, or the picture is too large.
         FileFormatError: The file is no picture, or is damaged.
     """
-    pixels = _picture_to_tensor(_open_upright(Path(path)))
+    with open_picture(file, name) as picture:
+        upright = _to_plain_mode(ImageOps.exif_transpose(picture))
+    pixels = picture_to_tensor(upright)
     if pixels.shape[-1] == 3:
         return pixels, None
     image, alpha = pixels[..., :3].contiguous(), pixels[..., 3].contiguous()
     return image, None if bool((alpha == 1).all()) else alpha
 
 
-def read_mask(path: str | os.PathLike[str]) -> Tensor:
+def read_mask(file: PictureFile, name: str | None = None) -> Tensor:
     """Read a mask: white is the subject, black and transparent are not.
 
     Args:
-        path: A picture file, as for ``read_image``.
+        file: A picture file, as for ``read_image``.
+        name: What to call it in messages; ``None``: the file's own name.
 
     Returns:
         (1, height, width), float32 in [0, 1]: the mean of red, green and blue, times alpha.
@@ -79,7 +128,7 @@ def read_mask(path: str | os.PathLike[str]) -> Tensor:
         InputError: There is no such file, or the picture is too large.
         FileFormatError: The file is no picture, or is damaged.
     """
-    image, alpha = read_image(path)
+    image, alpha = read_image(file, name)
     grey = image.mean(dim=-1)
     return grey if alpha is None else grey * alpha
 
@@ -100,14 +149,32 @@ def save_png(
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"Expected an existing folder to write to, got {path.parent}. Create it.")
-    picture, chunks = _tensor_to_picture(image), _text_chunks(metadata or {})
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            picture.save(stream, format="PNG", pnginfo=chunks)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = encode_png(image, metadata)
+    with whole_file(path, by=uuid4().hex) as temporary:
+        temporary.write_bytes(content)
+
+
+def encode_png(image: Tensor, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return what ``save_png`` writes.
+
+    Args:
+        image: (1, height, width, 3), any float dtype, in [0, 1]; values outside are clamped. Or a
+            mask, (1, height, width): the file is then greyscale.
+        metadata: Text chunks, see ``save_png``.
+
+    Returns:
+        The contents of an 8-bit PNG file.
+
+    Raises:
+        InputError: The picture is misshapen or not finite, or a key is unfit.
+    """
+    if image.ndim == 3:
+        picture = tensor_to_picture(image[..., None].expand(-1, -1, -1, 3)).convert("L")
+    else:
+        picture = tensor_to_picture(image)
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG", pnginfo=_text_chunks(metadata or {}))
+    return stream.getvalue()
 
 
 def contact_sheet(
@@ -144,53 +211,36 @@ def contact_sheet(
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             corner = (x * cell_px, y * (cell_px + text_px))
-            cell = ImageOps.pad(_tensor_to_picture(image), (cell_px, cell_px), color="white")
+            cell = ImageOps.pad(tensor_to_picture(image), (cell_px, cell_px), color="white")
             sheet.paste(cell, corner)
             if captions is not None:
                 _write_caption(sheet, captions[y][x], (corner[0], corner[1] + cell_px), cell_px)
-    return _bytes_to_tensor(sheet)
+    return picture_to_tensor(sheet)
 
 
-def _open_upright(path: Path) -> Image.Image:
-    """Read a file, turn it as EXIF says and convert it to mode RGB, RGBA, I or F."""
+def _open_bytes(file: PictureFile, name: str) -> BinaryIO:
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    path = Path(file)
     if not path.is_file():
         raise InputError(f"Expected a picture file, got {path}, which is none. Check the path.")
-    _refuse_known_others(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # of odd EXIF blocks
-            with Image.open(path, formats=_known_formats()) as picture:
-                _check_size(picture, path)
-                return _to_plain_mode(ImageOps.exif_transpose(picture))
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise _too_large(path, str(error)) from error
-    except _READ_ERRORS as error:
-        raise FileFormatError(
-            f"Expected a picture file ({', '.join(_known_formats())}), got {path.name}, which "
-            f"cannot be read: {error}. The file is damaged, cut short or of another kind; "
-            "fetch it again or save it as PNG."
-        ) from error
-
-
-def _refuse_known_others(path: Path) -> None:
-    """Refuse empty files, web pages and Git LFS pointers by name."""
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(256).lstrip().lower()
+        return path.open("rb")
     except OSError as error:
         raise FileFormatError(
-            f"Expected a readable picture file, got {path.name}: {error}. Check its permissions."
+            f"Expected a readable picture file, got {name}: {error}. Check its permissions."
         ) from error
+
+
+def _refuse_known_others(head: bytes, name: str) -> None:
+    """Refuse empty files, web pages and Git LFS pointers by name."""
+    head = head.lstrip().lower()
     kinds = [kind for start, kind in _NOT_PICTURES.items() if head.startswith(start)]
     if not head:
         kinds = ["an empty file"]
     if kinds:
         raise FileFormatError(
-            f"Expected a picture file, got {path.name}, which is {kinds[0]}. "
-            "Download the picture itself again."
+            f"Expected a picture file, got {name}, which is {kinds[0]}. Download the picture itself again."
         )
 
 
@@ -200,17 +250,17 @@ def _known_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _check_size(picture: Image.Image, path: Path) -> None:
+def _check_size(picture: Image.Image, name: str) -> None:
     """Refuse a picture by the size that its header states, before anything is decoded."""
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        raise _too_large(path, f"{width} x {height} pixels")
+        raise _too_large(name, f"{width} x {height} pixels")
 
 
-def _too_large(path: Path, given: str) -> InputError:
+def _too_large(name: str, given: str) -> InputError:
     """Return the error for a picture with too many pixels."""
     return InputError(
-        f"Expected a picture of at most {MAX_PIXELS // 1_000_000} megapixels, got {path.name}: "
+        f"Expected a picture of at most {MAX_PIXELS // 1_000_000} megapixels, got {name}: "
         f"{given}. Make it smaller first; the subject is resized to a square of 512 to 1024 anyway."
     )
 
@@ -221,49 +271,6 @@ def _to_plain_mode(picture: Image.Image) -> Image.Image:
         return picture if picture.mode == "F" else picture.convert("I")
     has_alpha = picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info
     return picture.convert("RGBA" if has_alpha else "RGB")
-
-
-def _picture_to_tensor(picture: Image.Image) -> Tensor:
-    """Convert RGB, RGBA, I or F -> (1, height, width, 3 or 4) float32 in [0, 1]."""
-    if picture.mode in ("I", "F"):
-        return _deep_grey_to_tensor(picture)[..., None].repeat(1, 1, 1, 3)
-    return _bytes_to_tensor(picture)
-
-
-def _deep_grey_to_tensor(picture: Image.Image) -> Tensor:
-    """Convert 16-bit or float greyscale -> (1, height, width) in [0, 1]; refuse other ranges."""
-    top, dtype = (1, torch.float32) if picture.mode == "F" else (65535, torch.int32)
-    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=dtype)
-    if not bool(((values >= 0) & (values <= top)).all()):
-        raise FileFormatError(
-            f"Expected greyscale values in 0 ... {top}, got {values.min().item()} ... "
-            f"{values.max().item()}. Save the picture with 8 or 16 bits per channel."
-        )
-    return (values.float() / top).reshape(1, picture.height, picture.width)
-
-
-def _bytes_to_tensor(picture: Image.Image) -> Tensor:
-    """Convert an 8-bit picture -> (1, height, width, channels) float32 in [0, 1]."""
-    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return values.reshape(1, picture.height, picture.width, -1).float().div_(255)
-
-
-def _tensor_to_picture(image: Tensor) -> Image.Image:
-    """Convert (1, height, width, 3) in [0, 1] to an 8-bit RGB picture."""
-    if image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] != 3 or not image.numel():
-        raise InputError(
-            f"Expected one picture of (1, height, width, 3), got {tuple(image.shape)}. "
-            "Take one picture of the batch, channels last."
-        )
-    if not bool(image.isfinite().all()):
-        raise InputError(
-            "Expected finite pixel values, got NaN or infinity. Nothing was written; "
-            "a half-precision overflow in the decoder is the usual cause: run it in float32."
-        )
-    values = image[0].detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
-    data = bytearray(values.numel())
-    torch.frombuffer(data, dtype=torch.uint8).copy_(values.flatten())
-    return Image.frombytes("RGB", (values.shape[1], values.shape[0]), bytes(data))
 
 
 def _text_chunks(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .diffusers_loading import is_sdxl
 
+LATENT_FACTOR = 8
+"""Pixels to a side of one latent value."""
+
 
 class LatentCodec:
     """The VAE of a pipeline, with its scale and its float type.

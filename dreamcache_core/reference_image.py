@@ -63,13 +63,13 @@ def prepare_reference_image(
     """
     long_side = check_placement(size, fill, background)
     check_image(image)
-    opacity = _subject_opacity(image, mask)
+    opacity = subject_opacity(image, mask)
     shade = BACKGROUNDS[background]
     pictures = image.new_full((len(image), size, size, 3), shade, dtype=torch.float32)
     masks = image.new_zeros((len(image), size, size), dtype=torch.float32)
     for row in range(len(image)):
         row_opacity = None if opacity is None else opacity[row if len(opacity) > 1 else 0]
-        colour, subject = _cut_out(image[row], row_opacity, long_side, row)
+        colour, subject = cut_out_subject(image[row], row_opacity, long_side, row)
         height, width = subject.shape
         top, left = (size - height) // 2, (size - width) // 2
         place = (row, slice(top, top + height), slice(left, left + width))
@@ -228,6 +228,121 @@ def check_mask(mask: Tensor) -> Tensor:
     return mask.float().clamp(0, 1).reshape(-1, *mask.shape[-2:])
 
 
+def subject_opacity(image: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Tell where the subject of each picture is, by alpha and mask.
+
+    Args:
+        image: Pictures as ``check_image`` accepts them, (batch, height, width, 1, 3 or 4 channels).
+        mask: See ``prepare_reference_image``.
+
+    Returns:
+        Alpha times mask, (batch or 1, height, width), float32 in [0, 1], 1 = subject, at the
+        pictures' size; ``None`` where there is neither.
+
+    Raises:
+        InputError: The mask is misshapen, out of range, or of another aspect or batch.
+    """
+    alpha = image[..., 3].float().clamp(0, 1) if image.shape[-1] == 4 else None
+    if mask is None:
+        return alpha
+    batch, height, width, _ = image.shape
+    mask = check_mask(mask).to(image.device)
+    if len(mask) not in (1, batch):
+        raise InputError(
+            f"Expected one mask, or one for each of the {batch} pictures, got {len(mask)}. "
+            "Give batches of equal length."
+        )
+    check_mask_aspect(mask, height, width)
+    if mask.shape[-2] > height:
+        mask = resize_mask(mask, height, width)
+    elif mask.shape[-2:] != (height, width):
+        mask = _snap(resize_smoothly(mask[:, None], height, width, mode="bilinear"))[:, 0]
+    return mask if alpha is None else mask * alpha
+
+
+def subject_box(opacity: Tensor, row: int = 0) -> tuple[slice, slice]:
+    """Find the bounding box of a subject.
+
+    Args:
+        opacity: One row of ``subject_opacity``, (height, width).
+        row: Its index in the batch, for messages.
+
+    Returns:
+        The rows and the columns with a value of 0.1 or more.
+
+    Raises:
+        InputError: There is none, or the longer side of the box is below 8 pixels.
+    """
+    is_subject = opacity >= SUBJECT_THRESHOLD
+    rows = is_subject.any(dim=1).nonzero().flatten().tolist()
+    columns = is_subject.any(dim=0).nonzero().flatten().tolist()
+    if not rows:
+        raise InputError(
+            f"Expected a mask that marks the subject with 1, got an empty one for picture "
+            f"{row + 1} (largest value {float(opacity.max()):.3g}). Paint the subject, or invert "
+            "the mask."
+        )
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    height, width = (side.stop - side.start for side in box)
+    if max(height, width) < MIN_SIDE_PX:
+        raise InputError(
+            f"Expected a subject whose longer side is {MIN_SIDE_PX} pixels or more, got {width} x "
+            f"{height} (width x height) for picture {row + 1}. Use a larger picture or mask."
+        )
+    return box
+
+
+def cut_out_subject(
+    picture: Tensor, opacity: Tensor | None, long_side: int, row: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Crop one picture to its subject and resize that.
+
+    Args:
+        picture: (height, width, 1, 3 or 4 channels), float, in [0, 1]; a 4th channel is not read.
+        opacity: One row of ``subject_opacity``, (height, width); ``None``: all is subject.
+        long_side: Longer side of the result, pixels.
+        row: Index of the picture in the batch, for messages.
+
+    Returns:
+        Colour times opacity, (new height, new width, 1 or 3), and opacity, (new height, new
+        width); float32 in [0, 1].
+
+    Raises:
+        InputError: The subject is too small, see ``subject_box``.
+    """
+    if opacity is not None:
+        box = subject_box(opacity, row)
+        picture, opacity = picture[box], opacity[box]
+    height, width = _fitted_size(picture.shape[0], picture.shape[1], long_side)
+    colour = picture[..., :3].float().clamp(0, 1)
+    if opacity is None:
+        subject = colour.new_ones((height, width))
+    else:
+        colour = colour * opacity[..., None]  # else the old background bleeds into the edges
+        subject = _snap(resize_smoothly(opacity[None, None], height, width)[0, 0])
+    colour = resize_smoothly(colour.permute(2, 0, 1)[None], height, width)[0].permute(1, 2, 0)
+    return torch.minimum(_snap(colour), subject[..., None]), subject
+
+
+def resize_smoothly(values: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """Resize without aliasing.
+
+    Args:
+        values: (batch, channels, old height, old width), float.
+        height: New height.
+        width: New width.
+        mode: ``bicubic``, which overshoots [0, 1] at edges, or ``bilinear``, which does not.
+
+    Returns:
+        (batch, channels, ``height``, ``width``); ``values`` itself where the size is the same.
+    """
+    if values.shape[-2:] == (height, width):
+        return values
+    return F.interpolate(
+        values, size=(height, width), mode=mode, align_corners=False, antialias=True
+    )
+
+
 def _check_range(values: Tensor, name: str) -> None:
     """Refuse NaN, infinities and values far outside [0, 1]."""
     low, high = (float(value) for value in values.aminmax())
@@ -248,78 +363,10 @@ def _describe(value: object) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _subject_opacity(image: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Multiply alpha and mask, whichever there are -> (batch or 1, height, width) or None."""
-    alpha = image[..., 3].float().clamp(0, 1) if image.shape[-1] == 4 else None
-    if mask is None:
-        return alpha
-    batch, height, width, _ = image.shape
-    mask = check_mask(mask).to(image.device)
-    if len(mask) not in (1, batch):
-        raise InputError(
-            f"Expected one mask, or one for each of the {batch} pictures, got {len(mask)}. "
-            "Give batches of equal length."
-        )
-    check_mask_aspect(mask, height, width)
-    if mask.shape[-2] > height:
-        mask = resize_mask(mask, height, width)
-    elif mask.shape[-2:] != (height, width):
-        mask = _snap(_resize(mask[:, None], height, width, mode="bilinear"))[:, 0]
-    return mask if alpha is None else mask * alpha
-
-
-def _bounding_box(opacity: Tensor, row: int) -> tuple[slice, slice]:
-    """Return the subject's rows and columns; refuse a subject too small to be one."""
-    is_subject = opacity >= SUBJECT_THRESHOLD
-    rows = is_subject.any(dim=1).nonzero().flatten().tolist()
-    columns = is_subject.any(dim=0).nonzero().flatten().tolist()
-    if not rows:
-        raise InputError(
-            f"Expected a mask that marks the subject with 1, got an empty one for picture "
-            f"{row + 1} (largest value {float(opacity.max()):.3g}). Paint the subject, or invert "
-            "the mask."
-        )
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    height, width = (side.stop - side.start for side in box)
-    if max(height, width) < MIN_SIDE_PX:
-        raise InputError(
-            f"Expected a subject whose longer side is {MIN_SIDE_PX} pixels or more, got {width} x "
-            f"{height} (width x height) for picture {row + 1}. Use a larger picture or mask."
-        )
-    return box
-
-
-def _cut_out(
-    picture: Tensor, opacity: Tensor | None, long_side: int, row: int
-) -> tuple[Tensor, Tensor]:
-    """Crop and resize one picture -> premultiplied colour (h, w, 1 or 3), opacity (h, w)."""
-    if opacity is not None:
-        box = _bounding_box(opacity, row)
-        picture, opacity = picture[box], opacity[box]
-    height, width = _fitted_size(picture.shape[0], picture.shape[1], long_side)
-    colour = picture[..., :3].float().clamp(0, 1)
-    if opacity is None:
-        subject = colour.new_ones((height, width))
-    else:
-        colour = colour * opacity[..., None]  # else the old background bleeds into the edges
-        subject = _snap(_resize(opacity[None, None], height, width)[0, 0])
-    colour = _resize(colour.permute(2, 0, 1)[None], height, width)[0].permute(1, 2, 0)
-    return torch.minimum(_snap(colour), subject[..., None]), subject
-
-
 def _fitted_size(height: int, width: int, long_side: int) -> tuple[int, int]:
     """Return height and width with the aspect kept and the longer one ``long_side``."""
     factor = long_side / max(height, width)
     return max(1, round(height * factor)), max(1, round(width * factor))
-
-
-def _resize(values: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
-    """Resize (batch, channels, h, w) without aliasing; the same size is returned as it is."""
-    if values.shape[-2:] == (height, width):
-        return values
-    return F.interpolate(
-        values, size=(height, width), mode=mode, align_corners=False, antialias=True
-    )
 
 
 def _snap(values: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import FileFormatError, InputError
+from .whole_files import whole_file
 
 PREFIX = "dreamcache."
 DIGEST_KEY = f"{PREFIX}sha256"
@@ -42,18 +42,14 @@ def write_tensor_file(
     }
     entries = {PREFIX + key: value for key, value in metadata.items()}
     entries[DIGEST_KEY] = _digest(stored, entries)
-    temporary = target.parent / f".{uuid4().hex}.tmp"
     try:
-        # not save_file, nor mkstemp: only their owner may read their files
-        temporary.write_bytes(save(stored, entries))
-        os.replace(temporary, target)
+        with whole_file(target, by=uuid4().hex) as temporary:
+            # not save_file, nor mkstemp: only their owner may read their files
+            temporary.write_bytes(save(stored, entries))
     except OSError as error:
         raise InputError(
             f"Cannot write {target}: {error.strerror}. Give a file name in a folder that exists, is writable and has room."
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def read_tensor_file(

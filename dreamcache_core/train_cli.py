@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> None:
 
     trainer = Trainer(config)
     if trainer.accelerator.is_main_process:
-        print("\n".join(trainer.plan().lines()))
+        print("\n".join(trainer.plan.lines()))
     if config.dry_run:
         return
     finished = trainer.run()

@@ -1,13 +1,10 @@
 """Nodes that load and save adapters."""
 
-import os
-
-import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..dreamcache_core import AdapterSet, InputError, load_adapters, save_adapters
-from .folders import FOLDER, REFERENCES, adapter_path, file_state, list_adapter_files
+from ..dreamcache_core import AdapterSet, load_adapters, save_adapters
+from .folders import adapter_path, file_state, list_adapter_files, new_adapter_path
 from .report import report
 from .types import Adapters
 
@@ -94,38 +91,6 @@ class SaveAdapters(io.ComfyNode):
         save_adapters(adapters, path, dtype=DTYPES[dtype])
         text = f"{path}: {adapters.info.layout.describe()}"
         return io.NodeOutput(ui=report(cls, text))
-
-
-def new_adapter_path(prefix: str) -> str:
-    """Choose the file that adapters are saved to, in the first ``models/dreamcache`` folder.
-
-    Args:
-        prefix: File name prefix, subfolders allowed.
-
-    Returns:
-        A path that does not exist yet; its folder exists.
-
-    Raises:
-        InputError: The prefix has no name, leads out of the folder or to where references lie, or the folder cannot be
-            made.
-    """
-    parts = prefix.strip().replace("\\", "/").split("/")
-    is_outside = ".." in parts or os.path.isabs(prefix) or ":" in parts[0] or "\0" in prefix
-    if parts[-1].strip() in ("", ".") or is_outside or parts[0] == REFERENCES:
-        raise InputError(
-            f"Adapters are saved by name below models/{FOLDER}, and not in its folder {REFERENCES}; given {prefix!r}. Give "
-            "a name such as my_adapters."
-        )
-    root = os.path.abspath(folder_paths.get_folder_paths(FOLDER)[0])
-    try:
-        os.makedirs(root, exist_ok=True)
-        folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), root)
-    except OSError as error:
-        raise InputError(
-            f"Cannot write into {root}: {error.strerror}. Make the folder writable, or name another first under "
-            f"{FOLDER} in extra_model_paths.yaml."
-        ) from error
-    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
 
 
 NODES: list[type[io.ComfyNode]] = [LoadAdapters, SaveAdapters]

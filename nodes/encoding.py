@@ -62,7 +62,7 @@ def encode_reference(
     """
     _check_conditioning(conditioning)
     layout = model_layout(model)
-    clean = _clean_clone(model)
+    clean = clean_clone(model)
     sampling = clean.get_model_object("model_sampling")
     if not isinstance(sampling, ModelSamplingDiscrete):
         raise UnsupportedModelError(
@@ -94,6 +94,30 @@ def encode_reference(
     )
 
 
+def clean_clone(model: ModelPatcher, *, keep_sampling: bool = False) -> ModelPatcher:
+    """Clone a MODEL without anything that changes a forward pass, except its weights.
+
+    Args:
+        model: The MODEL, left as it is.
+        keep_sampling: Keep what a ModelSamplingDiscrete node, say, put in place of the model's own noise levels.
+
+    Returns:
+        A clone that shares the weights, LoRAs included; without patches, wrappers and references.
+    """
+    clone = model.clone()
+    remove_references(clone)
+    clone.model_options = {"transformer_options": {}}
+    clone.wrappers, clone.callbacks = {}, {}
+    if not clone.is_injected:
+        clone.injections = {}
+    # another sampling (LCM, say) has other sigmas; a compiled U-Net ignores hooks
+    for name in list(clone.object_patches):
+        is_sampling = name == "model_sampling" and not keep_sampling
+        if is_sampling or name.startswith("diffusion_model"):
+            clone.object_patches.pop(name)
+    return clone
+
+
 def plain_text(conditioning: list[Any]) -> list[Any]:
     """Reduce what a CLIP returns to one text without hooks and schedule, and say so where there were any.
 
@@ -121,21 +145,6 @@ def _check_conditioning(conditioning: list[Any]) -> None:
             f"{', with ' + ', '.join(sorted(special)) if special else ''}. Connect the output of a CLIP Text Encode, or "
             "leave conditioning unconnected."
         )
-
-
-def _clean_clone(model: ModelPatcher) -> ModelPatcher:
-    """Clone a MODEL without anything that changes a forward pass, except its weights."""
-    clone = model.clone()
-    remove_references(clone)
-    clone.model_options = {"transformer_options": {}}
-    clone.wrappers, clone.callbacks = {}, {}
-    if not clone.is_injected:
-        clone.injections = {}
-    # another sampling (LCM, say) has other sigmas; a compiled U-Net ignores hooks
-    for name in list(clone.object_patches):
-        if name == "model_sampling" or name.startswith("diffusion_model"):
-            clone.object_patches.pop(name)
-    return clone
 
 
 class _CaptureSampler(comfy.samplers.Sampler):

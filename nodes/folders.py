@@ -95,6 +95,24 @@ def reference_path(choice: str) -> str:
     )
 
 
+def new_adapter_path(prefix: str) -> str:
+    """Choose the file that adapters are saved to, in the first ``models/dreamcache`` folder.
+
+    Args:
+        prefix: File name prefix, subfolders allowed.
+
+    Returns:
+        A path that does not exist yet; its folder exists.
+
+    Raises:
+        InputError: The prefix has no name, leads out of the folder or to where references lie, or the folder cannot be
+            made.
+    """
+    rule = f"Adapters are saved by name below models/{FOLDER}, and not in its folder {REFERENCES}"
+    root = folder_paths.get_folder_paths(FOLDER)[0]
+    return _new_path(prefix, root, rule, "my_adapters", reserved=REFERENCES)
+
+
 def new_reference_path(prefix: str) -> str:
     """Choose the file that a reference is saved to, below ComfyUI's output folder.
 
@@ -105,22 +123,10 @@ def new_reference_path(prefix: str) -> str:
         A path that does not exist yet; its folder exists.
 
     Raises:
-        InputError: The prefix leads out of the output folder.
+        InputError: The prefix has no name or leads out of the output folder, or the folder cannot be made.
     """
-    name = os.path.basename(prefix).strip()
-    if name in ("", ".", "..") or "\0" in prefix:
-        raise InputError(
-            f"A reference needs a file name; the prefix {prefix!r} has none. Give a name such as dreamcache/my_dog."
-        )
-    output = os.path.realpath(folder_paths.get_output_directory())
-    target = os.path.realpath(os.path.join(output, os.path.dirname(os.path.normpath(prefix))))
-    if os.path.isabs(prefix) or os.path.commonpath([output, target]) != output:
-        raise InputError(
-            f"References are saved below ComfyUI's output folder; the prefix {prefix!r} leads out of it. Give a name "
-            "such as dreamcache/my_dog."
-        )
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
-    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+    rule = "References are saved by name below ComfyUI's output folder"
+    return _new_path(prefix, folder_paths.get_output_directory(), rule, "dreamcache/my_dog")
 
 
 def file_state(path: str) -> str:
@@ -134,3 +140,23 @@ def _reference_roots() -> Iterator[tuple[str, str]]:
     yield "input", folder_paths.get_input_directory()
     for folder in folder_paths.get_folder_paths(FOLDER):
         yield REFERENCES, os.path.join(folder, REFERENCES)
+
+
+def _new_path(prefix: str, root: str, rule: str, example: str, reserved: str = "") -> str:
+    """Number a new file below a folder; refuse a prefix without a name, outside, or in a reserved subfolder."""
+    name = prefix.strip().replace("\\", "/")
+    parts = [part for part in name.split("/") if part != "."]
+    is_outside = ".." in parts or os.path.isabs(name) or ":" in name or "\0" in name
+    is_nameless = os.path.basename(name).strip() in ("", ".")
+    if is_outside or is_nameless or parts[0] == reserved:
+        raise InputError(f"{rule}; given {prefix!r}. Give a name such as {example}.")
+    root = os.path.abspath(root)
+    try:
+        os.makedirs(root, exist_ok=True)
+        folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), root)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write into {root}: {error.strerror}. Make the folder writable, or give ComfyUI another one "
+            "(extra_model_paths.yaml for models, --output-directory for outputs)."
+        ) from error
+    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")

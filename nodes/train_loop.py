@@ -26,7 +26,7 @@ from ..dreamcache_core import (
 from ..dreamcache_core.data.order import SampleOrder, sample_seed
 from ..dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule, denoising_loss
 from .applied import compute_dtype
-from .encoding import _clean_clone
+from .encoding import clean_clone
 from .frozen_model import FrozenModel, checkpointed, frozen, noise_schedule
 from .training_set import EMPTY_TEXT, TrainingSet
 
@@ -81,9 +81,7 @@ def train(
         InputError: VAE or CLIP and model do not belong together.
     """
     _check_fit(model, adapters, data)
-    clean = _clean_clone(model)
-    if "model_sampling" in model.object_patches:
-        clean.add_object_patch("model_sampling", model.object_patches["model_sampling"])
+    clean = clean_clone(model, keep_sampling=True)
     # all of the U-Net and nothing else on the device: no sampling run needs as much room
     comfy.model_management.load_models_gpu([clean], memory_required=1e20, force_full_load=True)
     sampler = _TrainSampler(adapters, noise_schedule(model), data, settings, after_step)

@@ -23,8 +23,8 @@ from ..dreamcache_core.backends import require_fit
 from ..dreamcache_core.image_files import contact_sheet
 from ..dreamcache_core.training.initialisation import new_adapters
 from ..dreamcache_core.training.loss_curve import draw_loss_curve, moving_average
-from .adapters import new_adapter_path
 from .comfy_bridge import model_layout, unet_of
+from .folders import new_adapter_path
 from .frozen_model import noise_schedule
 from .report import report
 from .train_loop import TrainSettings

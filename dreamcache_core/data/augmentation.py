@@ -9,8 +9,8 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from ..errors import InputError
-from ..image_files import _bytes_to_tensor, _tensor_to_picture
-from ..reference_image import _cut_out, _subject_opacity, check_image, check_placement
+from ..picture_tensors import picture_to_tensor, tensor_to_picture
+from ..reference_image import check_image, check_placement, cut_out_subject, subject_opacity
 
 FILL = (0.7, 1.0)
 """Share of the square's side that the subject's longer side takes."""
@@ -55,8 +55,8 @@ def augment_reference(
     check_image(image)
     if len(image) != 1:
         raise InputError(f"Expected one picture, got a batch of {len(image)}. Give one at a time.")
-    opacity = _subject_opacity(image, mask)
-    colour, subject = _cut_out(image[0], None if opacity is None else opacity[0], long_side, 0)
+    opacity = subject_opacity(image, mask)
+    colour, subject = cut_out_subject(image[0], None if opacity is None else opacity[0], long_side)
     if _happens(FLIP_PROBABILITY, generator):
         colour, subject = colour.flip(1), subject.flip(1)
     if _happens(JITTER_PROBABILITY, generator):
@@ -76,10 +76,10 @@ def _jitter(colour: Tensor, opacity: Tensor, generator: torch.Generator) -> Tens
     # the mean of the subject where there is none of it, or else contrast would turn about another grey
     mean = colour.mean(dim=(0, 1)) / alpha.mean()
     straight = torch.where(alpha > 0, colour / alpha.clamp_min(1e-6), mean).clamp(0, 1)
-    picture = _tensor_to_picture(straight.expand(-1, -1, 3)[None])
+    picture = tensor_to_picture(straight.expand(-1, -1, 3)[None])
     for change in torch.randperm(4, generator=generator).tolist():
         picture = _change(picture, change, generator)
-    return _bytes_to_tensor(picture)[0].to(colour.device) * alpha
+    return picture_to_tensor(picture)[0].to(colour.device) * alpha
 
 
 def _change(picture: Image.Image, change: int, generator: torch.Generator) -> Image.Image:

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..errors import InputError
-from ..reference_image import _resize
+from ..latents import LATENT_FACTOR
+from ..reference_image import resize_smoothly
 from .source import PairSource
 
 MAX_ASPECT = 2.0
 """Longer side of a bucket over its shorter side, at most."""
-
-LATENT_FACTOR = 8
 
 
 def aspect_buckets(resolution: int, step: int = 64) -> tuple[tuple[int, int], ...]:
@@ -101,6 +100,6 @@ def crop_target(image: Tensor, height: int, width: int) -> Tensor:
     factor = max(height / old_height, width / old_width)
     covered = max(height, round(old_height * factor)), max(width, round(old_width * factor))
     # -> (batch, channels, height, width) and back
-    resized = _resize(image.permute(0, 3, 1, 2), *covered).permute(0, 2, 3, 1)
+    resized = resize_smoothly(image.permute(0, 3, 1, 2), *covered).permute(0, 2, 3, 1)
     top, left = (covered[0] - height) // 2, (covered[1] - width) // 2
     return resized[:, top : top + height, left : left + width].clamp(0, 1).contiguous()

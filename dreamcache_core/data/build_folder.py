@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -22,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from ..errors import InputError, MissingPackageError
-from ..image_files import _tensor_to_picture
+from ..image_files import encode_png
+from ..whole_files import whole_file
 from .captions import Caption
 from .quality import Verdict
 
@@ -101,7 +100,8 @@ class BuildFolder:
         """Create the folder and write down what the set is built from; every process may do so."""
         self.root.mkdir(parents=True, exist_ok=True)
         file = self.root / SETTINGS_FILE
-        write_whole(file, json.dumps(dict(settings), indent=2).encode(), by=self._log.stem)
+        with whole_file(file, by=self._log.stem) as temporary:
+            temporary.write_bytes(json.dumps(dict(settings), indent=2).encode())
         if self._log.exists() and not self._log.read_bytes().endswith(b"\n"):
             self._append("")  # closes a line that an interruption cut short
 
@@ -124,10 +124,16 @@ class BuildFolder:
         Raises:
             OSError: The disk is full, or the folder went away; the sample is not finished then.
         """
-        contents = (_encode_image(image, sample), _encode_mask(mask), sample.caption.text.encode())
+        facts = json.dumps({"subject": sample.caption.subject, "seed": sample.seed})
+        contents = (
+            encode_png(image, {"dreamcache": facts}),
+            encode_png(mask.float()),
+            sample.caption.text.encode(),
+        )
         self._file(sample, MEMBERS[0]).parent.mkdir(parents=True, exist_ok=True)
         for member, content in zip(MEMBERS, contents, strict=True):
-            write_whole(self._file(sample, member), content)
+            with whole_file(self._file(sample, member)) as temporary:
+                temporary.write_bytes(content)
 
     def reject(self, sample: Sample, verdict: Verdict) -> None:
         """Write down that a sample is rejected, and why."""
@@ -155,9 +161,8 @@ class BuildFolder:
         shard = loose.with_suffix(".tar")
         kept = [sample for sample in samples if sample.number not in self._rejected]
         if not shard.exists() and kept:
-            temporary = shard.with_name(f".{shard.name}.tmp")
-            self._write_shard(temporary, kept)
-            os.replace(temporary, shard)
+            with whole_file(shard) as temporary:
+                self._write_shard(temporary, kept)
         shutil.rmtree(loose, ignore_errors=True)
 
     def _write_shard(self, path: Path, samples: Sequence[Sample]) -> None:
@@ -191,7 +196,7 @@ def require_webdataset() -> Any:
         import webdataset
     except ImportError as error:
         raise MissingPackageError(
-            f"Shards need webdataset ({error}). Install it: pip install 'dreamcache[train]', or use --form folder."
+            f"Shards need webdataset ({error}). Install it: pip install 'dreamcache[train]'."
         ) from error
     return webdataset
 
@@ -214,43 +219,6 @@ def read_rejections(root: Path) -> dict[int, str]:
                 continue
             rejections[entry["number"]] = entry["reason"]
     return rejections
-
-
-def write_whole(path: Path, content: bytes, *, by: str = "") -> None:
-    """Write a file so that it is there whole or not at all.
-
-    Args:
-        path: The file, in an existing folder; an older one is replaced.
-        content: Its bytes.
-        by: Who writes, where several processes may write the same file.
-
-    Raises:
-        OSError: There is no room, or no folder.
-    """
-    temporary = path.with_name(f".{path.name}{by}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _encode_image(image: Tensor, sample: Sample) -> bytes:
-    chunks = PngImagePlugin.PngInfo()
-    facts = {"subject": sample.caption.subject, "seed": sample.seed}
-    chunks.add_text("dreamcache", json.dumps(facts))
-    return _to_png(_tensor_to_picture(image), pnginfo=chunks)
-
-
-def _encode_mask(mask: Tensor) -> bytes:
-    grey = mask[..., None].float().expand(-1, -1, -1, 3)
-    return _to_png(_tensor_to_picture(grey).convert("L"))
-
-
-def _to_png(picture: Image.Image, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG", **options)
-    return stream.getvalue()
 
 
 def _read_settings(file: Path) -> Mapping[str, Any]:

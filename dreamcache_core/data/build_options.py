@@ -70,6 +70,8 @@ class BuildOptions(Config):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"Expected {name} to be at least 1, got {value}.")
+        if self.seed < 0:
+            raise InputError(f"Expected seed to be at least 0, got {self.seed}.")
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None and (value < 8 or value % 8):

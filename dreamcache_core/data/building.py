@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from .captions import (
     combine_lists,
     read_captions,
 )
+from .order import sample_seed
 from .quality import judge_sample
 from .segmentation import ClipSegmenter, GroundedSegmenter, Segmenter
 from .text_to_image import TextToImage
@@ -176,12 +176,6 @@ def _units(options: BuildOptions, captions: Sequence[Caption]) -> list[list[Samp
         for number in range(_count(options, captions))
     ]
     return list(_split(samples, size))
-
-
-def sample_seed(seed: int, number: int) -> int:
-    """Draw the seed of a sample from that of the set and the sample's number; in [0, 2^63)."""
-    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _split(samples: Sequence[Sample], size: int) -> Iterable[list[Sample]]:

@@ -91,7 +91,7 @@ def check_source(
     findings = list(_find_all(source, count_tokens, has_bar=has_bar))
     read = [finding for finding in findings if finding.size is not None]
     problems: dict[str, list[str]] = {}
-    for message in getattr(source, "problems", ()):
+    for message in source.problems:
         problems.setdefault(INCOMPLETE, []).append(message)
     for finding in findings:
         for kind, message in finding.problems:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import FileFormatError, InputError
+from ..whole_files import whole_file
 
 FORMAT = "encoded/1"
 INDEX_FILE = "index.json"
@@ -51,9 +52,8 @@ class EncodedIndex:
 
     def save(self, path: Path) -> None:
         """Write the index, all or nothing."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> EncodedIndex:

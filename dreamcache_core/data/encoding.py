@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,6 +16,8 @@ from ..base_model import ENCODER_PARTS, BaseModel, model_fingerprint
 from ..config import Config
 from ..diffusers_loading import require_diffusers
 from ..errors import DreamCacheError, InputError
+from ..processes import require_all_processes
+from ..whole_files import whole_file
 from .augmentation import augment_reference
 from .buckets import crop_target, target_sizes
 from .encoded import INDEX_FILE, EncodedIndex, require_same_set, shard_name
@@ -92,6 +94,7 @@ def encode_dataset(options: EncodeOptions) -> Path:
     from accelerate import PartialState
 
     state: Any = PartialState()
+    require_all_processes(state.num_processes)
     source = open_source(options.data)
     base = BaseModel(options.model, options.model_config, torch.float32)
     resolution = options.resolution or min(base.pipeline.default_size_px)
@@ -155,34 +158,43 @@ class _Encoder:
         tensors: dict[str, Tensor] = {}
         for start in range(first, last, self.options.batch_size):
             tensors |= self.encode(range(start, min(start + self.options.batch_size, last)))
-        temporary = path.with_suffix(".tmp")
         try:
-            save_file(tensors, temporary)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
+            with whole_file(path) as temporary:
+                temporary.write_bytes(save(tensors))  # save_file's are their owner's alone
+        except OSError as error:
             raise InputError(
                 f"Cannot write {path}: {error}. Make room and start the command again: it goes on where it stopped."
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def encode(self, indices: range) -> dict[str, Tensor]:
         """Encode some pairs -> tensors by key."""
         pairs = [self._read(index) for index in indices]
         tensors: dict[str, Tensor] = {}
         text = self.base.encode_text([pair.caption for pair in pairs])
+        pictures: dict[str, Tensor] = {}
         for row, (index, pair) in enumerate(zip(indices, pairs, strict=True)):
             tensors[f"{index}.text_states"] = text.states[row]
             if text.pooled is not None:
                 tensors[f"{index}.text_pooled"] = text.pooled[row]
             target = crop_target(pair.target, *self.index.sizes[index])
-            tensors[f"{index}.target_latent"] = self.base.encode_pictures(target)[0]
+            pictures[f"{index}.target_latent"] = target
             for variant in range(self.options.reference_variants):
                 reference = self._reference(pair, index, variant)
-                latent = self.base.encode_pictures(reference)[0]
-                tensors[f"{index}.reference_latent.{variant}"] = latent
+                pictures[f"{index}.reference_latent.{variant}"] = reference
+        tensors |= self._latents(pictures)
         dtype = DTYPES[self.options.dtype]
         return {key: tensor.to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+
+    def _latents(self, pictures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encode pictures by key, as many of one size together as a batch holds."""
+        latents: dict[str, Tensor] = {}
+        for size in {picture.shape for picture in pictures.values()}:
+            keys = [key for key, picture in pictures.items() if picture.shape == size]
+            for start in range(0, len(keys), self.options.batch_size):
+                some = keys[start : start + self.options.batch_size]
+                encoded = self.base.encode_pictures(torch.cat([pictures[key] for key in some]))
+                latents |= dict(zip(some, encoded, strict=True))
+        return latents
 
     def _read(self, index: int) -> Pair:
         try:

@@ -62,8 +62,7 @@ class FolderSource:
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the target, pixels, from its header."""
-        path = self._pairs[index].path("generation")
-        return picture_size(path, path)
+        return picture_size(self._pairs[index].path("generation"))
 
     def caption(self, index: int) -> str:
         """Caption of a pair."""

@@ -70,8 +70,7 @@ class ManifestSource:
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the target, pixels, from its header."""
-        path = self._rows[index].image
-        return picture_size(path, path)
+        return picture_size(self._rows[index].image)
 
     def caption(self, index: int) -> str:
         """Caption of a pair."""

@@ -1,29 +1,19 @@
-"""What all readers share: pictures from bytes, masks that fit, captions, what was left out."""
+"""What all readers share: sizes, captions, masks that fit, what was left out."""
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..errors import FileFormatError, InputError
-from ..image_files import (
-    _READ_ERRORS,
-    _check_size,
-    _known_formats,
-    _picture_to_tensor,
-    _to_plain_mode,
-    _too_large,
-)
-from ..reference_image import _bounding_box, _subject_opacity, check_image
+from ..image_files import PictureFile, open_picture
+from ..reference_image import check_image, subject_box, subject_opacity
 from .source import Pair
 
 logger = logging.getLogger(__name__)
@@ -40,65 +30,25 @@ class MaskError(InputError):
     """A mask marks no subject, or belongs to another picture."""
 
 
-def picture_size(file: str | os.PathLike[str] | bytes, name: str) -> tuple[int, int]:
+def picture_size(file: PictureFile, name: str | None = None) -> tuple[int, int]:
     """Read the size of a picture, as it is meant to be seen, from its header.
 
     Args:
-        file: Path, or contents, of a picture file.
-        name: What to call it in messages.
+        file: A picture file.
+        name: What to call it in messages; ``None``: the file's own name.
 
     Returns:
         Height and width, pixels.
 
     Raises:
-        InputError: The picture is too large.
-        FileFormatError: There is no such file, or it is no picture.
+        InputError: There is no such file, or the picture is too large.
+        FileFormatError: It is no picture.
     """
-    with _opened(file, name) as picture:
+    with open_picture(file, name) as picture:
         width, height = picture.size
         # the method of the base class: that of PNG reads the whole picture in search of EXIF
         orientation = Image.Image.getexif(picture).get(ORIENTATION_TAG)
     return (width, height) if orientation in SIDEWAYS else (height, width)
-
-
-def decode_picture(data: bytes, name: str) -> tuple[Tensor, Tensor | None]:
-    """Read a picture from bytes, as ``read_image`` does from a file.
-
-    Args:
-        data: Contents of a picture file.
-        name: What to call it in messages.
-
-    Returns:
-        The picture, (1, height, width, 3), float32 in [0, 1], and its alpha, (1, height, width), or ``None`` where
-        all is opaque.
-
-    Raises:
-        InputError: The picture is too large.
-        FileFormatError: It is none, or is damaged.
-    """
-    with _opened(data, name) as picture:
-        pixels = _picture_to_tensor(_to_plain_mode(ImageOps.exif_transpose(picture)))
-    image, alpha = pixels[..., :3].contiguous(), pixels[..., 3:]  # alpha has 0 or 1 channel
-    return image, None if bool((alpha == 1).all()) else alpha[..., 0].contiguous()
-
-
-def decode_mask(data: bytes, name: str) -> Tensor:
-    """Read a mask from bytes, as ``read_mask`` does from a file.
-
-    Args:
-        data: Contents of a picture file.
-        name: What to call it in messages.
-
-    Returns:
-        (1, height, width), float32 in [0, 1].
-
-    Raises:
-        InputError: The picture is too large.
-        FileFormatError: It is none, or is damaged.
-    """
-    image, alpha = decode_picture(data, name)
-    grey = image.mean(dim=-1)
-    return grey if alpha is None else grey * alpha
 
 
 def decode_caption(data: bytes, name: str) -> str:
@@ -166,9 +116,9 @@ def make_pair(
     check_image(subject)
     image = subject if alpha is None else torch.cat([subject, alpha[..., None]], dim=-1)
     try:
-        opacity = _subject_opacity(image, mask)
+        opacity = subject_opacity(image, mask)
         if opacity is not None:
-            _bounding_box(opacity[0], 0)
+            subject_box(opacity[0])
     except InputError as error:
         raise MaskError(f"{name}: {error}") from error
     return Pair(target, subject, opacity, caption)
@@ -210,26 +160,3 @@ def settle(path: Path, num_pairs: int, problems: Sequence[str]) -> tuple[str, ..
             " 'dataset check' lists more." if len(problems) > NUM_SHOWN else "",
         )
     return problems
-
-
-@contextmanager
-def _opened(file: str | os.PathLike[str] | bytes, name: str) -> Iterator[Image.Image]:
-    """Open a picture; what goes wrong while it is open becomes an error of ours."""
-    formats = _known_formats()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # of odd EXIF blocks
-            stream = io.BytesIO(file) if isinstance(file, bytes) else file
-            with Image.open(stream, formats=formats) as picture:
-                _check_size(picture, Path(name))
-                yield picture
-    except (InputError, FileFormatError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise _too_large(Path(name), str(error)) from error
-    except _READ_ERRORS as error:
-        raise FileFormatError(
-            f"Expected a picture file ({', '.join(formats)}), got {name}, which cannot be read: {error}. The file is "
-            "missing, damaged or of another kind; fetch it again or save it as PNG."
-        ) from error

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusers_loading import _quiet_loading
+from ..diffusers_loading import quiet_loading
 from ..errors import FileFormatError, InputError, MissingPackageError, UnsupportedModelError
-from ..image_files import _tensor_to_picture
+from ..picture_tensors import tensor_to_picture
 
 
 class Segmenter(Protocol):
@@ -54,7 +54,7 @@ class ClipSegmenter:
         """See ``Segmenter``."""
         inputs = self.processor(
             text=[subject],
-            images=[_tensor_to_picture(image)],
+            images=[tensor_to_picture(image)],
             truncation=True,
             return_tensors="pt",
         )
@@ -91,7 +91,7 @@ class GroundedSegmenter:
     @torch.inference_mode()
     def __call__(self, image: Tensor, subject: str) -> Tensor:
         """See ``Segmenter``; of several boxes, the one with the highest score counts."""
-        picture = _tensor_to_picture(image)
+        picture = tensor_to_picture(image)
         box = self._best_box(picture, subject)
         if box is None:
             return torch.zeros(image.shape[:3], dtype=torch.bool)
@@ -131,7 +131,7 @@ def _load(
         ) from error
     _require_kind(Path(folder), field, kinds)
     try:
-        with _quiet_loading():
+        with quiet_loading():
             processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
             kind: Any = getattr(transformers, model_class)
             model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)

@@ -8,20 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import FileFormatError, InputError
-from ..image_files import _tensor_to_picture
-from .build_folder import _to_png, require_webdataset
-from .reading import (
-    decode_caption,
-    decode_mask,
-    decode_picture,
-    make_pair,
-    picture_size,
-    printable,
-    settle,
-)
+from ..image_files import encode_png, read_image, read_mask
+from ..whole_files import whole_file
+from .build_folder import require_webdataset
+from .reading import decode_caption, make_pair, picture_size, printable, settle
 from .source import Pair, PairSource
 
 PARTS = ("generation", "mask", "subject", "caption")
@@ -97,12 +90,12 @@ class ShardSource:
     def read(self, index: int) -> Pair:
         """Read a pair."""
         entry = self._entries[index]
-        target, alpha = decode_picture(*_contents(entry, entry.generation))
+        target, alpha = read_image(*_contents(entry, entry.generation))
         subject, mask = target, None
         if entry.subject is not None:
-            subject, alpha = decode_picture(*_contents(entry, entry.subject))
+            subject, alpha = read_image(*_contents(entry, entry.subject))
         if entry.mask is not None:
-            mask = decode_mask(*_contents(entry, entry.mask))
+            mask = read_mask(*_contents(entry, entry.mask))
         name = _name(entry, entry.mask or entry.subject or entry.generation)
         return make_pair(target, subject, alpha, mask, self.caption(index), name=name)
 
@@ -115,44 +108,61 @@ def shard_files(path: Path) -> list[Path]:
 
 
 def write_shards(
-    source: PairSource, folder: str | os.PathLike[str], *, max_count: int = 1000
+    source: PairSource,
+    folder: str | os.PathLike[str],
+    *,
+    max_count: int = 1000,
+    has_bar: bool = False,
 ) -> list[Path]:
-    """Write a set as shards.
+    """Write a set as shards (``dreamcache dataset shard``).
 
     Args:
         source: The set. Pairs without a mask whose target is their own subject get a mask of ones.
-        folder: Where to; created if need be.
-        max_count: Pairs to a shard.
+        folder: Where to; empty or new.
+        max_count: Most pairs to a shard.
+        has_bar: Whether to show a progress bar.
 
     Returns:
         The shards, ``shard-000000.tar`` and so on. A shard is there whole or not at all.
 
     Raises:
-        InputError: The folder holds shards already.
+        InputError: The folder holds something already, or ``max_count`` is below 1.
         MissingPackageError: webdataset is not installed.
         DreamCacheError: A pair cannot be read.
     """
     folder = Path(folder)
-    if folder.is_dir() and shard_files(folder):
-        raise InputError(f"Expected a folder without shards to write to, got {folder}.")
+    if max_count < 1:
+        raise InputError(f"Expected at least 1 pair to a shard, got {max_count}. Use 1000.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"Expected an empty or new folder to write shards to; {folder} holds something. Give another one."
+        )
+    TarWriter = require_webdataset().TarWriter
     folder.mkdir(parents=True, exist_ok=True)
     indices = range(len(source.keys))
-    return [
-        _write_shard(folder / f"shard-{number:06d}.tar", source, indices[start : start + max_count])
-        for number, start in enumerate(indices[::max_count])
-    ]
+    with tqdm(total=len(indices), unit="pair", desc="packing", disable=not has_bar) as bar:
+        return [
+            _write_shard(
+                folder / f"shard-{number:06d}.tar",
+                source,
+                indices[start : start + max_count],
+                TarWriter,
+                bar,
+            )
+            for number, start in enumerate(indices[::max_count])
+        ]
 
 
-def _write_shard(path: Path, source: PairSource, indices: range) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    TarWriter = require_webdataset().TarWriter
-    try:
-        with temporary.open("wb") as stream, TarWriter(stream, mtime=0) as writer:
-            for index in indices:
-                writer.write({"__key__": f"{index:08d}", **_encode(source.read(index))})
-        return temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_shard(path: Path, source: PairSource, indices: range, TarWriter: Any, bar: Any) -> Path:
+    with (
+        whole_file(path) as temporary,
+        temporary.open("wb") as stream,
+        TarWriter(stream, mtime=0) as writer,
+    ):
+        for index in indices:
+            writer.write({"__key__": f"{index:08d}", **_encode(source.read(index))})
+            bar.update()
+    return path
 
 
 def _index(shard: Path, problems: list[str]) -> dict[str, dict[str, _Member]]:
@@ -217,15 +227,14 @@ def _contents(entry: _Entry, member: _Member) -> tuple[bytes, str]:
 
 def _encode(pair: Pair) -> dict[str, Any]:
     """Return the members of a pair by ending."""
-    members: dict[str, Any] = {"generation.png": _png(pair.target), "caption.txt": pair.caption}
+    members: dict[str, Any] = {
+        "generation.png": encode_png(pair.target),
+        "caption.txt": pair.caption,
+    }
     is_own_subject = pair.subject is pair.target
     if not is_own_subject:
-        members["subject.png"] = _png(pair.subject)
+        members["subject.png"] = encode_png(pair.subject)
     if pair.mask is not None or is_own_subject:
         mask = pair.target.new_ones(pair.target.shape[:3]) if pair.mask is None else pair.mask
-        members["mask.png"] = _png(mask[..., None].expand(-1, -1, -1, 3))
+        members["mask.png"] = encode_png(mask)
     return members
-
-
-def _png(image: Tensor) -> bytes:
-    return _to_png(_tensor_to_picture(image))

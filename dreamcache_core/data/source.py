@@ -33,6 +33,11 @@ class PairSource(Protocol):
         """Unique name of every pair, in a fixed order that does not depend on the file system."""
         ...
 
+    @property
+    def problems(self) -> Sequence[str]:
+        """What was left out of the set, and why, one sentence each."""
+        ...
+
     def files(self, index: int) -> tuple[str, ...]:
         """Files (or members of shards) that a pair is read from, for messages."""
         ...

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileFormatError, InputError, MissingPackageError
-from .reading import decode_picture, make_pair, picture_size
+from ..image_files import read_image
+from .reading import make_pair, picture_size
 from .source import Pair
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Subjects200KSource:
         """Read a pair."""
         data, name = self._image(index)
         boxes = self._boxes(data, name)
-        image, _ = decode_picture(data, name)
+        image, _ = read_image(data, name)
         target, subject = (
             image[:, top:bottom, left:right].contiguous()
             for left, top, right, bottom in (boxes[index % 2], boxes[1 - index % 2])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusers_loading import _quiet_loading, _variant, require_diffusers
+from ..diffusers_loading import quiet_loading, require_diffusers, weights_variant
 from ..errors import FileFormatError, InputError
 
 AUTO_CLASS = "AutoPipelineForText2Image"
@@ -69,9 +69,9 @@ def _load_pipeline(folder: Path, pipeline_class: str, dtype: torch.dtype) -> Any
             "downloaded: fetch the whole folder first."
         )
     try:
-        with _quiet_loading():
+        with quiet_loading():
             pipeline = kind.from_pretrained(
-                str(folder), dtype=dtype, variant=_variant(folder), local_files_only=True
+                str(folder), dtype=dtype, variant=weights_variant(folder), local_files_only=True
             )
     except Exception as error:  # damaged files make diffusers raise nearly anything
         raise FileFormatError(

@@ -130,6 +130,10 @@ class TrainConfig(Config):
             raise InputError(
                 "Expected data (a training set) or encoded (its precomputed form); given neither."
             )
+        if self.encoded is not None and self.buckets:
+            raise InputError(
+                "A precomputed set has the sizes that it was made with: give buckets to 'dataset encode', not here."
+            )
         for name, low in _LOWEST.items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= low):

@@ -15,19 +15,19 @@ from torch import Tensor
 from .. import __version__
 from ..adapter import AdapterInfo, AdapterSet
 from ..checkpoints import save_adapters
-from ..errors import StateError
+from ..errors import InputError, StateError
+from ..latents import LATENT_FACTOR
 from ..pipeline import Text
 from .interruption import Interruption
 from .meter import Meter
 from .moving_average import MovingAverage
 from .objective import denoising_loss
+from .samples import FAILURE
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-LATENT_FACTOR = 8
 
 
 class Loop:
@@ -65,6 +65,7 @@ class Loop:
 
     def _restore(self, checkpoint: Path) -> None:
         self.accelerator.load_state(str(checkpoint))
+        self.accelerator.step = 0  # a checkpoint lies between steps, however they are accumulated
         self.average.load(checkpoint, self.step)
         if self.accelerator.is_main_process:
             self.folder.cut_log(self.step)
@@ -73,21 +74,38 @@ class Loop:
     def run(self) -> None:
         """Run all steps that are left, and write the adapters."""
         self._start_trackers()
+        meter = Meter(self)
+        try:
+            self._run_steps(meter)
+        finally:
+            meter.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self._save_checkpoint()
+        self._save_adapters(self.folder.adapters_file)
+
+    def _run_steps(self, meter: Meter) -> None:
         if self.step == 0:
             self._validate()
         losses: list[Tensor] = []
         indices: list[Tensor] = []
-        meter = Meter(self)
+        meter.resume()
         for batch in self.loader:
+            self._require_readable(batch)
             indices.append(batch["index"])
             norm = self._train_on(batch, losses)
             if self.accelerator.sync_gradients:
                 meter.count(self._check(losses, indices, norm), norm)
                 self.finish_step()
+                meter.resume()
                 losses, indices = [], []
-        meter.close()
-        self._save_checkpoint()
-        self._save_adapters(self.folder.adapters_file)
+
+    def _require_readable(self, batch: Mapping[str, Any]) -> None:
+        if FAILURE not in batch:
+            return
+        if self.accelerator.num_processes == 1 and self.step:  # others would have to agree
+            self._save_checkpoint()
+        raise InputError(batch[FAILURE])
 
     def _train_on(self, batch: Mapping[str, Any], losses: list[Tensor]) -> Tensor | None:
         """Add a batch's gradients -> norm of all once the step's last batch is in."""
@@ -104,7 +122,7 @@ class Loop:
         """Loss of a batch (METHOD.md section 7)."""
         dtype, module = self.base.pipeline.dtype, self.trainer.module
         latent, noise, timesteps = self._target_latent(batch), batch["noise"], batch["timestep"]
-        rows, height, width = len(latent), latent.shape[2] * 8, latent.shape[3] * 8
+        rows, (height, width) = len(latent), (side * LATENT_FACTOR for side in latent.shape[2:])
         text = self._text(batch)
         with torch.no_grad():
             reference = module.capture(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import AdapterSet
+from ..latents import LATENT_FACTOR
 from .injected_unet import InjectedUNet
 
 TEXT_TOKENS = 77
@@ -81,8 +82,16 @@ def estimate_saved_bytes(
         fake = InjectedUNet(unet, AdapterSet(module.adapters.info))
         text = torch.empty(batch_size, TEXT_TOKENS, real.config.cross_attention_dim, dtype=dtype)
         conditions = _added_conditions(real.config, batch_size, dtype)
-        reference = torch.empty(batch_size, 4, reference_px // 8, reference_px // 8, dtype=dtype)
-        target = torch.empty(batch_size, 4, target_px[0] // 8, target_px[1] // 8, dtype=dtype)
+        reference, target = (
+            torch.empty(
+                batch_size,
+                real.config.in_channels,
+                height // LATENT_FACTOR,
+                width // LATENT_FACTOR,
+                dtype=dtype,
+            )
+            for height, width in ((reference_px, reference_px), target_px)
+        )
         cache = fake.capture(reference, text, conditions)
         saved = SavedBytes([*unet.parameters(), *fake.parameters()])
         timesteps = torch.empty(batch_size, dtype=torch.int64)

@@ -24,24 +24,28 @@ class Meter:
             desc="training",
             disable=not loop.accelerator.is_main_process,
         )
+        self.busy_s, self.since = 0.0, time.perf_counter()
+
+    def resume(self) -> None:
+        """Begin to time a step: what was done since the last one (validation, checkpoint) is left out."""
         self.since = time.perf_counter()
 
     def count(self, loss: float, norm: Tensor | None) -> None:
         """Take in a step; every so many, write an entry."""
         loop, done = self.loop, self.loop.step + 1
         self.losses.append(loss)
+        self.busy_s += time.perf_counter() - self.since
         self.bar.update(1)
         if done % loop.config.log_every and done != loop.config.steps:
             return
-        now = time.perf_counter()
-        images_per_s = len(self.losses) * loop.trainer.global_batch / (now - self.since)
+        images_per_s = len(self.losses) * loop.trainer.global_batch / self.busy_s
         values = {
             "loss": sum(self.losses) / len(self.losses),
             "learning_rate": loop.lr_schedule.get_last_lr()[0],
             "gradient_norm": 0.0 if norm is None else float(norm),
             "images_per_s": images_per_s,
         }
-        self.losses, self.since = [], now
+        self.losses, self.busy_s = [], 0.0
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {images_per_s:.2f} images/s")
         if loop.accelerator.is_main_process:
             loop.folder.log({"step": done, **values})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 FILE = "moving_average.safetensors"
@@ -50,7 +50,8 @@ class MovingAverage:
         """Write the average into a checkpoint."""
         if self._average is not None:
             shadows = self._average.shadow_params
-            save_file({str(i): weight.cpu() for i, weight in enumerate(shadows)}, folder / FILE)
+            weights = {str(i): weight.cpu() for i, weight in enumerate(shadows)}
+            (folder / FILE).write_bytes(save(weights))
 
     def load(self, folder: Path, step: int) -> None:
         """Take the average up again from a checkpoint.

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import InputError, StateError
+from ..whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +110,8 @@ class RunFolder:
         """Record what the run is, before its first step."""
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"identity": identity, "settings": settings}, indent=2)
-        temporary = self.path / f".{_STATE_FILE}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / _STATE_FILE)
+        with whole_file(self.path / _STATE_FILE) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     @contextmanager
     def new_checkpoint(self, step: int, *, is_main: bool, wait: Any) -> Iterator[Path]:

@@ -18,11 +18,9 @@ from ..data.buckets import crop_target
 from ..data.encoded import EncodedSet
 from ..data.order import SampleOrder, sample_seed
 from ..data.source import PairSource
-from ..errors import DreamCacheError, InputError
+from ..errors import DreamCacheError
+from ..latents import LATENT_FACTOR
 from .objective import NUM_TIMESTEPS
-
-LATENT_FACTOR = 8
-"""Pixels to a side of one latent value."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,10 @@ class SampleSettings:
     caption_dropout: float
     seed: int
     latent_channels: int = 4
+
+
+FAILURE = "failure"
+"""Key of a sample that could not be read; its value says why."""
 
 
 class TrainingSet(Dataset[dict[str, Any]]):
@@ -82,10 +84,9 @@ class TrainingSet(Dataset[dict[str, Any]]):
             ``index`` of the pair; ``timestep``; ``noise`` and ``reference_noise`` (channels, height / 8, width / 8);
             ``is_dropped``: whether the caption counts as empty. Then ``target`` (height, width, 3) in [0, 1] and
             ``caption``, or their precomputed form ``target_latent``, ``text_states`` and for SDXL ``text_pooled``;
-            and ``reference`` (resolution, resolution, 3) or ``reference_latent``.
-
-        Raises:
-            InputError: The pair cannot be read; the message names its files.
+            and ``reference`` (resolution, resolution, 3) or ``reference_latent``. Of a pair that cannot be read the
+            entry ``failure`` alone: a message that names its files (an exception would come out of a reading process
+            as the text of a traceback).
         """
         position = self.first + offset
         epoch, index = self.order(position)
@@ -95,10 +96,10 @@ class TrainingSet(Dataset[dict[str, Any]]):
             return sample | self._read(index, epoch, generator)
         except DreamCacheError as error:
             files = () if self.source is None else self.source.files(index)
-            raise InputError(
-                f"Training sample {index} ({', '.join(files)}) cannot be used: {error} Find all such samples with "
-                "'dataset check'."
-            ) from error
+            return {
+                FAILURE: f"Training sample {index} ({', '.join(files)}) cannot be used: {error} Find all such samples "
+                "with 'dataset check'."
+            }
 
     def _draw(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         settings = self.settings
@@ -131,5 +132,6 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack samples: tensors along a new first axis, captions as a list."""
-    return default_collate(samples)
+    """Stack samples: tensors along a new first axis, captions as a list; of failures the first alone."""
+    failed = [sample for sample in samples if FAILURE in sample]
+    return failed[0] if failed else default_collate(samples)

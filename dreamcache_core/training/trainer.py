@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ..backends import require_fit
 from ..base_model import UNET_PARTS, BaseModel, model_fingerprint
 from ..checkpoints import load_adapters
 from ..errors import MissingPackageError
+from ..processes import require_all_processes
 from .config import TrainConfig
 from .initialisation import new_adapters
 from .injected_unet import InjectedUNet
@@ -25,10 +28,13 @@ from .run_folder import RunFolder
 from .training_data import open_training_data
 from .validation import Validation
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 FREE_ON_RESUME = {
-    "model", "model_config", "data", "encoded", "out", "adapters",  # their contents are compared instead
+    "model", "model_config", "data", "encoded",  # their contents are compared instead
+    "out", "adapters",
     "batch_size", "gradient_accumulation",  # their product with the number of processes is
     "workers", "log_every", "tracker", "checkpoint_every", "keep_checkpoints", "resume", "dry_run",
     "validate_every", "validation_data", "validation_prompts", "validation_samples",
@@ -76,6 +82,7 @@ class Trainer:
         config = self.config
         return config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
 
+    @cached_property
     def plan(self) -> Plan:
         """What the run will do and need."""
         config, adapters = self.config, self.module.adapters
@@ -113,7 +120,7 @@ class Trainer:
             KeyboardInterrupt: The run was asked to stop; it saved a checkpoint first.
             StateError: The loss is not finite.
         """
-        self.plan().require_room(self.folder.path, _free_memory(self.accelerator.device))
+        self.plan.require_room(self.folder.path, _free_memory(self.accelerator.device))
         if self.accelerator.is_main_process:
             self.folder.write_state(self.identity, self.config.to_dict())
         self.accelerator.wait_for_everyone()
@@ -127,6 +134,7 @@ class Trainer:
         if config.adapters is not None:
             adapters = load_adapters(config.adapters)
             require_fit(unet, adapters.info.layout, "the adapters to start from")
+            logger.info("init, layers and timestep are those of %s.", config.adapters)
             return adapters
         return new_adapters(
             unet,
@@ -156,6 +164,7 @@ class Trainer:
 def _make_accelerator(config: TrainConfig) -> Any:
     try:
         from accelerate import Accelerator
+        from accelerate.tracking import get_available_trackers
         from accelerate.utils import GradientAccumulationPlugin
     except ImportError as error:
         raise MissingPackageError(
@@ -164,19 +173,24 @@ def _make_accelerator(config: TrainConfig) -> Any:
     accumulation = GradientAccumulationPlugin(
         num_steps=config.gradient_accumulation, sync_with_dataloader=False
     )
-    mixed_precision = None if config.mixed_precision == "auto" else config.mixed_precision
-    try:
-        return Accelerator(
-            mixed_precision=mixed_precision,
-            gradient_accumulation_plugin=accumulation,
-            step_scheduler_with_optimizer=False,
-            log_with=None if config.tracker == "none" else config.tracker,
-            project_dir=config.out,
-        )
-    except ImportError as error:
+    # accelerate leaves a tracker that is not installed out without a word
+    if config.tracker != "none" and config.tracker not in map(str, get_available_trackers()):
         raise MissingPackageError(
-            f"The tracker {config.tracker} is not installed ({error}). Install it, or set tracker = none."
-        ) from error
+            f"The tracker {config.tracker} is not installed. Install it, or set tracker = none."
+        )
+    accelerator = Accelerator(
+        mixed_precision=None if config.mixed_precision == "auto" else config.mixed_precision,
+        gradient_accumulation_plugin=accumulation,
+        step_scheduler_with_optimizer=False,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.out,
+    )
+    require_all_processes(accelerator.num_processes)
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
+        logger.warning(
+            "Training in float32: mixed_precision = bf16 takes half the memory and a fraction of the time."
+        )
+    return accelerator
 
 
 def _free_memory(device: torch.device) -> int | None:

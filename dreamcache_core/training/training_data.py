@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.utils.data import DataLoader
 
 from ..base_model import ENCODER_PARTS, BaseModel, model_fingerprint
@@ -46,11 +47,11 @@ class TrainingData:
         return len(self.sizes)
 
     def names(self, indices: Sequence[int]) -> list[str]:
-        """Files of samples, or their keys where there are none, for messages."""
+        """First file of each sample, or its key where there are no files, for messages."""
         names: list[str] = []
         for index in indices:
             if self.source is not None:
-                names += self.source.files(index)
+                names.append(self.source.files(index)[0])
             elif self.encoded is not None:
                 names.append(self.encoded.index.keys[index])
         return names
@@ -84,7 +85,7 @@ class TrainingData:
             shuffle=False,
             num_workers=config.workers,
             collate_fn=collate,
-            pin_memory=False,
+            pin_memory=torch.cuda.is_available(),
         )
 
 

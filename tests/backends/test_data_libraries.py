@@ -235,8 +235,39 @@ def test_unreadable_pair_leaves_no_half_shard_and_full_folders_are_refused(tmp_p
     assert names == ["shard-000000.tar"]
     with tarfile.open(tmp_path / "shards" / names[0]) as tar:
         assert len(tar.getnames()) == 6
-    with pytest.raises(InputError, match="without shards"):
+    with pytest.raises(InputError, match="empty or new folder"):
         write_shards(FolderSource(folder), tmp_path / "shards")
+
+
+def test_command_packs_a_set_that_training_then_reads_as_before(tmp_path, capsys):
+    folder, out = write_pairs(tmp_path / "set", 5), tmp_path / "shards"
+    assert main(["dataset", "shard", str(folder), str(out), "--max-count", "3"]) == 0
+    assert f"5 pairs in 2 shards: {out}" in capsys.readouterr().out
+    packed, source = open_source(out), open_source(folder)
+    assert [packed.keys[0], packed.keys[3]] == ["shard-000000/00000000", "shard-000001/00000003"]
+    for index in range(5):
+        assert torch.equal(packed.read(index).target, source.read(index).target)
+        assert packed.caption(index) == source.caption(index)
+
+
+@pytest.mark.parametrize(
+    ("out", "arguments", "message"),
+    [
+        ("full", (), "full holds something"),
+        ("full/note.txt", (), "note.txt holds something"),
+        ("new", ("--max-count", "0"), "at least 1 pair"),
+    ],
+)
+def test_command_packs_nothing_into_a_folder_that_holds_something(
+    tmp_path, capsys, out, arguments, message
+):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    folder = write_pairs(tmp_path / "set", 1)
+    assert main(["dataset", "shard", str(folder), str(tmp_path / out), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["note.txt"]
 
 
 def test_check_counts_tokens_over_the_limit(tmp_path, capsys):

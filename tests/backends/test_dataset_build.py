@@ -19,7 +19,8 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from dreamcache_core.data.build_folder import read_rejections
 from dreamcache_core.data.build_options import BuildOptions
-from dreamcache_core.data.building import build, sample_seed, summarise
+from dreamcache_core.data.building import build, summarise
+from dreamcache_core.data.order import sample_seed
 from dreamcache_core.data.segmentation import ClipSegmenter, GroundedSegmenter
 from dreamcache_core.dataset_build_cli import run
 from dreamcache_core.errors import (

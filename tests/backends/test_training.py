@@ -318,6 +318,7 @@ def test_flags_override_the_file(settings, tmp_path, capsys):
     ("wrong", "message"),
     [
         ({"data": None}, "data .* or encoded"),
+        ({"encoded": "e", "buckets": True}, "give buckets to 'dataset encode'"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
@@ -334,6 +335,18 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(
     with pytest.raises((InputError, ImportError, ValueError), match=message):
         Trainer(TrainConfig.from_dict({**settings, **wrong}))
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StateError, match="started 2 processes.*ACCELERATE_USE_CPU"):
+        Trainer(TrainConfig.from_dict(settings))
+
+
+def test_a_tracker_that_is_not_installed_is_not_left_out_silently(settings, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(ImportError, match="tensorboard is not installed"):
+        Trainer(TrainConfig.from_dict({**settings, "tracker": "tensorboard"}))
 
 
 def test_a_loss_of_nan_stops_with_step_files_and_checkpoint(settings, tmp_path):
@@ -379,12 +392,16 @@ def test_a_folder_with_a_run_is_not_overwritten(settings):
         Trainer(TrainConfig.from_dict(settings))
 
 
-def test_an_unreadable_picture_stops_the_run_and_is_named(settings, tmp_path):
-    data = write_pairs(tmp_path / "set", 2)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_stops_the_run_named_and_nothing_is_lost(settings, tmp_path, workers):
+    data = write_pairs(tmp_path / "set", 5)
+    settings = {**settings, "data": str(data), "batch_size": 1, "workers": workers}
     picture = data / "subject_1" / "001_generation.png"
     picture.write_bytes(picture.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"001_generation\.png.*dataset check"):
-        train(settings, data=str(data))
+    with pytest.raises(InputError, match=r"^Training sample 3 .*001_generation\.png.*check'\.$"):
+        train(settings, steps=9)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(checkpoint.name.removeprefix("step-")) == len(losses(settings)) > 0
 
 
 def test_too_little_disk_is_said_before_training(settings, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from comfy_installs import WHY_NONE, ComfyInstall, comfyui_folders
+from exchange import train_in_diffusers
 
 HERE = Path(__file__).parent
 INSIDE = HERE / "inside"
@@ -52,14 +53,22 @@ def tools_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ran_inside(tools_folder, tmp_path_factory) -> None:
+def exchange(tmp_path_factory) -> Path:
+    """Folder through which adapters go from diffusers to ComfyUI and back."""
+    folder = tmp_path_factory.mktemp("exchange")
+    train_in_diffusers(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ran_inside(tools_folder, exchange, tmp_path_factory) -> None:
     """Run all tests of ``inside/`` in every installation, side by side."""
     bases = [tmp_path_factory.mktemp(f"comfy-{comfyui.version}") for comfyui in COMFYUIS]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(partial(run_tests, tools_folder), COMFYUIS, bases))
+        list(pool.map(partial(run_tests, tools_folder, exchange), COMFYUIS, bases))
 
 
-def run_tests(tools: Path, comfyui: ComfyUI, base: Path) -> None:
+def run_tests(tools: Path, exchange: Path, comfyui: ComfyUI, base: Path) -> None:
     report = base / "report.xml"
     env = {
         **os.environ,
@@ -67,6 +76,7 @@ def run_tests(tools: Path, comfyui: ComfyUI, base: Path) -> None:
         "PYTHONDONTWRITEBYTECODE": "1",
         "COMFYUI_FOLDER": str(comfyui.path),
         "COMFYUI_BASE": str(base),
+        "EXCHANGE_FOLDER": str(exchange),
     }
     options = ["-q", "-rs", "-c", str(INSIDE / "pytest.ini"), f"--junitxml={report}", str(INSIDE)]
     command = [comfyui.python, "-m", "pytest", *options]

@@ -17,6 +17,7 @@ class Sizes:
     def __init__(self, *sizes: tuple[int, int]) -> None:
         self.sizes = sizes
         self.keys: Sequence[str] = [str(size) for size in sizes]
+        self.problems: Sequence[str] = ()
 
     def size(self, index: int) -> tuple[int, int]:
         return self.sizes[index]

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from dreamcache_core.errors import DreamCacheError, FileFormatError, InputError
-from dreamcache_core.image_files import contact_sheet, read_image, read_mask, save_png
+from dreamcache_core.image_files import (
+    contact_sheet,
+    encode_png,
+    open_picture,
+    read_image,
+    read_mask,
+    save_png,
+)
 
 DAMAGED_KINDS = ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"]
 if features.check("avif"):
@@ -224,6 +231,38 @@ def test_files_that_are_no_picture_are_refused(tmp_path: Path, content: bytes, k
         read_image(path)
 
 
+def test_contents_are_read_as_the_file_is(tmp_path: Path, picture: Image.Image):
+    rgba = picture.copy()
+    rgba.putalpha(Image.frombytes("L", (5, 3), bytes(range(0, 255, 17))))
+    rgba.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    for one, other in zip(read_image(content, "x"), read_image(tmp_path / "a.png"), strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+    assert torch.equal(read_mask(content, "x"), read_mask(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "b/c, which is an empty file"),
+        (b"<html>", "b/c, which is a web page"),
+        (b"hello", "b/c, which cannot be read"),
+        (png_header(20_000, 20_000), "at most 100 megapixels, got b/c:"),
+    ],
+)
+def test_unfit_contents_are_refused_by_the_name_given(content: bytes, message: str):
+    with pytest.raises(DreamCacheError, match=message):
+        read_image(content, "b/c")
+
+
+def test_errors_of_our_own_pass_an_open_picture_unchanged(tmp_path: Path, picture: Image.Image):
+    picture.save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"^mine$"), open_picture(tmp_path / "a.png"):
+        raise InputError("mine")
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
 def test_truncated_file_is_refused(tmp_path: Path, kind: str):
     noise = torch.randint(0, 256, (90 * 70 * 3,), generator=torch.Generator().manual_seed(0))
@@ -325,6 +364,14 @@ def test_saved_png_holds_picture_and_text(tmp_path: Path, picture: Image.Image, 
         assert saved.format == "PNG"
         assert saved.info == metadata
     assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_mask_is_encoded_as_greyscale():
+    mask = torch.tensor([[[0.0, 0.2, 1.0], [1.0, 0.0, 0.4]]])
+    content = encode_png(mask)
+    with Image.open(io.BytesIO(content)) as encoded:
+        assert (encoded.mode, encoded.size) == ("L", (3, 2))
+    torch.testing.assert_close(read_mask(content), mask, rtol=0, atol=1e-6)
 
 
 def test_values_outside_the_range_are_clamped_on_saving(tmp_path: Path):

@@ -279,7 +279,7 @@ def test_saving_outside_the_output_folder_is_refused(model, prefix):
 
 @pytest.mark.parametrize("prefix", ["", "  ", "..", "dogs/", "a\0b"])
 def test_saving_without_a_file_name_is_refused(model, prefix):
-    with pytest.raises(CORE.InputError, match="file name"):
+    with pytest.raises(CORE.InputError, match="saved by name"):
         run("DreamCacheSaveReference", reference=encode(model), filename_prefix=prefix)
 
 
