@@ -339,7 +339,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(
 
 def test_processes_that_know_nothing_of_each_other_are_refused(settings, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(StateError, match="started 2 processes.*ACCELERATE_USE_CPU"):
+    with pytest.raises(StateError, match=r"started 2 processes.*ACCELERATE_USE_CPU"):
         Trainer(TrainConfig.from_dict(settings))
 
 
