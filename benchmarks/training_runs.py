@@ -107,9 +107,7 @@ class Runs:
 
     def _train(self, batch: Mapping[str, Any]) -> None:
         """What ``Loop.run`` does with a batch, less the progress bar."""
-        losses: list[Any] = []
-        norm = self.loop._train_on(batch, losses)
-        self.loop._check(losses, [batch["index"]], norm)
+        self.loop.take(batch)
         self.loop.finish_step()
 
     @contextmanager

@@ -47,6 +47,9 @@ class Loop:
         if trainer.checkpoint is not None:
             self._restore(trainer.checkpoint[1])
         self.empty = self.base.encode_text([""])
+        self._losses: list[Tensor] = []
+        self._indices: list[Tensor] = []
+        self._is_asked_to_stop = False
 
     def _prepare(self) -> tuple[Any, ...]:
         from diffusers.optimization import get_scheduler
@@ -87,18 +90,45 @@ class Loop:
     def _run_steps(self, meter: Meter) -> None:
         if self.step == 0:
             self._validate()
-        losses: list[Tensor] = []
-        indices: list[Tensor] = []
         meter.resume()
         for batch in self.loader:
-            self._require_readable(batch)
-            indices.append(batch["index"])
-            norm = self._train_on(batch, losses)
-            if self.accelerator.sync_gradients:
-                meter.count(self._check(losses, indices, norm), norm)
+            taken = self.take(batch)
+            if taken is not None:
+                meter.count(*taken)
                 self.finish_step()
                 meter.resume()
-                losses, indices = [], []
+
+    def take(self, batch: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Take a batch in, and with the last batch of a step take the step.
+
+        Args:
+            batch: From the loader.
+
+        Returns:
+            Mean loss of the step over all processes, and the norm of its gradients; ``None`` within a step.
+
+        Raises:
+            InputError: A sample of the batch could not be read.
+            StateError: The loss or the gradients are not finite; the step was not taken.
+        """
+        self._require_readable(batch)
+        self._indices.append(batch["index"])
+        with self.accelerator.accumulate(self.model), self.trainer.module.until_backward():
+            loss = self.loss(batch)
+            self._losses.append(loss.detach())
+            self.accelerator.backward(loss)
+        if not self.accelerator.sync_gradients:
+            return None
+        most = self.config.max_grad_norm or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), most))
+        mean = self._agree(norm)
+        self.optimizer.step()
+        self.lr_schedule.step()
+        self.optimizer.zero_grad()
+        self.average.step()
+        self.step += 1
+        self._losses, self._indices = [], []
+        return mean, norm
 
     def _require_readable(self, batch: Mapping[str, Any]) -> None:
         if FAILURE not in batch:
@@ -106,17 +136,6 @@ class Loop:
         if self.accelerator.num_processes == 1 and self.step:  # others would have to agree
             self._save_checkpoint()
         raise InputError(batch[FAILURE])
-
-    def _train_on(self, batch: Mapping[str, Any], losses: list[Tensor]) -> Tensor | None:
-        """Add a batch's gradients -> norm of all once the step's last batch is in."""
-        with self.accelerator.accumulate(self.model), self.trainer.module.until_backward():
-            loss = self.loss(batch)
-            losses.append(loss.detach())
-            self.accelerator.backward(loss)
-            if not self.accelerator.sync_gradients:
-                return None
-            most = self.config.max_grad_norm or math.inf
-            return self.accelerator.clip_grad_norm_(self.model.parameters(), most)
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Loss of a batch (METHOD.md section 7)."""
@@ -175,18 +194,17 @@ class Loop:
         given = batch["text_pooled"].to(like.dtype)
         return Text(states, torch.where(is_dropped[:, None], self.empty.pooled, given))
 
-    def _check(self, losses: list[Tensor], indices: list[Tensor], norm: Tensor | None) -> float:
+    def _agree(self, norm: float) -> float:
         """Agree with all processes on the step's mean loss, and stop all where it is not finite."""
-        local = torch.stack(losses).mean()
+        local = torch.stack(self._losses).mean()
         asked = torch.tensor(float(self.interruption.is_requested), device=local.device)
         total: Any = self.accelerator.reduce(torch.stack([local, asked]), reduction="mean")
-        loss, self._asked = float(total[0]), bool(total[1] > 0)
+        loss, self._is_asked_to_stop = float(total[0]), bool(total[1] > 0)
         # with fp16 an infinite norm is part of how the loss scale is found
         is_scaled = self.accelerator.scaler is not None
-        is_norm_finite = norm is None or is_scaled or math.isfinite(float(norm))
-        if math.isfinite(loss) and is_norm_finite:
+        if math.isfinite(loss) and (is_scaled or math.isfinite(norm)):
             return loss
-        files = self.trainer.data.names(torch.cat(indices).tolist())
+        files = self.trainer.data.names(torch.cat(self._indices).tolist())
         newest = self.folder.newest_checkpoint()
         raise StateError(
             f"The loss of step {self.step + 1} is {loss}, the norm of the gradients {norm}; the step was not taken. "
@@ -196,17 +214,12 @@ class Loop:
         )
 
     def finish_step(self) -> None:
-        """Take the step, then show, save or stop as the settings and the user want."""
+        """Show, save or stop after a step, as the settings and the user want."""
         config = self.config
-        self.optimizer.step()
-        self.lr_schedule.step()
-        self.optimizer.zero_grad()
-        self.average.step()
-        self.step += 1
         is_last = self.step == config.steps
         if config.validate_every and (self.step % config.validate_every == 0 or is_last):
             self._validate()
-        if self._asked:
+        if self._is_asked_to_stop:
             self._save_checkpoint()
             logger.warning("Stopped after step %d; go on with --resume.", self.step)
             raise KeyboardInterrupt

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from torch import Tensor
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -30,9 +29,9 @@ class Meter:
         """Begin to time a step: what was done since the last one (validation, checkpoint) is left out."""
         self.since = time.perf_counter()
 
-    def count(self, loss: float, norm: Tensor | None) -> None:
+    def count(self, loss: float, norm: float) -> None:
         """Take in a step; every so many, write an entry."""
-        loop, done = self.loop, self.loop.step + 1
+        loop, done = self.loop, self.loop.step
         self.losses.append(loss)
         self.busy_s += time.perf_counter() - self.since
         self.bar.update(1)
@@ -42,7 +41,7 @@ class Meter:
         values = {
             "loss": sum(self.losses) / len(self.losses),
             "learning_rate": loop.lr_schedule.get_last_lr()[0],
-            "gradient_norm": 0.0 if norm is None else float(norm),
+            "gradient_norm": norm,
             "images_per_s": images_per_s,
         }
         self.losses, self.busy_s = [], 0.0
