@@ -1,6 +1,7 @@
 """The frozen base model of training: pictures to latents, captions to text states, and which model it is."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .diffusers_loading import load_diffusers_pipeline
+from .diffusers_loading import load_diffusers_pipeline, quiet_loading
 from .pipeline import DreamCachePipeline, Text
 
 UNET_PARTS = ("unet", "scheduler")
@@ -18,7 +19,12 @@ UNET_PARTS = ("unet", "scheduler")
 ENCODER_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 """Parts that precomputed sets depend on."""
 
-SAMPLED_BYTES = 2**16
+SAMPLED_BYTES, SAMPLED_EVERY = 2**16, 2**22
+"""Of a file's contents so many bytes count, every so many bytes."""
+
+MAX_CHECKED_CAPTIONS = 10_000
+
+logger = logging.getLogger(__name__)
 
 
 class BaseModel:
@@ -81,21 +87,29 @@ class BaseModel:
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Text:
         """Encode captions; text beyond the encoder's limit is cut off."""
-        return self.pipeline.encode_text(list(captions))
+        with quiet_loading():  # diffusers names each caption that is too long, each time
+            return self.pipeline.encode_text(list(captions))
 
     def unet_kwargs(self, text: Text, height_px: int, width_px: int) -> dict[str, Any]:
         """Further arguments of the U-Net: for SDXL pooled text and time ids."""
         return self.pipeline.conditions(text, height_px, width_px)
 
-    def count_long_captions(self, captions: Sequence[str]) -> int:
-        """Count captions that exceed the text encoder's limit."""
+    def warn_about_long_captions(self, captions: Sequence[str]) -> None:
+        """Say how many captions exceed the text encoder's limit; ``MAX_CHECKED_CAPTIONS`` are enough to tell."""
         tokenizer = self.pipeline.pipeline.tokenizer
         ids = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
-        return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
+        num_long = sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
+        if num_long:
+            logger.warning(
+                "%d of %s%d captions are longer than the text encoder takes; what is beyond is cut off.",
+                num_long,
+                "the first " if len(captions) == MAX_CHECKED_CAPTIONS else "",
+                len(captions),
+            )
 
 
 def model_fingerprint(path: str | os.PathLike[str], parts: Sequence[str]) -> str:
-    """Identify a model by its files: names, sizes, and their first and last bytes.
+    """Identify a model by its files: names, sizes, and samples of their bytes throughout.
 
     Args:
         path: diffusers folder, or single-file checkpoint.
@@ -110,9 +124,9 @@ def model_fingerprint(path: str | os.PathLike[str], parts: Sequence[str]) -> str
         name = file.relative_to(root).as_posix() if root.is_dir() else ""
         digest.update(f"{name}:{size}:".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(SAMPLED_BYTES))
-            stream.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(stream.read(SAMPLED_BYTES))
+            for start in (*range(0, size, SAMPLED_EVERY), max(0, size - SAMPLED_BYTES)):
+                stream.seek(start)
+                digest.update(stream.read(SAMPLED_BYTES))
     return digest.hexdigest()
 
 

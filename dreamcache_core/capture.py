@@ -58,6 +58,8 @@ def capture_features(
     except _ForwardEnded as signal:
         if signal is not ended:  # that of a capture around this one
             raise
+        # it leads to this frame, which holds it: everything in the frames between would wait for the collector
+        signal.__traceback__ = None
     finally:
         for hook in hooks:
             hook.remove()

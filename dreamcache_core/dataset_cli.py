@@ -66,7 +66,8 @@ def _add_check(commands: Any) -> None:
     add = _command(commands, "check", _check, text, f"{text} {codes}").add_argument
     add("path", metavar="PATH", help=FORMS)
     add("--size", type=int, default=512, help="side of the pictures in training, pixels")
-    add("--out", default="check.png", help="picture of targets and references to write")
+    add("--buckets", action="store_true", help="training keeps the aspect of targets, as buckets")
+    add("--out", default="check.png", help="PNG of targets and references to write")
     add("--samples", type=int, default=8, help="pairs in that picture; 0: no picture")
     add("--tokenizer", help="folder of a tokenizer or diffusers model: captions in tokens as well")
 
@@ -75,10 +76,11 @@ def _check(args: argparse.Namespace) -> None:
     _check_options(args)
     count, limit = load_token_counter(args.tokenizer) if args.tokenizer else (None, None)
     source = open_source(args.path)
-    report = check_source(source, resolution=args.size, count_tokens=count, has_bar=True)
-    for line in _report_lines(report, args.size, limit):
+    seen: Any = {"resolution": args.size, "has_buckets": args.buckets}
+    report = check_source(source, **seen, count_tokens=count, has_bar=True)
+    for line in _report_lines(report, args, limit):
         print(line)
-    sheet = training_sheet(source, resolution=args.size, num_samples=args.samples)
+    sheet = training_sheet(source, **seen, num_samples=args.samples)
     if sheet is not None:
         save_png(args.out, sheet)
         print(f"targets and references as training sees them: {args.out}")
@@ -92,11 +94,16 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--size must be a multiple of 8 in 64 ... 2048; given {args.size}.")
     if args.samples < 0:
         raise InputError(f"--samples must be at least 0; given {args.samples}.")
-    if not Path(args.out).parent.is_dir():
-        raise InputError(f"There is no folder {Path(args.out).parent}. Create it, or change --out.")
+    out = Path(args.out)
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise InputError(f"--out must be a file ending in .png; given {out}.")
+    if not out.parent.is_dir():
+        raise InputError(f"There is no folder {out.parent}. Create it, or change --out.")
 
 
-def _report_lines(report: SetReport, resolution: int, token_limit: int | None) -> Iterator[str]:
+def _report_lines(
+    report: SetReport, args: argparse.Namespace, token_limit: int | None
+) -> Iterator[str]:
     num_read = len(report.caption_words)
     yield f"{report.num_pairs} pairs, {num_read} of them readable"
     if report.num_without_mask:
@@ -107,8 +114,7 @@ def _report_lines(report: SetReport, resolution: int, token_limit: int | None) -
     if len(report.sizes) > MAX_LISTED:
         rest = sum(islice(report.sizes.values(), MAX_LISTED, None))
         yield f"  {rest:>8}  of {len(report.sizes) - MAX_LISTED} further sizes"
-    if report.num_enlarged:
-        yield f"{report.num_enlarged} have a side below {resolution} and may be enlarged"
+    yield from _target_lines(report, args)
     yield from _caption_lines(report, token_limit)
     for kind, messages in report.problems.items():
         yield f"{len(messages)} {kind}:"
@@ -116,6 +122,20 @@ def _report_lines(report: SetReport, resolution: int, token_limit: int | None) -
         if len(messages) > MAX_LISTED:
             yield f"  and {len(messages) - MAX_LISTED} more"
     yield "problems found" if report.problems else "no problems"
+
+
+def _target_lines(report: SetReport, args: argparse.Namespace) -> Iterator[str]:
+    if report.num_enlarged:
+        least = "that of their bucket" if args.buckets else args.size
+        yield f"{report.num_enlarged} have a side below {least} and may be enlarged"
+    if report.num_cropped:
+        cure = "crop them by hand" if args.buckets else "crop them by hand, or train with buckets"
+        yield f"{report.num_cropped} lose more than half of their subject to the crop: {cure}"
+    if report.num_transparent:
+        yield (
+            f"{report.num_transparent} are partly transparent: what is hidden there is their background in training; "
+            "put them on a background"
+        )
 
 
 def _caption_lines(report: SetReport, token_limit: int | None) -> Iterator[str]:

@@ -23,7 +23,7 @@ from .captions import (
     read_captions,
 )
 from .order import sample_seed
-from .quality import judge_sample
+from .quality import judge_image, judge_mask
 from .segmentation import ClipSegmenter, GroundedSegmenter, Segmenter
 from .text_to_image import TextToImage
 
@@ -149,8 +149,10 @@ class _Maker:
             self._finish(batch[index], images[index : index + 1])
 
     def _finish(self, sample: Sample, image: torch.Tensor) -> None:
-        mask = self.segment(image, sample.caption.subject)
-        verdict = judge_sample(image, mask, self.options.limits)
+        verdict = judge_image(image)
+        if verdict.reason is None:
+            mask = self.segment(image, sample.caption.subject)
+            verdict = judge_mask(mask, self.options.limits)
         if verdict.reason is None:
             self.folder.save(sample, image, verdict.mask)
         else:

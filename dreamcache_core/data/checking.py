@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,20 +18,24 @@ from tqdm import tqdm
 from ..errors import DreamCacheError, FileFormatError, InputError, MissingPackageError
 from ..image_files import contact_sheet
 from .augmentation import augment_reference
-from .buckets import crop_target
+from .buckets import aspect_buckets, crop_target, nearest_bucket
 from .order import sample_seed
-from .reading import MaskError
+from .reading import MaskError, located, weak_mask
 from .source import Pair, PairSource
 
 INCOMPLETE = "incomplete samples, left out"
 UNREADABLE = "unreadable files"
 BAD_MASK = "empty or misfit masks"
 FULL_MASK = "full masks"
+WEAK_MASK = "weak masks"
 NO_CAPTION = "empty captions"
 
 MAX_THREADS = 8
 FULL_FROM = 0.5
 """A mask all of whose values are at least this says nothing of where the subject is."""
+
+LEAST_INSIDE = 0.5
+"""Share of a target's mask that its crop should hold."""
 
 CountTokens = Callable[[str], int]
 
@@ -44,7 +48,9 @@ class SetReport:
         num_pairs: Complete pairs, readable or not.
         problems: Kind to messages, each with its file; kinds without any are left out.
         sizes: Height and width of the targets, pixels, to how many there are; the most frequent first.
-        num_enlarged: Targets with a side shorter than the training resolution.
+        num_enlarged: Targets with a side shorter than in training.
+        num_cropped: Targets of whose mask training's crop holds less than half.
+        num_transparent: Targets that are partly transparent: what is hidden there is background in training.
         num_without_mask: Pairs whose whole subject picture is the reference.
         caption_words: Words of every readable pair's caption.
         caption_tokens: Tokens of the same, start and end included; ``None``: not counted.
@@ -54,6 +60,8 @@ class SetReport:
     problems: Mapping[str, tuple[str, ...]]
     sizes: Mapping[tuple[int, int], int]
     num_enlarged: int
+    num_cropped: int
+    num_transparent: int
     num_without_mask: int
     caption_words: tuple[int, ...]
     caption_tokens: tuple[int, ...] | None
@@ -66,6 +74,9 @@ class _Finding:
     problems: tuple[tuple[str, str], ...] = ()
     size: tuple[int, int] | None = None
     has_mask: bool = True
+    is_enlarged: bool = False
+    is_cropped: bool = False
+    is_transparent: bool = False
     words: int = 0
     tokens: int = 0
 
@@ -74,6 +85,7 @@ def check_source(
     source: PairSource,
     *,
     resolution: int,
+    has_buckets: bool = False,
     count_tokens: CountTokens | None = None,
     has_bar: bool = False,
 ) -> SetReport:
@@ -82,13 +94,15 @@ def check_source(
     Args:
         source: The set.
         resolution: Side of square targets in training, pixels.
+        has_buckets: Whether training keeps the targets' aspect.
         count_tokens: Counts the tokens of a caption; ``None``: not counted.
         has_bar: Whether to show a progress bar.
 
     Returns:
         The report.
     """
-    findings = list(_find_all(source, count_tokens, has_bar=has_bar))
+    examine = partial(_examine, source, _sizes(resolution, has_buckets), count_tokens)
+    findings = list(_find_all(examine, len(source.keys), has_bar=has_bar))
     read = [finding for finding in findings if finding.size is not None]
     problems: dict[str, list[str]] = {}
     for message in source.problems:
@@ -101,7 +115,9 @@ def check_source(
         num_pairs=len(findings),
         problems={kind: tuple(messages) for kind, messages in problems.items()},
         sizes=dict(sizes.most_common()),
-        num_enlarged=sum(count for size, count in sizes.items() if min(size) < resolution),
+        num_enlarged=sum(finding.is_enlarged for finding in read),
+        num_cropped=sum(finding.is_cropped for finding in read),
+        num_transparent=sum(finding.is_transparent for finding in read),
         num_without_mask=sum(not finding.has_mask for finding in read),
         caption_words=tuple(finding.words for finding in read),
         caption_tokens=None if count_tokens is None else tuple(f.tokens for f in read),
@@ -109,7 +125,12 @@ def check_source(
 
 
 def training_sheet(
-    source: PairSource, *, resolution: int, num_samples: int, seed: int = 0
+    source: PairSource,
+    *,
+    resolution: int,
+    num_samples: int,
+    has_buckets: bool = False,
+    seed: int = 0,
 ) -> Tensor | None:
     """Show targets and references as training sees them, from the whole length of a set.
 
@@ -117,12 +138,14 @@ def training_sheet(
         source: The set.
         resolution: Side of both, pixels.
         num_samples: Most pairs to show; unreadable ones are passed over.
+        has_buckets: Whether targets keep their aspect.
         seed: Seed of the augmentation.
 
     Returns:
         One row for each pair: target above its caption, reference above the pair's name; ``None`` where no pair can be
         shown.
     """
+    sizes = _sizes(resolution, has_buckets)
     count = len(source.keys)
     num_shown = min(num_samples, count)
     rows: list[tuple[Tensor, Tensor]] = []
@@ -136,7 +159,9 @@ def training_sheet(
             )
         except DreamCacheError:
             continue
-        rows.append((crop_target(pair.target, resolution, resolution), reference))
+        height, width = pair.target.shape[1:3]
+        size = nearest_bucket(height, width, sizes)
+        rows.append((crop_target(pair.target, *size), reference))
         texts.append((pair.caption, source.keys[index]))
     return contact_sheet(rows, texts) if rows else None
 
@@ -179,36 +204,62 @@ def load_token_counter(folder: str | os.PathLike[str]) -> tuple[CountTokens, int
     return count, tokenizer.model_max_length
 
 
+def _sizes(resolution: int, has_buckets: bool) -> tuple[tuple[int, int], ...]:
+    """Return the sizes of targets in training, height and width."""
+    return aspect_buckets(resolution) if has_buckets else ((resolution, resolution),)
+
+
 def _find_all(
-    source: PairSource, count_tokens: CountTokens | None, *, has_bar: bool
+    examine: Callable[[int], _Finding], count: int, *, has_bar: bool
 ) -> Iterator[_Finding]:
     """Read all pairs, several at a time, in order."""
-    count = len(source.keys)
     pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
     # The readers hold warnings back, but not thread by thread: this keeps them from undoing each other.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = pool.map(partial(_examine, source, count_tokens), range(count))
+            found = pool.map(examine, range(count))
             yield from tqdm(found, total=count, unit="pair", desc="checking", disable=not has_bar)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _examine(source: PairSource, count_tokens: CountTokens | None, index: int) -> _Finding:
+def _examine(
+    source: PairSource,
+    sizes: Sequence[tuple[int, int]],
+    count_tokens: CountTokens | None,
+    index: int,
+) -> _Finding:
     try:
         pair = source.read(index)
     except DreamCacheError as error:
         kind = BAD_MASK if isinstance(error, MaskError) else UNREADABLE
-        return _Finding(((kind, _located(source, index, str(error))),))
+        return _Finding(((kind, located(source, index, str(error))),))
     height, width = pair.target.shape[1:3]
+    size = nearest_bucket(height, width, sizes)
     return _Finding(
-        tuple((kind, _located(source, index, text)) for kind, text in _doubts(pair)),
-        (height, width),
-        pair.mask is not None,
-        len(pair.caption.split()),
-        count_tokens(pair.caption) if count_tokens else 0,
+        problems=tuple((kind, located(source, index, text)) for kind, text in _doubts(pair)),
+        size=(height, width),
+        has_mask=pair.mask is not None,
+        is_enlarged=height < size[0] or width < size[1],
+        is_cropped=_share_inside(pair, size) < LEAST_INSIDE,
+        is_transparent=pair.has_hidden_pixels,
+        words=len(pair.caption.split()),
+        tokens=count_tokens(pair.caption) if count_tokens else 0,
     )
+
+
+def _share_inside(pair: Pair, size: tuple[int, int]) -> float:
+    """Return which share of the target's mask its crop holds; 1 where the mask is another picture's."""
+    if pair.mask is None or pair.subject is not pair.target:
+        return 1
+    sides = pair.mask.shape[1:]
+    factor = min(side / new for side, new in zip(sides, size, strict=True))
+    rows, columns = (
+        slice(round((side - new * factor) / 2), round((side + new * factor) / 2))
+        for side, new in zip(sides, size, strict=True)
+    )
+    return float(pair.mask[:, rows, columns].sum() / pair.mask.sum())
 
 
 def _doubts(pair: Pair) -> Iterator[tuple[str, str]]:
@@ -218,9 +269,8 @@ def _doubts(pair: Pair) -> Iterator[tuple[str, str]]:
             FULL_MASK,
             "the mask marks the whole picture, background included; mark the subject alone.",
         )
+    weakness = "" if pair.mask is None else weak_mask(pair.mask)
+    if weakness:
+        yield WEAK_MASK, weakness
     if not pair.caption:
         yield NO_CAPTION, "the caption is empty; describe the picture."
-
-
-def _located(source: PairSource, index: int, text: str) -> str:
-    return f"{source.keys[index]} ({', '.join(source.files(index))}): {text}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,22 @@ from ..whole_files import whole_file
 
 FORMAT = "encoded/1"
 INDEX_FILE = "index.json"
+
+
+COMPARED = (
+    "data_fingerprint",
+    "model_fingerprint",
+    "resolution",
+    "sizes",
+    "samples_per_shard",
+    "num_variants",
+    "dtype",
+    "seed",
+)
+"""Fields of the index in which a set must agree with what is already in its folder."""
+
+IDENTITY_KEY = "dreamcache.encoded"
+"""Key in a shard's metadata of its set's identity."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,12 @@ class EncodedIndex:
     dtype: str
     seed: int
     format: str = FORMAT
+
+    @property
+    def identity(self) -> str:
+        """Hash of all fields in which a shard must agree with its set."""
+        values = json.dumps({name: getattr(self, name) for name in COMPARED})
+        return hashlib.sha256(values.encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the index, all or nothing."""

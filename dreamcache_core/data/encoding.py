@@ -8,36 +8,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ..base_model import ENCODER_PARTS, BaseModel, model_fingerprint
+from ..base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
 from ..config import Config
 from ..diffusers_loading import require_diffusers
 from ..errors import DreamCacheError, InputError
 from ..processes import require_all_processes
+from ..reference_image import check_placement
 from ..whole_files import whole_file
 from .augmentation import augment_reference
 from .buckets import crop_target, target_sizes
-from .encoded import INDEX_FILE, EncodedIndex, require_same_set, shard_name
+from .encoded import (
+    COMPARED,
+    IDENTITY_KEY,
+    INDEX_FILE,
+    EncodedIndex,
+    require_same_set,
+    shard_name,
+)
 from .opening import open_source
 from .order import sample_seed
 from .source import Pair, PairSource, fingerprint
 
 UNFINISHED_FILE = "index.unfinished.json"
-
-COMPARED = (
-    "data_fingerprint",
-    "model_fingerprint",
-    "resolution",
-    "sizes",
-    "samples_per_shard",
-    "num_variants",
-    "dtype",
-    "seed",
-)
-"""Fields of the index in which a set must agree with what is already in its folder."""
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -73,9 +70,12 @@ class EncodeOptions(Config):
         Raises:
             InputError: One is out of range.
         """
-        for name, low in {"reference_variants": 0, "batch_size": 1, "samples_per_shard": 1}.items():
+        lowest = {"reference_variants": 0, "batch_size": 1, "samples_per_shard": 1, "seed": 0}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise InputError(f"{name} must be at least {low}; given {getattr(self, name)}.")
+        if self.resolution is not None:
+            check_placement(self.resolution, 1.0)
 
 
 def encode_dataset(options: EncodeOptions) -> Path:
@@ -112,6 +112,7 @@ def encode_dataset(options: EncodeOptions) -> Path:
         dtype=options.dtype,
         seed=options.seed,
     )
+    base.warn_about_long_captions(index.captions[:MAX_CHECKED_CAPTIONS])
     folder = Path(options.out)
     if state.is_main_process:
         _begin(folder, index)
@@ -150,8 +151,8 @@ class _Encoder:
         self.options, self.source, self.base, self.index = options, source, base, index
 
     def write(self, path: Path, shard: int) -> None:
-        """Write a shard, all or nothing; one that exists is left."""
-        if path.exists():
+        """Write a shard, all or nothing; one of the same set that exists is left."""
+        if self._is_written(path):
             return
         first = shard * self.options.samples_per_shard
         last = min(first + self.options.samples_per_shard, len(self.index.sizes))
@@ -160,11 +161,20 @@ class _Encoder:
             tensors |= self.encode(range(start, min(start + self.options.batch_size, last)))
         try:
             with whole_file(path) as temporary:
-                temporary.write_bytes(save(tensors))  # save_file's are their owner's alone
+                temporary.write_bytes(
+                    save(tensors, {IDENTITY_KEY: self.index.identity})
+                )  # save_file's are their owner's alone
         except OSError as error:
             raise InputError(
                 f"Cannot write {path}: {error}. Make room and start the command again: it goes on where it stopped."
             ) from error
+
+    def _is_written(self, path: Path) -> bool:
+        try:
+            with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+                return (file.metadata() or {}).get(IDENTITY_KEY) == self.index.identity
+        except (OSError, SafetensorError):
+            return False
 
     def encode(self, indices: range) -> dict[str, Tensor]:
         """Encode some pairs -> tensors by key."""

@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from ..image_files import read_image, read_mask
-from .reading import decode_caption, make_pair, picture_size, printable, read_bytes, settle
+from .reading import (
+    decode_caption,
+    make_pair,
+    picture_size,
+    printable,
+    read_bytes,
+    settle,
+    stamp_files,
+)
 from .source import Pair
 
 PARTS = ("generation", "mask", "caption")
@@ -60,6 +68,10 @@ class FolderSource:
         """Paths of picture, mask and caption."""
         return tuple(self._pairs[index].path(part) for part in PARTS)
 
+    def stamp(self, index: int) -> str:
+        """Names, sizes and times of the files of a pair."""
+        return stamp_files(self.root, self.files(index))
+
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the target, pixels, from its header."""
         return picture_size(self._pairs[index].path("generation"))
@@ -74,7 +86,15 @@ class FolderSource:
         picture, mask, _ = self.files(index)
         target, alpha = read_image(picture)
         caption = self.caption(index)
-        return make_pair(target, target, alpha, read_mask(mask), caption, name=mask)
+        return make_pair(
+            target,
+            target,
+            alpha,
+            read_mask(mask),
+            caption,
+            name=mask,
+            has_hidden_pixels=alpha is not None,
+        )
 
 
 def _scan(root: Path, problems: list[str]) -> Iterator[tuple[str, _Files]]:

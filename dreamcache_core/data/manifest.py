@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import FileFormatError, InputError
 from ..image_files import read_image, read_mask
-from .reading import make_pair, picture_size, printable, read_bytes, settle
+from .reading import make_pair, picture_size, printable, read_bytes, settle, stamp_files
 from .source import Pair
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,10 @@ class ManifestSource:
         row = self._rows[index]
         return tuple(path for path in (row.image, row.subject, row.mask) if path)
 
+    def stamp(self, index: int) -> str:
+        """Caption of a pair; names, sizes and times of its pictures."""
+        return f"{self.caption(index)}; {stamp_files(self.path.parent, self.files(index))}"
+
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the target, pixels, from its header."""
         return picture_size(self._rows[index].image)
@@ -80,12 +84,20 @@ class ManifestSource:
         """Read a pair."""
         row = self._rows[index]
         target, alpha = read_image(row.image)
-        subject = target
+        subject, has_hidden_pixels = target, alpha is not None
         if row.subject:
             subject, alpha = read_image(row.subject)
         mask = read_mask(row.mask) if row.mask else None
         name = row.mask or row.subject or row.image
-        return make_pair(target, subject, alpha, mask, row.caption, name=name)
+        return make_pair(
+            target,
+            subject,
+            alpha,
+            mask,
+            row.caption,
+            name=name,
+            has_hidden_pixels=has_hidden_pixels,
+        )
 
 
 def _entries(path: Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -195,5 +207,9 @@ class _Listing:
 def _unique(keys: Iterable[str]) -> Iterator[str]:
     counts: dict[str, int] = {}
     for key in keys:
-        counts[key] = counts.get(key, 0) + 1
-        yield key if counts[key] == 1 else f"{key}#{counts[key]}"
+        unique = key
+        while unique in counts:  # a row may be named as another one's repetition
+            counts[key] += 1
+            unique = f"{key}#{counts[key]}"
+        counts[unique] = 1
+        yield unique

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import DreamCacheError, InputError
 from . import manifest
 from .folder import FolderSource
 from .manifest import ManifestSource
 from .shards import ShardSource, shard_files
 from .source import PairSource
 from .subjects200k import Subjects200KSource, parquet_files
+
+logger = logging.getLogger(__name__)
 
 FORMS = (
     "a folder, of any depth, with X_generation.png, X_mask.png and X_caption.txt for every pair; "
@@ -23,6 +27,8 @@ FORMS = (
 
 def open_source(path: str | os.PathLike[str]) -> PairSource:
     """Open a set. In a folder, shards count before parquet files, and these before single pictures.
+
+    Shards or parquet files that hold no pair are passed over for pictures beside them, with a warning.
 
     Args:
         path: File or folder.
@@ -51,10 +57,23 @@ def open_source(path: str | os.PathLike[str]) -> PairSource:
 
 def _open_folder(path: Path) -> PairSource:
     if shard_files(path):
-        return ShardSource(path)
+        return _open_packed(path, ShardSource, "tar files")
     if parquet_files(path):
-        return Subjects200KSource(path)
+        return _open_packed(path, Subjects200KSource, "parquet files")
     try:
         return FolderSource(path)
     except InputError as error:
         raise InputError(f"{error} A training set is {FORMS}.") from error
+
+
+def _open_packed(path: Path, form: Callable[[Path], PairSource], name: str) -> PairSource:
+    """Open a folder of shards or parquet files; if they are none, they may lie there by chance."""
+    try:
+        return form(path)
+    except DreamCacheError as error:
+        try:
+            source = FolderSource(path)
+        except InputError:
+            raise error from None
+        logger.warning("%s: its pictures are read, its %s are not: %s", path, name, error)
+        return source

@@ -66,24 +66,19 @@ class Verdict:
     value: float | None = None
 
 
-def judge_sample(image: Tensor, mask: Tensor, limits: QualityLimits) -> Verdict:
-    """Tell whether a picture and its mask are fit for training.
+def judge_image(image: Tensor) -> Verdict:
+    """Tell whether a picture shows anything in which a subject can be looked for.
 
     Args:
-        image: (1, height, width, 3), float, in [0, 1].
-        mask: Where the subject is, (1, height, width), bool.
-        limits: What the mask must keep to.
+        image: (1, height, width, 3), float, in [0, 1]; NaN and infinity where its making overflowed.
 
     Returns:
-        The verdict.
-
-    Raises:
-        MissingPackageError: SciPy is not installed.
+        The verdict, with an empty mask: blank, or no reason.
     """
     low, high = image.amin(dim=(0, 1, 2)), image.amax(dim=(0, 1, 2))  # -> (3,)
-    if float((high - low).max()) <= BLANK_RANGE:
-        return Verdict(mask, "blank picture")
-    return judge_mask(mask, limits)
+    is_blank = not bool(image.isfinite().all()) or float((high - low).max()) <= BLANK_RANGE
+    mask = torch.zeros(image.shape[:3], dtype=torch.bool)
+    return Verdict(mask, "blank picture" if is_blank else None)
 
 
 def judge_mask(mask: Tensor, limits: QualityLimits) -> Verdict:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ..errors import FileFormatError, InputError
+from ..errors import DreamCacheError, FileFormatError, InputError
 from ..image_files import encode_png, read_image, read_mask
 from ..whole_files import whole_file
+from . import reading
 from .build_folder import require_webdataset
 from .reading import decode_caption, make_pair, picture_size, printable, settle
 from .source import Pair, PairSource
+
+UNFINISHED = ".unfinished-shards"
+"""Folder in the set in which its shards lie, each by a digest of what it holds, until the last one is written."""
 
 PARTS = ("generation", "mask", "subject", "caption")
 _ENDINGS = {"caption.txt": "caption"} | {
@@ -77,6 +82,12 @@ class ShardSource:
         entry = self._entries[index]
         return tuple(_name(entry, member) for member in entry[1:] if member is not None)
 
+    def stamp(self, index: int) -> str:
+        """Name, size and time of the shard of a pair, and where in it its members are."""
+        entry = self._entries[index]
+        places = [f"{member.offset}+{member.size}" for member in entry[1:] if member is not None]
+        return f"{reading.stamp_files(entry.shard.parent, [str(entry.shard)])}; {', '.join(places)}"
+
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the target, pixels, from its header."""
         entry = self._entries[index]
@@ -91,19 +102,35 @@ class ShardSource:
         """Read a pair."""
         entry = self._entries[index]
         target, alpha = read_image(*_contents(entry, entry.generation))
-        subject, mask = target, None
+        subject, mask, has_hidden_pixels = target, None, alpha is not None
         if entry.subject is not None:
             subject, alpha = read_image(*_contents(entry, entry.subject))
         if entry.mask is not None:
             mask = read_mask(*_contents(entry, entry.mask))
         name = _name(entry, entry.mask or entry.subject or entry.generation)
-        return make_pair(target, subject, alpha, mask, self.caption(index), name=name)
+        return make_pair(
+            target,
+            subject,
+            alpha,
+            mask,
+            self.caption(index),
+            name=name,
+            has_hidden_pixels=has_hidden_pixels,
+        )
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Return the shards of a set in order: a tar file itself, or those directly in a folder, hidden ones apart."""
+    """Return the shards of a set in order: a tar file itself, or those directly in a folder, hidden ones apart.
+
+    Raises:
+        InputError: They were not all written.
+    """
     if path.is_file():
         return [path]
+    if (path / UNFINISHED).is_dir():
+        raise InputError(
+            f"Expected finished shards in {path}; writing them was interrupted. Give the command 'dataset shard' again."
+        )
     return sorted(shard for shard in path.glob("*.tar") if not shard.name.startswith("."))
 
 
@@ -114,55 +141,82 @@ def write_shards(
     max_count: int = 1000,
     has_bar: bool = False,
 ) -> list[Path]:
-    """Write a set as shards (``dreamcache dataset shard``).
+    """Write a set as shards (``dreamcache dataset shard``); after an interruption, those that were whole are kept.
 
     Args:
         source: The set. Pairs without a mask whose target is their own subject get a mask of ones.
-        folder: Where to; empty or new.
+        folder: Where to; empty, new, or interrupted before.
         max_count: Most pairs to a shard.
         has_bar: Whether to show a progress bar.
 
     Returns:
-        The shards, ``shard-000000.tar`` and so on. A shard is there whole or not at all.
+        The shards, ``shard-000000.tar`` and so on. They appear when all of them are whole.
 
     Raises:
-        InputError: The folder holds something already, or ``max_count`` is below 1.
+        InputError: The folder holds something else, ``max_count`` is below 1, or a pair cannot be read.
         MissingPackageError: webdataset is not installed.
-        DreamCacheError: A pair cannot be read.
     """
     folder = Path(folder)
     if max_count < 1:
         raise InputError(f"Expected at least 1 pair to a shard, got {max_count}. Use 1000.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= {UNFINISHED}):
         raise InputError(
             f"Expected an empty or new folder to write shards to; {folder} holds something. Give another one."
         )
     TarWriter = require_webdataset().TarWriter
-    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / UNFINISHED
+    unfinished.mkdir(parents=True, exist_ok=True)
     indices = range(len(source.keys))
     with tqdm(total=len(indices), unit="pair", desc="packing", disable=not has_bar) as bar:
-        return [
-            _write_shard(
-                folder / f"shard-{number:06d}.tar",
-                source,
-                indices[start : start + max_count],
-                TarWriter,
-                bar,
-            )
-            for number, start in enumerate(indices[::max_count])
+        written = [
+            _write_shard(unfinished, source, indices[start : start + max_count], TarWriter, bar)
+            for start in indices[::max_count]
         ]
+    return _finish(folder, written)
 
 
-def _write_shard(path: Path, source: PairSource, indices: range, TarWriter: Any, bar: Any) -> Path:
+def _write_shard(
+    folder: Path, source: PairSource, indices: range, TarWriter: Any, bar: Any
+) -> Path:
+    """Write a shard, unless it is there."""
+    path = folder / f"{_digest(source, indices)}.tar"
+    if path.exists():
+        bar.update(len(indices))
+        return path
     with (
         whole_file(path) as temporary,
         temporary.open("wb") as stream,
         TarWriter(stream, mtime=0) as writer,
     ):
         for index in indices:
-            writer.write({"__key__": f"{index:08d}", **_encode(source.read(index))})
+            writer.write({"__key__": f"{index:08d}", **_encode(_read(source, index))})
             bar.update()
     return path
+
+
+def _digest(source: PairSource, indices: range) -> str:
+    """Identify what a shard holds by its pairs' numbers, names and stamps."""
+    texts = "\n".join(f"{i}\n{source.keys[i]}\n{source.stamp(i)}" for i in indices)
+    return hashlib.sha256(texts.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _read(source: PairSource, index: int) -> Pair:
+    try:
+        return source.read(index)
+    except DreamCacheError as error:
+        text = f"{error} Mend or remove it, and give the command again: whole shards are kept."
+        raise InputError(reading.located(source, index, text)) from error
+
+
+def _finish(folder: Path, written: Sequence[Path]) -> list[Path]:
+    """Let the shards appear; what else an interruption left is deleted."""
+    for stale in set((folder / UNFINISHED).iterdir()) - set(written):
+        stale.unlink()
+    shards = [folder / f"shard-{number:06d}.tar" for number in range(len(written))]
+    for path, shard in zip(written, shards, strict=True):
+        path.rename(shard)
+    (folder / UNFINISHED).rmdir()
+    return shards
 
 
 def _index(shard: Path, problems: list[str]) -> dict[str, dict[str, _Member]]:

@@ -17,12 +17,14 @@ class Pair:
         subject: A picture of its subject, same form, any size; often the target itself.
         mask: Where the subject is in ``subject``, (1, height, width) in [0, 1], 1 = subject; ``None``: everywhere.
         caption: Text of the target.
+        has_hidden_pixels: Whether the target has pixels that its own alpha channel hides; training sees them.
     """
 
     target: Tensor
     subject: Tensor
     mask: Tensor | None
     caption: str
+    has_hidden_pixels: bool = False
 
 
 class PairSource(Protocol):
@@ -40,6 +42,10 @@ class PairSource(Protocol):
 
     def files(self, index: int) -> tuple[str, ...]:
         """Files (or members of shards) that a pair is read from, for messages."""
+        ...
+
+    def stamp(self, index: int) -> str:
+        """Text that changes when the contents of a pair do, without reading them: sizes and times of its files."""
         ...
 
     def size(self, index: int) -> tuple[int, int]:
@@ -60,7 +66,10 @@ class PairSource(Protocol):
 
 
 def fingerprint(source: PairSource) -> str:
-    """Identify a set by the names of its pairs: a run resumes only on the set that it began with.
+    """Identify a set by the names of its pairs and the sizes and times of their files.
+
+    A run resumes only on the set that it began with, and a precomputed set serves it alone. A copy is the same set
+    where it keeps the times (``cp -p``, ``rsync -a``, ``tar``).
 
     Args:
         source: The set.
@@ -69,6 +78,7 @@ def fingerprint(source: PairSource) -> str:
         SHA-256 as hexadecimal text.
     """
     digest = hashlib.sha256()
-    for key in source.keys:
-        digest.update(f"{len(key)}:{key}".encode())
+    for index, key in enumerate(source.keys):
+        stamp = source.stamp(index)
+        digest.update(f"{len(key)}:{key}:{len(stamp)}:{stamp}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..errors import FileFormatError, InputError, MissingPackageError
 from ..image_files import read_image
-from .reading import make_pair, picture_size
+from .reading import make_pair, picture_size, stamp_files
 from .source import Pair
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ class Subjects200KSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._table = _load(self.path)
+        files = parquet_files(self.path)
+        stamps = stamp_files(files[0].parent, map(str, files))
+        self._stamp = hashlib.sha256(stamps.encode("utf-8", "surrogateescape")).hexdigest()
         self._descriptions = self._table.select_columns(["description"])
         self._rows = self._good_rows()
         if not self._rows:
@@ -58,6 +62,10 @@ class Subjects200KSource:
     def files(self, index: int) -> tuple[str, ...]:
         """The set, the row and the side."""
         return (f"{self.path}: row {self._rows[index // 2]}, {SIDES[index % 2]}",)
+
+    def stamp(self, index: int) -> str:
+        """Names, sizes and times of the parquet files when they were opened, as SHA-256; and the row."""
+        return f"{self._stamp}, {self._rows[index // 2]}"
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the target, pixels, from the row's header."""

@@ -145,10 +145,27 @@ class TrainConfig(Config):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise InputError(f"{name} must be in 0 ... 1; given {value}.")
+        self._check_schedule()
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate must be above 0; given {self.learning_rate}.")
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise InputError(f"min_snr_gamma must be above 0; given {self.min_snr_gamma}.")
+
+    def _check_schedule(self) -> None:
+        if self.warmup_steps and self.lr_schedule == "constant":
+            raise InputError(
+                f"lr_schedule = constant has no warm-up; given warmup_steps = {self.warmup_steps}. Set lr_schedule = "
+                "constant_with_warmup."
+            )
+        if self.warmup_steps >= self.steps:
+            raise InputError(
+                f"warmup_steps must be below steps; given {self.warmup_steps} and {self.steps}."
+            )
+        if self.lr_schedule == "polynomial" and self.learning_rate <= LOWEST_POLYNOMIAL_RATE:
+            raise InputError(
+                f"lr_schedule = polynomial ends at {LOWEST_POLYNOMIAL_RATE}: learning_rate must be above; given "
+                f"{self.learning_rate}."
+            )
 
     def without_folders(self) -> dict[str, Any]:
         """Return the fields with files by name only, so that a published adapter gives no folder away."""
@@ -157,6 +174,8 @@ class TrainConfig(Config):
             values[name] = values[name] and Path(values[name]).resolve().name
         return values
 
+
+LOWEST_POLYNOMIAL_RATE = 1e-7
 
 _LOWEST = {
     "steps": 1,

@@ -22,6 +22,12 @@ class Interruption:
         self.is_requested = True
 
 
+def leave_signals_to_parent(_: int) -> None:
+    """Let a data loader's process ignore what ends the run; the run ends it when it is done."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def catch_signals() -> Iterator[Interruption]:
     """Turn the signals into requests while the context is open.

@@ -19,7 +19,7 @@ from ..errors import InputError, StateError
 from ..latents import LATENT_FACTOR
 from ..pipeline import Text
 from .interruption import Interruption
-from .meter import Meter
+from .meter import Meter, TakenStep
 from .moving_average import MovingAverage
 from .objective import denoising_loss
 from .samples import FAILURE
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+
+MAX_SKIPPED = 50
+"""Steps in a row that an overflow may cost in float16."""
 
 
 class Loop:
@@ -49,7 +53,7 @@ class Loop:
         self.empty = self.base.encode_text([""])
         self._losses: list[Tensor] = []
         self._indices: list[Tensor] = []
-        self._is_asked_to_stop = False
+        self._is_asked_to_stop, self._num_skipped = False, 0
 
     def _prepare(self) -> tuple[Any, ...]:
         from diffusers.optimization import get_scheduler
@@ -70,8 +74,6 @@ class Loop:
         self.accelerator.load_state(str(checkpoint))
         self.accelerator.step = 0  # a checkpoint lies between steps, however they are accumulated
         self.average.load(checkpoint, self.step)
-        if self.accelerator.is_main_process:
-            self.folder.cut_log(self.step)
         logger.info("Going on from %s.", checkpoint)
 
     def run(self) -> None:
@@ -88,24 +90,26 @@ class Loop:
         self._save_adapters(self.folder.adapters_file)
 
     def _run_steps(self, meter: Meter) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.cut_log(self.step)
         if self.step == 0:
             self._validate()
         meter.resume()
         for batch in self.loader:
             taken = self.take(batch)
             if taken is not None:
-                meter.count(*taken)
+                meter.count(taken)
                 self.finish_step()
                 meter.resume()
 
-    def take(self, batch: Mapping[str, Any]) -> tuple[float, float] | None:
+    def take(self, batch: Mapping[str, Any]) -> TakenStep | None:
         """Take a batch in, and with the last batch of a step take the step.
 
         Args:
             batch: From the loader.
 
         Returns:
-            Mean loss of the step over all processes, and the norm of its gradients; ``None`` within a step.
+            What the step was like; ``None`` within a step.
 
         Raises:
             InputError: A sample of the batch could not be read.
@@ -121,21 +125,40 @@ class Loop:
             return None
         most = self.config.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), most))
-        mean = self._agree(norm)
+        taken = TakenStep(self._agree(norm), norm, self.lr_schedule.get_last_lr()[0])
         self.optimizer.step()
-        self.lr_schedule.step()
+        if self.optimizer.step_was_skipped:  # fp16: the loss scale is being found
+            self._count_skipped()
+        else:
+            self._num_skipped = 0
+            self.lr_schedule.step()
+            self.average.step()
         self.optimizer.zero_grad()
-        self.average.step()
         self.step += 1
         self._losses, self._indices = [], []
-        return mean, norm
+        return taken
+
+    def _count_skipped(self) -> None:
+        self._num_skipped += 1
+        if self._num_skipped > MAX_SKIPPED:
+            raise StateError(
+                f"The gradients of {self._num_skipped} steps in a row up to step {self.step + 1} overflowed in float16. "
+                "Use mixed_precision = bf16 or no."
+            )
 
     def _require_readable(self, batch: Mapping[str, Any]) -> None:
-        if FAILURE not in batch:
+        """Stop all processes where one could not read its batch, and keep what was learnt."""
+        failure = batch.get(FAILURE)
+        if self.accelerator.num_processes > 1:
+            failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
+            total: Any = self.accelerator.reduce(failed, reduction="sum")
+            if failure is None and float(total) > 0:
+                failure = "Another process could not read its batch; see its message."
+        if failure is None:
             return
-        if self.accelerator.num_processes == 1 and self.step:  # others would have to agree
+        if self.step:
             self._save_checkpoint()
-        raise InputError(batch[FAILURE])
+        raise InputError(failure)
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Loss of a batch (METHOD.md section 7)."""
@@ -205,26 +228,31 @@ class Loop:
         if math.isfinite(loss) and (is_scaled or math.isfinite(norm)):
             return loss
         files = self.trainer.data.names(torch.cat(self._indices).tolist())
-        newest = self.folder.newest_checkpoint()
+        # weights are known to be good once a step was taken from them
+        good = self.folder.newest_checkpoint(before=self.step)
+        advice = (
+            f"The last good checkpoint is {good[1]}: its adapters.safetensors can be given as adapters to a run of its own"
+            if good
+            else "There is no good checkpoint yet"
+        )
         raise StateError(
             f"The loss of step {self.step + 1} is {loss}, the norm of the gradients {norm}; the step was not taken. "
             f"Its batch on process {self.accelerator.process_index}: {', '.join(files)}. "
-            f"{f'The last good checkpoint is {newest[1]}' if newest else 'There is no checkpoint yet'}. Lower the "
-            "learning rate, use bf16 in place of fp16, or look at these files."
+            f"{advice}. Lower the learning rate, use bf16 in place of fp16, or look at these files."
         )
 
     def finish_step(self) -> None:
-        """Show, save or stop after a step, as the settings and the user want."""
+        """Save, stop or show after a step, as the settings and the user want."""
         config = self.config
         is_last = self.step == config.steps
-        if config.validate_every and (self.step % config.validate_every == 0 or is_last):
-            self._validate()
-        if self._is_asked_to_stop:
+        is_due = config.checkpoint_every and self.step % config.checkpoint_every == 0
+        if is_due or is_last or self._is_asked_to_stop:
             self._save_checkpoint()
+        if self._is_asked_to_stop:
             logger.warning("Stopped after step %d; go on with --resume.", self.step)
             raise KeyboardInterrupt
-        if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not is_last:
-            self._save_checkpoint()
+        if config.validate_every and (self.step % config.validate_every == 0 or is_last):
+            self._validate()
 
     def _adapters(self) -> AdapterSet:
         """The adapters as they would be used: averaged where there is an average; on the CPU."""

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from .loop import Loop
+
+
+class TakenStep(NamedTuple):
+    """One optimizer step: mean loss over all processes, norm of its gradients before clipping, learning rate."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
 
 
 class Meter:
@@ -29,10 +37,10 @@ class Meter:
         """Begin to time a step: what was done since the last one (validation, checkpoint) is left out."""
         self.since = time.perf_counter()
 
-    def count(self, loss: float, norm: float) -> None:
+    def count(self, taken: TakenStep) -> None:
         """Take in a step; every so many, write an entry."""
         loop, done = self.loop, self.loop.step
-        self.losses.append(loss)
+        self.losses.append(taken.loss)
         self.busy_s += time.perf_counter() - self.since
         self.bar.update(1)
         if done % loop.config.log_every and done != loop.config.steps:
@@ -40,8 +48,8 @@ class Meter:
         images_per_s = len(self.losses) * loop.trainer.global_batch / self.busy_s
         values = {
             "loss": sum(self.losses) / len(self.losses),
-            "learning_rate": loop.lr_schedule.get_last_lr()[0],
-            "gradient_norm": norm,
+            "learning_rate": taken.learning_rate,
+            "gradient_norm": taken.gradient_norm,
             "images_per_s": images_per_s,
         }
         self.losses, self.busy_s = [], 0.0

@@ -85,8 +85,9 @@ class NoiseSchedule:
             return torch.ones(len(timesteps), device=timesteps.device)
         alpha = self.alphas_cumprod.to(timesteps.device)[timesteps].float()
         snr = alpha / (1 - alpha)
-        by = snr if self.prediction == "epsilon" else snr + 1
-        return snr.clamp(max=min_snr_gamma) / by
+        if self.prediction == "epsilon":
+            return (min_snr_gamma / snr).clamp(max=1)  # 1 also where SNR is 0
+        return snr.clamp(max=min_snr_gamma) / (snr + 1)
 
     def _signal_and_noise(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alphas_cumprod.to(timesteps.device)[timesteps].float()[:, None, None, None]

@@ -66,11 +66,12 @@ class Plan:
             f"disk: {self.disk / MIB:,.0f} MiB ({self.num_checkpoints} + 1 checkpoints of {self.checkpoint / MIB:,.0f})",
         ]
 
-    def require_room(self, folder: Path, free_memory: int | None) -> None:
+    def require_room(self, folder: Path, taken: int, free_memory: int | None) -> None:
         """Refuse a run whose checkpoints would not fit; warn of one whose step may not.
 
         Args:
             folder: Folder of the run; it need not exist.
+            taken: Bytes of checkpoints that are there already and will be replaced.
             free_memory: Free bytes of the device, or ``None`` where unknown.
 
         Raises:
@@ -78,9 +79,10 @@ class Plan:
         """
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(nearest).free
-        if free < self.disk:
+        needed = max(self.disk - taken, self.checkpoint)
+        if free < needed:
             raise InputError(
-                f"The run needs {self.disk / MIB:,.0f} MiB for checkpoints in {folder}, and {free / MIB:,.0f} MiB are "
+                f"The run needs {needed / MIB:,.0f} MiB for checkpoints in {folder}, and {free / MIB:,.0f} MiB are "
                 "free there. Make room, lower keep_checkpoints, or give another --out."
             )
         if free_memory is not None and free_memory < self.memory:

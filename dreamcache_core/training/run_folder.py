@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -56,9 +57,16 @@ class RunFolder:
         matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in found)
         return sorted((int(match[1]), path) for match, path in matches if match)
 
-    def newest_checkpoint(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest complete checkpoint."""
-        return self.checkpoints()[-1] if self.checkpoints() else None
+    def newest_checkpoint(self, before: float = math.inf) -> tuple[int, Path] | None:
+        """Step and folder of the newest complete checkpoint, of an earlier step than ``before``."""
+        found = [(step, path) for step, path in self.checkpoints() if step < before]
+        return found[-1] if found else None
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes that the checkpoints take now, those of a run that was cut off included."""
+        files = (self.path / "checkpoints").rglob("*")
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def begin(self, identity: Mapping[str, Any], *, resume: bool) -> tuple[int, Path] | None:
         """Check the folder against what the run is about to do; change nothing yet.
@@ -159,11 +167,23 @@ class RunFolder:
         """Drop the log's entries after a step: they are about to be written again."""
         if not self.log_file.exists():
             return
-        lines = self.log_file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line and json.loads(line)["step"] <= step]
-        self.log_file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        with whole_file(self.log_file) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append an entry to the log."""
-        with self.log_file.open("a", encoding="utf-8") as stream:
-            stream.write(f"{json.dumps(entry)}\n")
+        try:
+            with self.log_file.open("a", encoding="utf-8") as stream:
+                stream.write(f"{json.dumps(entry)}\n")
+        except OSError as error:
+            logger.warning("The log cannot be written: %s.", error)
+
+
+def _step_of(line: str) -> float:
+    """Step of an entry of the log; of a line that was cut off, one after all."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

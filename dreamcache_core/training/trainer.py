@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..adapter import AdapterSet
 from ..backends import require_fit
 from ..base_model import UNET_PARTS, BaseModel, model_fingerprint
 from ..checkpoints import load_adapters
-from ..errors import MissingPackageError
+from ..errors import InputError, MissingPackageError, StateError
 from ..processes import require_all_processes
 from .config import TrainConfig
 from .initialisation import new_adapters
@@ -32,10 +33,14 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+UNSUPPORTED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+"""Accelerate's engines that take modules apart, which adapters inside another model's forward pass do not survive."""
+
 FREE_ON_RESUME = {
     "model", "model_config", "data", "encoded",  # their contents are compared instead
     "out", "adapters",
     "batch_size", "gradient_accumulation",  # their product with the number of processes is
+    "mixed_precision", "gradient_checkpointing",  # the effective precision is compared; the other changes nothing
     "workers", "log_every", "tracker", "checkpoint_every", "keep_checkpoints", "resume", "dry_run",
     "validate_every", "validation_data", "validation_prompts", "validation_samples",
     "validation_steps", "validation_image_guidance", "validation_cfg",
@@ -120,7 +125,9 @@ class Trainer:
             KeyboardInterrupt: The run was asked to stop; it saved a checkpoint first.
             StateError: The loss is not finite.
         """
-        self.plan.require_room(self.folder.path, _free_memory(self.accelerator.device))
+        free = _free_memory(self.accelerator.device)
+        self.plan.require_room(self.folder.path, self.folder.checkpoint_bytes, free)
+        self._agree_on_checkpoint()
         if self.accelerator.is_main_process:
             self.folder.write_state(self.identity, self.config.to_dict())
         self.accelerator.wait_for_everyone()
@@ -128,6 +135,21 @@ class Trainer:
             Loop(self, interruption).run()
         self.accelerator.end_training()
         return self.folder.adapters_file
+
+    def _agree_on_checkpoint(self) -> None:
+        """Refuse processes that see different checkpoints."""
+        step = -1 if self.checkpoint is None else self.checkpoint[0]
+        mine = torch.tensor([step], device=self.accelerator.device)
+        steps: Any = self.accelerator.gather(mine)
+        if len(set(steps.tolist())) > 1:
+            raise StateError(
+                f"The processes found checkpoints of different steps in {self.folder.path} ({steps.tolist()}; -1: none). "
+                "Give all machines the same folder, on a shared file system."
+            )
+        if step > self.config.steps:
+            raise InputError(
+                f"The run has {step} steps behind it, and steps = {self.config.steps} is asked for. Set steps higher."
+            )
 
     def _starting_adapters(self) -> AdapterSet:
         config, unet = self.config, self.base.unet
@@ -149,13 +171,21 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         free = set(FREE_ON_RESUME)
         if self.config.lr_schedule.startswith("constant"):
-            free.add("steps")
+            free |= {"steps"}
         kept = {k: v for k, v in self.config.to_dict().items() if k not in free}
+        info = self.module.adapters.info
+        levels = self.schedule.alphas_cumprod.double().cpu().numpy().tobytes()
+        encoded = self.data.encoded
         return {
             **kept,
+            "resolution": self.data.resolution,
+            "layers": list(info.layout.layers),
+            "timestep": info.timestep,
+            "prediction": self.schedule.prediction,
+            "noise levels": hashlib.sha256(levels).hexdigest(),
             "base model": model_fingerprint(self.config.model, UNET_PARTS),
             "training set": self.data.fingerprint,
-            "is precomputed": self.data.encoded is not None,
+            "precomputed set": None if encoded is None else encoded.index.identity,
             "samples per step (batch_size x gradient_accumulation x processes)": self.global_batch,
             "mixed precision": self.accelerator.mixed_precision,
         }
@@ -186,6 +216,12 @@ def _make_accelerator(config: TrainConfig) -> Any:
         project_dir=config.out,
     )
     require_all_processes(accelerator.num_processes)
+    if str(accelerator.distributed_type).split(".")[-1] in UNSUPPORTED:
+        raise InputError(
+            f"Training runs on one process or on several by DDP; accelerate is set to {accelerator.distributed_type}. "
+            "The adapters are small, so that there is nothing to shard: run 'accelerate config' and choose neither "
+            "FSDP nor DeepSpeed nor Megatron-LM."
+        )
     if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
         logger.warning(
             "Training in float32: mixed_precision = bf16 takes half the memory and a fraction of the time."

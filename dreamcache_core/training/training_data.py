@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
 
-from ..base_model import ENCODER_PARTS, BaseModel, model_fingerprint
+from ..base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
 from ..data.buckets import target_sizes
 from ..data.encoded import EncodedSet, require_same_set
 from ..data.opening import open_source
@@ -17,11 +16,8 @@ from ..data.order import SampleOrder
 from ..data.source import PairSource, fingerprint
 from ..errors import InputError
 from .config import TrainConfig
+from .interruption import leave_signals_to_parent
 from .samples import SampleSettings, TrainingSet, collate
-
-logger = logging.getLogger(__name__)
-
-MAX_CHECKED_CAPTIONS = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +81,7 @@ class TrainingData:
             shuffle=False,
             num_workers=config.workers,
             collate_fn=collate,
+            worker_init_fn=leave_signals_to_parent,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -107,10 +104,13 @@ def open_training_data(config: TrainConfig, base: BaseModel) -> TrainingData:
     if config.encoded is None:
         assert source is not None
         sizes = target_sizes(source, resolution, has_buckets=config.buckets)
-        _warn_about_long_captions(source, base)
+        base.warn_about_long_captions(
+            [source.caption(i) for i in range(min(len(source.keys), MAX_CHECKED_CAPTIONS))]
+        )
         return TrainingData(source, None, sizes, fingerprint(source), resolution)
     encoded = EncodedSet(config.encoded)
     _check_encoded(encoded, source, resolution, config)
+    base.warn_about_long_captions(encoded.index.captions[:MAX_CHECKED_CAPTIONS])
     sizes = encoded.index.sizes
     return TrainingData(source, encoded, sizes, encoded.index.data_fingerprint, resolution)
 
@@ -129,15 +129,4 @@ def _check_encoded(
         raise InputError(
             f"{encoded.folder} holds no references (it was made with reference_variants = 0), so their pictures are "
             "needed: give data as well."
-        )
-
-
-def _warn_about_long_captions(source: PairSource, base: BaseModel) -> None:
-    count = min(len(source.keys), MAX_CHECKED_CAPTIONS)
-    num_long = base.count_long_captions([source.caption(index) for index in range(count)])
-    if num_long:
-        logger.warning(
-            "%d of %d captions are longer than the text encoder takes; what is beyond is cut off.",
-            num_long,
-            count,
         )

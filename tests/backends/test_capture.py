@@ -1,5 +1,8 @@
 """Features are what enters the cached layers, and reading them leaves nothing behind."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from diffusers import (
@@ -373,3 +376,18 @@ def test_a_list_of_layers_is_followed_by_capture_and_inject():
         plain = unet(x, 10, encoder_hidden_states=text).sample
         with inject(unet, use):
             assert not torch.equal(unet(x, 10, encoder_hidden_states=text).sample, plain)
+
+
+def test_nothing_of_a_pass_waits_for_the_garbage_collector():
+    unet = random_unet(48)
+    gc.collect()
+    gc.disable()
+    try:
+        with capture_features(unet, stop_early=True) as features:
+            unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 3, 48))
+        watched = [weakref.ref(feature) for feature in features.values()]
+        del features
+        assert watched
+        assert [ref() for ref in watched] == [None] * len(watched)
+    finally:
+        gc.enable()

@@ -3,8 +3,9 @@
 import builtins
 import io
 import logging
+import os
 import pickle
-import tarfile
+import shutil
 import warnings
 from pathlib import Path
 
@@ -18,10 +19,9 @@ from dreamcache_core.cli import main
 from dreamcache_core.data.folder import FolderSource
 from dreamcache_core.data.manifest import ManifestSource
 from dreamcache_core.data.opening import open_source
-from dreamcache_core.data.shards import ShardSource, write_shards
+from dreamcache_core.data.shards import UNFINISHED, ShardSource, write_shards
 from dreamcache_core.data.subjects200k import Subjects200KSource
 from dreamcache_core.errors import (
-    DreamCacheError,
     FileFormatError,
     InputError,
     MissingPackageError,
@@ -226,17 +226,76 @@ def test_same_set_gives_the_same_shards_byte_for_byte(tmp_path):
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_unreadable_pair_leaves_no_half_shard_and_full_folders_are_refused(tmp_path):
-    folder = write_pairs(tmp_path / "set", 3)
+def test_unreadable_pair_is_named_and_no_shard_appears(tmp_path):
+    folder, out = write_pairs(tmp_path / "set", 3), tmp_path / "shards"
     (folder / "subject_1" / "001_generation.png").write_bytes(b"nothing")
-    with pytest.raises(DreamCacheError):
-        write_shards(FolderSource(folder), tmp_path / "shards", max_count=2)
-    names = sorted(path.name for path in (tmp_path / "shards").iterdir())
-    assert names == ["shard-000000.tar"]
-    with tarfile.open(tmp_path / "shards" / names[0]) as tar:
-        assert len(tar.getnames()) == 6
+    with pytest.raises(
+        InputError, match=r"subject_1/001 \(.*001_mask\.png.*cannot be read"
+    ) as told:
+        write_shards(FolderSource(folder), out, max_count=1)
+    assert "whole shards are kept" in str(told.value)
+    assert [path.name for path in out.iterdir()] == [UNFINISHED]
+    assert [path.suffix for path in (out / UNFINISHED).iterdir()] == [".tar"] * 2
+    with pytest.raises(InputError, match="writing them was interrupted"):
+        open_source(out)
+
+
+@pytest.mark.parametrize("cure", ["mend", "remove"])
+def test_packing_goes_on_where_it_was_interrupted(tmp_path, cure):
+    folder, out = write_pairs(tmp_path / "set", 4), tmp_path / "shards"
+    bad = folder / "subject_1" / "003_generation.png"  # the last of four
+    whole = bad.read_bytes()
+    bad.write_bytes(b"nothing")
+    with pytest.raises(InputError):
+        write_shards(FolderSource(folder), out, max_count=1)
+    if cure == "mend":
+        bad.write_bytes(whole)
+    else:
+        bad.unlink()
+        (folder / "subject_1" / "003_mask.png").unlink()
+        (folder / "subject_1" / "003_caption.txt").unlink()
+    finished = {path.stat().st_ino for path in (out / UNFINISHED).iterdir()}
+    shards = write_shards(FolderSource(folder), out, max_count=1)
+    assert len(finished) == 3
+    assert finished <= {path.stat().st_ino for path in shards}
+    again = write_shards(FolderSource(folder), tmp_path / "at once", max_count=1)
+    assert sorted(out.iterdir()) == shards
+    assert [path.read_bytes() for path in shards] == [path.read_bytes() for path in again]
     with pytest.raises(InputError, match="empty or new folder"):
-        write_shards(FolderSource(folder), tmp_path / "shards")
+        write_shards(FolderSource(folder), out)
+
+
+def test_packing_does_not_keep_what_was_changed_since(tmp_path):
+    folder, out = write_pairs(tmp_path / "set", 3), tmp_path / "shards"
+    bad = folder / "subject_1" / "001_generation.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"nothing")
+    with pytest.raises(InputError):
+        write_shards(FolderSource(folder), out, max_count=1)
+    bad.write_bytes(whole)
+    (folder / "subject_0" / "000_caption.txt").write_text("another text")
+    shards = write_shards(FolderSource(folder), out, max_count=1)
+    assert ShardSource(out).caption(0) == "another text"
+    assert sorted(out.iterdir()) == shards
+
+
+def test_stamps_of_subjects200k_are_those_of_a_copy_and_change_with_the_files(subjects, tmp_path):
+    one = open_source(subjects)
+    stamps = [one.stamp(index) for index in range(6)]
+    assert stamps[0] == stamps[1] != stamps[2]
+    shutil.copytree(subjects, tmp_path / "copy", ignore=shutil.ignore_patterns(".arrow"))
+    copy = open_source(tmp_path / "copy")
+    assert [copy.stamp(index) for index in range(6)] == stamps
+    file = next((tmp_path / "copy" / "data").glob("*.parquet"))
+    os.utime(file, ns=(0, 1))
+    assert open_source(tmp_path / "copy").stamp(0) != stamps[0]
+
+
+def test_parquet_file_of_something_else_does_not_hide_the_pictures_beside_it(tmp_path, caplog):
+    folder = write_pairs(tmp_path / "set", 1)
+    datasets.Dataset.from_list([{"text": "x"}]).to_parquet(str(folder / "b.parquet"))
+    assert open_source(folder).keys == ("subject_0/000",)
+    assert "its pictures are read, its parquet files are not" in caplog.text
 
 
 def test_command_packs_a_set_that_training_then_reads_as_before(tmp_path, capsys):

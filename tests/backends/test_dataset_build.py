@@ -354,6 +354,17 @@ def test_a_set_is_built_with_grounded_sam(files, tmp_path):
     assert summary.kept + len(log_of(tmp_path / "set")) == COUNT
 
 
+def test_pictures_that_overflowed_are_rejected_as_blank_and_the_build_goes_on(files, tmp_path):
+    pipeline = tiny_pipeline(tmp_path)
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias.fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "sd")
+    wanted = options(files, tmp_path / "set", model=str(tmp_path / "sd"), count=2)
+    build(wanted, has_bar=False)
+    assert summarise(wanted).rejected == {"blank picture": 2}
+    assert [entry["reason"] for entry in log_of(tmp_path / "set")] == ["blank picture"] * 2
+
+
 def test_a_model_without_a_picture_to_show_is_rejected_as_blank(files, tmp_path):
     pipeline = tiny_pipeline(tmp_path)
     with torch.no_grad():

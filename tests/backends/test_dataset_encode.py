@@ -168,3 +168,25 @@ def test_command_prints_the_folder_and_names_bad_pictures(options, tmp_path, cap
     again = [flag for flag in flags if not flag.startswith("--out")]
     assert main(["dataset", "encode", *again, f"--out={tmp_path / 'again'}"]) == 2
     assert "000_generation.png" in capsys.readouterr().err
+
+
+def test_shards_of_another_set_are_not_taken_over_without_an_index(options):
+    first = encode(options, reference_variants=1)
+    before = first.read_reference(0, 0)["reference_latent"]
+    (first.folder / "index.json").unlink()
+    again = encode(options, reference_variants=1, seed=7)
+    assert not torch.allclose(again.read_reference(0, 0)["reference_latent"], before)
+
+
+def test_a_changed_caption_makes_it_another_set(options, tmp_path):
+    data = write_pairs(tmp_path / "set", 2)
+    encode(options, data=str(data))
+    (data / "subject_0" / "000_caption.txt").write_text("something else", encoding="utf-8")
+    with pytest.raises(InputError, match="another data fingerprint"):
+        encode(options, data=str(data))
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"resolution": 32}, {"batch_size": 0}])
+def test_options_out_of_range_are_refused(options, wrong):
+    with pytest.raises(InputError, match=r"must be|multiple of 8"):
+        EncodeOptions.from_dict({**options, **wrong})

@@ -157,13 +157,16 @@ main(sys.argv[1:])
 
 def test_sigterm_saves_and_resume_goes_on(settings, tmp_path):
     settings = {**settings, "steps": 400, "learning_rate": 1e-5}
+    settings["workers"] = 2
     command = [sys.executable, "-m", "dreamcache_core", "train", *flags(settings)]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     log = Path(settings["out"]) / "log.jsonl"
     deadline = time.monotonic() + 120
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as batch systems do, its reading processes too
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "--resume" in errors
@@ -173,31 +176,59 @@ def test_sigterm_saves_and_resume_goes_on(settings, tmp_path):
     load_adapters(checkpoint / "adapters.safetensors")
 
 
-def test_losses_start_at_the_base_models_own_with_identity(settings, tmp_path):
-    with_identity, with_paper = settings, {**settings, "out": str(tmp_path / "paper")}
-    train(with_identity)
-    train(with_paper, init="paper")
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sdxl"])
+def test_losses_start_at_the_base_models_own_with_identity(settings, tmp_path, kind):
+    if kind != "epsilon":
+        settings["model"] = str(save_base_model(tmp_path / kind, sdxl=kind == "sdxl"))
+    if kind == "v_prediction":
+        predict_v(Path(settings["model"]))
+    # upright pictures and targets, so that swapped sides show
+    data = write_pairs(tmp_path / "upright", 4, size=(80, 160))
+    settings |= {"data": str(data), "buckets": True, "resolution": 192, "steps": 1}
+    settings["caption_dropout"] = 0.5
+    train(settings)
     plain = base_model_loss(TrainConfig.from_dict(settings))
-    assert losses(with_identity)[0] == pytest.approx(plain, rel=1e-4)
-    assert abs(losses(with_paper)[0] - plain) > 1e-3
+    assert losses(settings)[0] == pytest.approx(plain, rel=1e-4)
+
+
+def test_losses_start_elsewhere_with_paper(settings, tmp_path):
+    train(settings)
+    train(settings, init="paper", out=str(tmp_path / "paper"))
+    assert abs(losses(settings)[0] - losses({"out": tmp_path / "paper"})[0]) > 1e-3
+
+
+def predict_v(model: Path) -> None:
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}))
 
 
 def base_model_loss(config: TrainConfig) -> float:
     """Loss of the first batch without adapters, written as METHOD.md section 7 reads."""
     trainer = Trainer(TrainConfig.from_dict({**config.to_dict(), "out": config.out + "-plain"}))
     batch = next(iter(trainer.data.loader(config, 0, trainer.global_batch, 4)))
-    base, alphas = trainer.base, trainer.base.scheduler.alphas_cumprod
+    base, pipeline = trainer.base, trainer.base.pipeline.pipeline
     latent = base.encode_pictures(batch["target"])
-    alpha = alphas[batch["timestep"]][:, None, None, None]
-    captions = [
-        "" if drop else text
-        for drop, text in zip(batch["is_dropped"], batch["caption"], strict=True)
-    ]
-    noised = alpha.sqrt() * latent + (1 - alpha).sqrt() * batch["noise"]
+    assert tuple(latent.shape[2:]) == (32, 16)
+    alpha = base.scheduler.alphas_cumprod[batch["timestep"]][:, None, None, None]
+    pairs = zip(batch["is_dropped"], batch["caption"], strict=True)
+    states, _, *pooled = pipeline.encode_prompt(
+        ["" if is_dropped else caption for is_dropped, caption in pairs],
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+    added = None
+    if pooled:
+        ids = torch.tensor([[256.0, 128, 0, 0, 256, 128]] * len(latent))
+        added = {"text_embeds": pooled[0], "time_ids": ids}
+    noise = batch["noise"]
+    noised = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
+    target = noise
+    if base.scheduler.config.prediction_type == "v_prediction":
+        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latent
     with torch.no_grad():
-        states = base.encode_text(captions).states
-        predicted = base.unet(noised, batch["timestep"], states).sample
-    return float((predicted - batch["noise"]).square().mean())
+        predicted = base.unet(noised, batch["timestep"], states, added_cond_kwargs=added).sample
+    return float((predicted - target).square().mean())
 
 
 def test_min_snr_clipping_and_checkpointing_have_their_effect(settings, tmp_path):
@@ -243,15 +274,12 @@ def test_sdxl_trains_and_validates(tmp_path, data, settings):
     assert (tmp_path / "run" / "validation" / "step-000002.png").exists()
 
 
-def test_v_prediction_models_are_trained_on_v(tmp_path, settings, model):
-    scheduler = Path(save_base_model(tmp_path / "v")) / "scheduler" / "scheduler_config.json"
-    config = json.loads(scheduler.read_text())
-    scheduler.write_text(json.dumps({**config, "prediction_type": "v_prediction"}))
-    train(settings, out=str(tmp_path / "eps"))
-    train(settings, model=str(tmp_path / "v" / "model"), out=str(tmp_path / "v_run"))
-    adapters = load_adapters(tmp_path / "v_run" / "adapters.safetensors")
+def test_adapters_say_what_their_base_model_predicts(tmp_path, settings):
+    model = save_base_model(tmp_path / "v")
+    predict_v(model)
+    train(settings, model=str(model), steps=1)
+    adapters = load_adapters(tmp_path / "run" / "adapters.safetensors")
     assert adapters.info.prediction == "v_prediction"
-    assert losses({"out": tmp_path / "eps"}) != losses({"out": tmp_path / "v_run"})
 
 
 # --- files
@@ -319,6 +347,9 @@ def test_flags_override_the_file(settings, tmp_path, capsys):
     [
         ({"data": None}, "data .* or encoded"),
         ({"encoded": "e", "buckets": True}, "give buckets to 'dataset encode'"),
+        ({"warmup_steps": 2}, "constant_with_warmup"),
+        ({"lr_schedule": "linear", "warmup_steps": 4}, "warmup_steps must be below steps"),
+        ({"lr_schedule": "polynomial", "learning_rate": 1e-8}, "polynomial ends at"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
@@ -377,6 +408,36 @@ def test_a_run_resumes_on_its_own_model_and_data_only(settings, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
     with pytest.raises(InputError, match="base model was"):
         Trainer(TrainConfig.from_dict({**settings, "resume": True, "model": str(other)}))
+
+
+def test_a_run_is_not_resumed_to_fewer_steps_than_it_has(settings):
+    train({**settings, "checkpoint_every": 2})
+    with pytest.raises(InputError, match="has 4 steps behind it, and steps = 3"):
+        train({**settings, "resume": True, "steps": 3})
+
+
+def test_a_failing_validation_loses_no_step(settings, tmp_path, monkeypatch):
+    settings = {**settings, "checkpoint_every": 2, "validate_every": 2, "validation_steps": 1}
+    trainer = Trainer(TrainConfig.from_dict(settings))
+    drawn = []
+
+    def fail_later(adapters):
+        drawn.append(adapters)
+        if len(drawn) == 2:
+            raise MemoryError
+        return torch.zeros(1, 8, 8, 3)
+
+    monkeypatch.setattr(trainer.validation, "draw", fail_later)
+    with pytest.raises(MemoryError):
+        trainer.run()
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").exists()
+
+
+def test_the_learning_rate_that_is_logged_is_the_steps_own(settings, tmp_path):
+    train(settings, lr_schedule="linear")
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["learning_rate"] for line in lines]
+    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
 
 
 def test_a_resumed_run_may_be_longer_and_split_otherwise(settings):

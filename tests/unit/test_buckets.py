@@ -22,6 +22,9 @@ class Sizes:
     def size(self, index: int) -> tuple[int, int]:
         return self.sizes[index]
 
+    def stamp(self, index: int) -> str:
+        return ""
+
     def files(self, index: int) -> tuple[str, ...]:
         return ()
 

@@ -14,6 +14,7 @@ from dreamcache_core.data.checking import (
     INCOMPLETE,
     NO_CAPTION,
     UNREADABLE,
+    WEAK_MASK,
     check_source,
     training_sheet,
 )
@@ -89,6 +90,89 @@ def test_pairs_without_mask_are_counted_and_no_flaw(tmp_path: Path):
     assert (report.num_without_mask, report.num_enlarged, report.problems) == (1, 0, {})
 
 
+@pytest.mark.parametrize(("white", "is_weak"), [(43, True), (229, True), (230, False)])
+def test_masks_that_never_reach_white_are_a_flaw(tmp_path: Path, white: int, is_weak: bool):
+    write_pair(tmp_path, "0")
+    file = tmp_path / "0_mask.png"
+    with Image.open(file) as mask:
+        weak = mask.point([0, *[white] * 255])
+    weak.save(file)
+    problems = check_source(FolderSource(tmp_path), resolution=64).problems
+    assert list(problems) == [WEAK_MASK] * is_weak
+    if white == 43:
+        assert "values up to 0.17 of 1; save white as 255" in problems[WEAK_MASK][0]
+
+
+def test_subjects_outside_the_crop_are_counted_and_buckets_keep_them(tmp_path: Path):
+    # of 120 x 60 the square crop keeps columns 30 to 89
+    for stem, left in (("half", 20), ("less", 19)):
+        write_pair(tmp_path, stem, size=(120, 60), box=(left, 10, left + 20, 40))
+    write_pair(tmp_path, "upright", size=(60, 120), box=(10, 90, 40, 110))
+    source = FolderSource(tmp_path)
+    assert check_source(source, resolution=64).num_cropped == 2
+    report = check_source(source, resolution=512, has_buckets=True)
+    assert (report.num_cropped, report.num_enlarged, report.problems) == (0, 3, {})
+
+
+def test_masks_of_another_picture_are_not_counted_as_cropped(tmp_path: Path):
+    write_pair(tmp_path, "0", size=(120, 60), box=(0, 10, 20, 40))
+    row = {"image": "0_generation.png", "subject": "0_generation.png", "mask": "0_mask.png"}
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps(row | {"caption": "x"}), encoding="utf-8")
+    assert check_source(ManifestSource(path), resolution=64).num_cropped == 0
+    assert check_source(FolderSource(tmp_path), resolution=64).num_cropped == 1
+
+
+def test_targets_with_hidden_pixels_are_counted_and_cut_out_subjects_are_not(tmp_path: Path):
+    write_pair(tmp_path, "0")
+    with (
+        Image.open(tmp_path / "0_generation.png") as opaque,
+        Image.open(tmp_path / "0_mask.png") as mask,
+    ):
+        opaque.save(tmp_path / "plain.png")
+        opaque.putalpha(mask)
+        opaque.save(tmp_path / "0_generation.png")
+    assert check_source(FolderSource(tmp_path), resolution=64).num_transparent == 1
+    rows = [
+        {"image": "plain.png", "subject": "0_generation.png", "caption": "x"},
+        {"image": "0_generation.png", "subject": "plain.png", "caption": "x"},
+        {"image": "0_generation.png", "caption": "x"},
+    ]
+    for row, count in zip(rows, (0, 1, 1), strict=True):
+        path = tmp_path / "set.jsonl"
+        path.write_text(json.dumps(row), encoding="utf-8")
+        assert check_source(ManifestSource(path), resolution=64).num_transparent == count
+
+
+def test_sheet_with_buckets_shows_what_the_square_crop_loses(tmp_path: Path):
+    write_pair(tmp_path, "0", size=(120, 60), box=(2, 2, 22, 58))
+    reds: list[bool] = []
+    for has_buckets in (False, True):
+        sheet = training_sheet(
+            FolderSource(tmp_path), resolution=512, num_samples=1, has_buckets=has_buckets
+        )
+        assert sheet is not None
+        reds.append(bool(((sheet[0, :256, :256, 0] > 0.7) & (sheet[0, :256, :256, 2] < 0.1)).any()))
+    assert reds == [False, True]
+
+
+def test_command_suggests_buckets_and_names_hidden_pixels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_pair(tmp_path, "0", size=(120, 60), box=(0, 10, 20, 40))
+    with Image.open(tmp_path / "0_generation.png") as image:
+        image.putalpha(128)
+        image.save(tmp_path / "0_generation.png")
+    command = ["dataset", "check", str(tmp_path), "--size", "512", "--samples", "0"]
+    for more, hint in (([], "or train with buckets"), (["--buckets"], "")):
+        with pytest.raises(SystemExit):  # the alpha makes the mask weak
+            main([*command, *more])
+        printed = capsys.readouterr().out
+        assert "1 are partly transparent" in printed
+        assert ("1 lose more than half of their subject" in printed) == bool(hint)
+        assert hint in printed
+
+
 def test_tokens_are_counted_with_the_given_counter(flawed: Path):
     report = check_source(FolderSource(flawed), resolution=64, count_tokens=len)
     assert report.caption_tokens == (5, 12, 12, 0)
@@ -160,6 +244,9 @@ def test_command_lists_ten_of_a_kind_and_ten_sizes_and_counts_the_rest(
         (["set", "--size", "100"], "--size must be a multiple of 8"),
         (["set", "--samples", "-1"], "--samples must be at least 0"),
         (["set", "--out", "missing/check.png"], "There is no folder"),
+        (["set", "--out", "set"], "ending in .png; given set"),
+        (["set", "--out", "x.jpg"], "ending in .png; given x.jpg"),
+        (["set", "--out", "folder.png"], "ending in .png; given folder.png"),
         (["set", "--tokenizer", "missing"], "folder of a tokenizer"),
     ],
 )
@@ -173,9 +260,12 @@ def test_command_returns_2_on_bad_input(
     if "--tokenizer" in arguments:
         pytest.importorskip("transformers")
     write_pair(tmp_path / "set", "0")
+    (tmp_path / "folder.png").mkdir()
     monkeypatch.chdir(tmp_path)
     assert main(["dataset", "check", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out
 
 
 def test_reading_leaves_the_global_random_state_alone(flawed: Path):

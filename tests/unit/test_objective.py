@@ -40,6 +40,10 @@ def test_min_snr_weights_of_noise_and_v() -> None:
     assert v_weights.tolist() == pytest.approx([9 / 25, 9 / 25, 0])
 
 
+def test_min_snr_weight_of_pure_noise_is_finite() -> None:
+    assert NoiseSchedule(ALPHAS).weights(torch.tensor([2]), 5.0).tolist() == [1.0]
+
+
 def test_loss_is_the_weighted_mean_of_the_rows_and_in_float32() -> None:
     prediction = torch.zeros(2, 1, 1, 4, dtype=torch.float16)
     target = torch.tensor([[300.0] * 4, [2.0] * 4]).reshape(2, 1, 1, 4)

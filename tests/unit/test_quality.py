@@ -6,8 +6,8 @@ from torch import Tensor
 
 from dreamcache_core.data.quality import (
     QualityLimits,
+    judge_image,
     judge_mask,
-    judge_sample,
     largest_component,
     touches_border,
 )
@@ -95,13 +95,21 @@ def test_corners_connect_and_the_largest_part_wins() -> None:
     assert not largest_component(mask & False).any()
 
 
-def test_a_picture_of_one_colour_is_blank_whatever_its_mask() -> None:
-    mask = block(5, 8, 10, 12)
+def test_a_picture_of_one_colour_is_blank() -> None:
     black, noise = torch.zeros(1, 20, 30, 3), torch.rand(1, 20, 30, 3)
-    assert judge_sample(black, mask, LIMITS).reason == "blank picture"
-    orange = black + torch.tensor([1.0, 0.5, 0.0])
-    assert judge_sample(orange, mask, LIMITS).reason == "blank picture"
-    assert judge_sample(noise, mask, LIMITS).reason is None
+    assert judge_image(black).reason == "blank picture"
+    assert judge_image(black + torch.tensor([1.0, 0.5, 0.0])).reason == "blank picture"
+    verdict = judge_image(noise)
+    assert verdict.reason is None
+    assert verdict.mask.shape == (1, 20, 30)
+    assert not verdict.mask.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_picture_that_overflowed_in_one_pixel_is_blank(value: float) -> None:
+    picture = torch.rand(1, 20, 30, 3)
+    picture[0, 3, 4, 1] = value
+    assert judge_image(picture).reason == "blank picture"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def test_damaged_state_is_explained(folder: RunFolder) -> None:
 def test_log_is_cut_back_to_the_step_that_is_resumed(folder: RunFolder) -> None:
     for step in (10, 20, 30):
         folder.log({"step": step, "loss": 1.0})
+    with folder.log_file.open("a") as stream:
+        stream.write('{"step": 1')  # the disk was full
     folder.cut_log(20)
     lines = folder.log_file.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [10, 20]
