@@ -118,11 +118,15 @@ def clean_clone(model: ModelPatcher, *, keep_sampling: bool = False) -> ModelPat
     return clone
 
 
-def plain_text(conditioning: list[Any]) -> list[Any]:
+def plain_text(
+    conditioning: list[Any], encoded: str = "the reference is", source: str = "The CLIP"
+) -> list[Any]:
     """Reduce what a CLIP returns to one text without hooks and schedule, and say so where there were any.
 
     Args:
         conditioning: A CLIP's own CONDITIONING of one text; one that carries hooks returns several scheduled ones.
+        encoded: What is encoded without them, with its verb, for the warning.
+        source: Where the text comes from, for the warning.
 
     Returns:
         A CONDITIONING of its first text.
@@ -131,8 +135,10 @@ def plain_text(conditioning: list[Any]) -> list[Any]:
     special = sorted(set(options) & NOT_PLAIN)
     if special or len(conditioning) > 1:
         logger.warning(
-            "The CLIP adds %s to its texts; the reference is encoded without.",
+            "%s adds %s to its texts; %s encoded without.",
+            source,
             ", ".join(special) or "a schedule",
+            encoded,
         )
     return [[text, {key: value for key, value in options.items() if key not in NOT_PLAIN}]]
 

@@ -14,7 +14,8 @@ from comfy.samplers import cond_cat, encode_model_conds
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..dreamcache_core import UnsupportedModelError
+from ..dreamcache_core import InputError, UnsupportedModelError
+from ..dreamcache_core.layers import Layout
 from ..dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule
 
 PREDICTION_OF = {
@@ -48,6 +49,31 @@ def noise_schedule(model: ModelPatcher) -> NoiseSchedule:
     kind = PREDICTION_OF.get(predicted) or predicted.__qualname__.split(".")[0]
     with torch.inference_mode(False):
         return NoiseSchedule(1 / (sampling.sigmas.cpu().float() ** 2 + 1), kind)
+
+
+def check_texts(texts: Sequence[list[Any]], layout: Layout) -> None:
+    """Refuse texts that were not encoded for a model.
+
+    Args:
+        texts: CONDITIONINGs of one text each.
+        layout: The model's layout.
+
+    Raises:
+        InputError: The text states have another width, or SDXL's pooled ones are missing.
+    """
+    width = layout.context_width
+    widths = {states.shape[-1] for ((states, _),) in texts}
+    if widths != {width}:
+        raise InputError(
+            f"The model takes text states of width {width}, the CLIP or the conditioning gave "
+            f"{', '.join(map(str, sorted(widths)))}. Connect the CLIP of this model."
+        )
+    has_pooled = all(options.get("pooled_output") is not None for ((_, options),) in texts)
+    if layout.family == "sdxl" and not has_pooled:
+        raise InputError(
+            "SDXL takes a pooled text state (pooled_output) with every text; the CLIP or the conditioning gave a text "
+            "without one. Encode the captions with the CLIP of this model, and change nothing in the conditioning."
+        )
 
 
 class FrozenModel:

@@ -44,8 +44,8 @@ class ReferenceImage(io.ComfyNode):
                     options=["subject", "background"],
                     default="subject",
                     optional=True,
-                    tooltip="What 1 in the mask marks. 'subject' for masks that you painted over it; 'background' for the "
-                    "mask of Load Image, which marks what is transparent.",
+                    tooltip="What 1 in the mask marks. 'subject' for what you painted over it (MaskEditor); 'background' for "
+                    "Load Image's mask of a cut-out PNG, which marks what is transparent.",
                 ),
                 io.Int.Input(
                     "size",

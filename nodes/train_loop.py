@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..dreamcache_core import (
     AdapterSet,
-    InputError,
     ReferenceCache,
     ReferenceUse,
     capture_features,
@@ -31,11 +30,19 @@ from .frozen_model import FrozenModel, checkpointed, frozen, noise_schedule
 from .training_set import EMPTY_TEXT, TrainingSet
 
 MAX_GRAD_NORM = 1.0
-AfterStep = Callable[[float], None]
+AfterStep = Callable[[float, int], None]
 
 
 class DivergedError(Exception):
-    """The loss is not finite any more; the adapters are back at the last step at which it was."""
+    """The loss is not finite any more; the adapters are back at the weights of the last finite one.
+
+    Args:
+        num_updates: Updates that they hold.
+    """
+
+    def __init__(self, num_updates: int) -> None:
+        super().__init__(f"{num_updates} updates")
+        self.num_updates = num_updates
 
 
 @dataclass(frozen=True)
@@ -72,15 +79,14 @@ def train(
         model: The MODEL, left as it is; LoRAs count, patches of other packs do not.
         adapters: The adapters, float32, outside inference mode. They are on the CPU again afterwards, whatever happens, as
             the last complete step left them.
-        data: The training set.
+        data: The training set, made for this model.
         settings: How to train.
-        after_step: Called after each step with its loss; may raise to end the training.
+        after_step: Called after each step with its loss and the number of updates that the adapters hold by then, which
+            half precision makes fewer than steps where gradients overflow; may raise to end the training.
 
     Raises:
         DivergedError: The loss became NaN or infinite.
-        InputError: VAE or CLIP and model do not belong together.
     """
-    _check_fit(model, adapters, data)
     clean = clean_clone(model, keep_sampling=True)
     # all of the U-Net and nothing else on the device: no sampling run needs as much room
     comfy.model_management.load_models_gpu([clean], memory_required=1e20, force_full_load=True)
@@ -94,21 +100,6 @@ def train(
         with torch.inference_mode(False):
             adapters.requires_grad_(False).zero_grad()
             adapters.cpu()
-
-
-def _check_fit(model: ModelPatcher, adapters: AdapterSet, data: TrainingSet) -> None:
-    channels, given = model.model.latent_format.latent_channels, data.targets[0].shape[1]
-    if given != channels:
-        raise InputError(
-            f"The model takes latents of {channels} channels, the VAE gave {given}. Connect the VAE of this model."
-        )
-    width = adapters.info.layout.context_width
-    widths = {text.shape[-1] for ((text, _),) in data.texts}
-    if widths != {width}:
-        raise InputError(
-            f"The model takes text states of width {width}, the CLIP or the conditioning gave "
-            f"{', '.join(map(str, sorted(widths)))}. Connect the CLIP of this model."
-        )
 
 
 class _TrainSampler(comfy.samplers.Sampler):
@@ -165,18 +156,25 @@ class _TrainSampler(comfy.samplers.Sampler):
         has_half = compute_dtype(base.model) == torch.float16
         scaler = torch.amp.GradScaler(base.device.type, enabled=has_half)
         good = [parameter.detach().clone() for parameter in parameters]
+        num_updates = num_good = 0
         for step in range(self.settings.steps):
             optimizer.zero_grad()
             loss = self.backward(base, step, scaler)
             if not math.isfinite(loss):
                 _copy(good, parameters)
-                raise DivergedError(f"step {step + 1}")
+                raise DivergedError(num_good)
             _copy(parameters, good)
+            num_good = num_updates
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            # with a scaler an infinite norm is part of how the loss scale is found
+            if not has_half and not math.isfinite(float(norm)):
+                raise DivergedError(num_good)
+            scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
-            self.after_step(loss)
+            num_updates += scaler.get_scale() >= scale  # it lowers the scale where it skips a step
+            self.after_step(loss, num_updates)
 
     def backward(self, base: FrozenModel, step: int, scaler: Any) -> float:
         """Compute one batch's loss and gradients."""

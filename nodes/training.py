@@ -52,15 +52,15 @@ class TrainAdapters(io.ComfyNode):
         data = run.encode()
         try:
             train(run.model, adapters, data, run.settings, run.after_step)
+            run.write_record(adapters)
+            curve = draw_loss_curve(run.losses)
+            shown = report(cls, run.describe(adapters))
         except DivergedError as error:
-            raise run.divergence(adapters) from error
+            raise run.divergence(adapters, error.num_updates) from error
         except BaseException:
             run.keep(adapters)
             raise
-        run.write_record(adapters)
-        return io.NodeOutput(
-            adapters, draw_loss_curve(run.losses), ui=report(cls, run.describe(adapters))
-        )
+        return io.NodeOutput(adapters, curve, ui=shown)
 
 
 def _inputs() -> list[io.Input]:
@@ -144,8 +144,8 @@ def _inputs() -> list[io.Input]:
             options=["subject", "background"],
             default="subject",
             optional=True,
-            tooltip="What 1 in the masks marks. 'subject' for masks that you painted; 'background' for the mask of Load "
-            "Image, which marks what is transparent.",
+            tooltip="What 1 in the masks marks. 'subject' for what you painted in the MaskEditor (its MASK marks what was "
+            "painted); 'background' for Load Image's mask of a cut-out PNG.",
         ),
         io.Float.Input(
             "caption_dropout",

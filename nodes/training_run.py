@@ -21,11 +21,12 @@ from ..dreamcache_core import (
 )
 from ..dreamcache_core.backends import require_fit
 from ..dreamcache_core.image_files import contact_sheet
+from ..dreamcache_core.latents import LATENT_FACTOR
 from ..dreamcache_core.training.initialisation import new_adapters
 from ..dreamcache_core.training.loss_curve import draw_loss_curve, moving_average
 from .comfy_bridge import model_layout, unet_of
 from .folders import new_adapter_path
-from .frozen_model import noise_schedule
+from .frozen_model import check_texts, noise_schedule
 from .report import report
 from .train_loop import TrainSettings
 from .training_set import (
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 RESCUED = "dreamcache-interrupted"
 NUM_PREVIEWS, PREVIEW_PX = 100, 512
 SIDE_PX, SDXL_SIDE_PX = 512, 1024
+MIN_PX, MAX_PX = 64, 2048
 
 
 @dataclass(eq=False)
@@ -75,7 +77,13 @@ class TrainingRun:
         self.conditioning = [texts for texts in self.conditioning if texts is not None]
         is_sdxl = model_layout(self.model).family == "sdxl"
         self.resolution = self.resolution or (SDXL_SIDE_PX if is_sdxl else SIDE_PX)
+        if self.resolution % LATENT_FACTOR or not MIN_PX <= self.resolution <= MAX_PX:
+            raise InputError(
+                f"Expected resolution to be a multiple of {LATENT_FACTOR} in {MIN_PX} ... {MAX_PX} pixels, or 0 for the "
+                f"model's, given {self.resolution}. Use 512 for Stable Diffusion 1.5, 1024 for SDXL."
+            )
         self.losses: list[float] = []
+        self.num_updates = 0
         self.num_pictures = sum(len(batch) for batch in self.images)
         if not self.num_pictures:
             raise InputError("Expected pictures to train on, given none. Connect images.")
@@ -119,24 +127,29 @@ class TrainingRun:
         return copy
 
     def encode(self) -> TrainingSet:
-        """Pair, check and encode pictures and texts."""
+        """Pair, check and encode pictures and texts; what can be refused is refused before the long part."""
         if self.clip is None:
             raise InputError(
                 "Train DreamCache Adapters needs clip for the empty prompt; the loader gave none. Connect a CLIP loader "
                 "with this model's text encoder."
             )
-        if self.conditioning:
-            captions = [""] * self.num_pictures
-            texts = split_conditioning(self.conditioning, self.num_pictures)
-        else:
+        has_captions = not self.conditioning
+        captions = [""] * self.num_pictures
+        if has_captions:
             captions = match_captions(self.captions, self.num_pictures)
-            texts = encode_texts(self.clip, captions)
         pairs = make_pairs(self.images, self.masks, captions, self.mask_marks)
         self.num_masks = sum(pair.mask is not None for pair in pairs)
+        if has_captions:
+            texts = encode_texts(self.clip, captions)
+        else:
+            texts = split_conditioning(self.conditioning, self.num_pictures)
+        texts = [*texts, *encode_texts(self.clip, [""])]
+        check_texts(texts, model_layout(self.model))
         return encode_pairs(
             pairs,
-            [*texts, *encode_texts(self.clip, [""])],
+            texts,
             self.vae,
+            channels=self.model.model.latent_format.latent_channels,
             resolution=self.resolution,
             has_buckets=self.buckets,
             num_variants=self.num_variants,
@@ -149,9 +162,10 @@ class TrainingRun:
         sheet = contact_sheet([[target, reference]], cell_px=PREVIEW_PX // 2)
         self.bar.update_absolute(self.bar.current + 1, preview=_preview(sheet))
 
-    def after_step(self, loss: float) -> None:
+    def after_step(self, loss: float, num_updates: int) -> None:
         """Note the loss and preview its course; ComfyUI interrupts here."""
         self.losses.append(loss)
+        self.num_updates = num_updates
         done = len(self.losses)
         has_preview = done % max(1, self.steps // NUM_PREVIEWS) == 0
         curve = draw_loss_curve(self.losses, width=PREVIEW_PX) if has_preview else None
@@ -164,7 +178,7 @@ class TrainingRun:
         record = {
             **asdict(self.settings),
             "init": self.init if self.adapters is None else "adapters",
-            "step": len(self.losses),
+            "step": self.num_updates,
             "loss": moving_average(self.losses)[-1],
             "optimizer": "AdamW",
             "resolution": self.resolution,
@@ -184,10 +198,13 @@ class TrainingRun:
         adapters.info = replace(adapters.info, extra=extra)
 
     def keep(self, adapters: AdapterSet) -> str | None:
-        """Save what was learned before the run broke off; say where."""
-        if not self.losses:
+        """Save what was learned before the run broke off, if anything; say where."""
+        if not self.num_updates:
             return None
-        self.write_record(adapters)
+        try:
+            self.write_record(adapters)
+        except Exception:  # whatever it is: the weights matter more
+            logger.exception("How the adapters were trained could not be written into them.")
         try:
             path = new_adapter_path(RESCUED)
             save_adapters(adapters, path)
@@ -195,7 +212,7 @@ class TrainingRun:
             logger.exception("The adapters of the interrupted training could not be kept.")
             return None
         text = (
-            f"Training ended after {len(self.losses)} of {self.steps} steps. What it learned is kept in {path}: Load "
+            f"Training ended after {self.num_updates} of {self.steps} steps. What it learned is kept in {path}: Load "
             "DreamCache Adapters lists it after R, and its output goes on from there when connected to adapters. Delete "
             "the file if you do not need it."
         )
@@ -203,8 +220,9 @@ class TrainingRun:
         report(self.node, text)
         return path
 
-    def divergence(self, adapters: AdapterSet) -> StateError:
-        """Explain a loss that is not finite."""
+    def divergence(self, adapters: AdapterSet, num_updates: int) -> StateError:
+        """Explain a loss that is not finite; of the updates, the adapters hold so many."""
+        self.num_updates = num_updates
         step = len(self.losses) + 1
         start = f"The loss of step {step} is NaN or infinite, so training was stopped."
         path = self.keep(adapters)
@@ -213,7 +231,11 @@ class TrainingRun:
                 f"{start} Before the first step that is not the learning rate: half precision overflowed, or model, VAE and "
                 "pictures do not fit. Load the model in another precision and look at the pictures."
             )
-        kept = "" if path is None else f" The adapters of the last good step are in {path}."
+        kept = ""
+        if not num_updates:
+            kept = " No adapters are kept: the first step already broke them."
+        elif path is not None:
+            kept = f" The adapters after step {num_updates}, the last whose loss was finite, are in {path}."
         return StateError(
             f"{start} The learning rate {self.learning_rate:g} is too high; try {self.learning_rate / 10:g}.{kept}"
         )

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dreamcache_core import DreamCacheError, InputError
+from ..dreamcache_core import InputError
 from ..dreamcache_core.data.augmentation import augment_reference
 from ..dreamcache_core.data.buckets import aspect_buckets, crop_target, nearest_bucket
 from ..dreamcache_core.data.order import sample_seed
 from ..dreamcache_core.data.source import Pair
 from ..dreamcache_core.reference_image import (
     check_image,
-    check_mask_aspect,
     is_placeholder_mask,
-    resize_mask,
+    subject_box,
+    subject_opacity,
 )
 from .encoding import plain_text
 
@@ -61,10 +61,10 @@ def make_pairs(
         mask_marks: What 1 in the masks marks, ``subject`` or ``background``.
 
     Returns:
-        One pair for each picture; its target and its subject are the same picture.
+        One pair for each picture; its target and its subject are the same picture. A mask that marks everything is none.
 
     Raises:
-        InputError: A picture or mask cannot be used, or there are more or fewer masks than pictures.
+        InputError: A picture or mask cannot be used, the message says which from 1; or the masks are not as many.
     """
     pictures = [picture for batch in images for picture in _checked(batch).split(1)]
     flat = _masks_of(masks, len(pictures))
@@ -72,22 +72,17 @@ def make_pairs(
     for number, (picture, mask, caption) in enumerate(
         zip(pictures, flat, captions, strict=True), start=1
     ):
-        subject = _subject_mask(picture, mask, mask_marks)
-        if subject is not None and not bool(subject.max() > 0):
+        if mask is not None and mask_marks == "background":
+            mask = 1 - mask.float()
+        try:
+            subject = _usable_opacity(picture, mask, number - 1)
+        except InputError as error:
             raise InputError(
-                f"The mask of picture {number} leaves no subject (mask_marks is {mask_marks!r}). Paint it, change "
-                "mask_marks, or leave the picture without a mask."
-            )
+                f"Training picture {number} cannot be used with its mask (mask_marks is {mask_marks!r}): {error}"
+            ) from error
         colour = picture[..., :3].float().clamp(0, 1).expand(-1, -1, -1, 3)
         pairs.append(Pair(colour, colour, subject, caption))
-    num_whole = sum(pair.mask is None for pair in pairs)
-    if num_whole:
-        logger.warning(
-            "%d of %d training pictures have no mask: all of the picture counts as the subject, and its background "
-            "will leak into the results.",
-            num_whole,
-            len(pairs),
-        )
+    _warn_about_pictures(pictures, pairs)
     return pairs
 
 
@@ -105,7 +100,8 @@ def match_captions(texts: Sequence[str], num_pictures: int) -> list[str]:
         InputError: The numbers do not fit, or there is no text.
     """
     single = len(texts) == 1 and num_pictures > 1
-    lines = [line for line in texts[0].splitlines() if line.strip()] if single else list(texts)
+    # not splitlines: it also breaks at characters that may stand within a caption
+    lines = [line for line in texts[0].split("\n") if line.strip()] if single else list(texts)
     captions = [" ".join(line.split()) for line in lines]
     if not any(captions):
         raise InputError(
@@ -128,7 +124,11 @@ def split_conditioning(conditioning: Sequence[list[Any]], num_pictures: int) -> 
     Raises:
         InputError: The numbers do not fit.
     """
-    texts = [plain_text([text]) for given in conditioning for text in given]
+    texts = [
+        plain_text([text], "the captions are", "conditioning")
+        for given in conditioning
+        for text in given
+    ]
     return _one_for_each(texts, num_pictures, "texts in conditioning")
 
 
@@ -143,7 +143,9 @@ def encode_texts(clip: Any, captions: Sequence[str]) -> list[list[Any]]:
         A CONDITIONING for each.
     """
     known = {
-        caption: plain_text(clip.encode_from_tokens_scheduled(clip.tokenize(caption)))
+        caption: plain_text(
+            clip.encode_from_tokens_scheduled(clip.tokenize(caption)), f"the caption {caption!r} is"
+        )
         for caption in dict.fromkeys(captions)
     }
     return [known[caption] for caption in captions]
@@ -154,6 +156,7 @@ def encode_pairs(
     texts: Sequence[list[Any]],
     vae: Any,
     *,
+    channels: int,
     resolution: int,
     has_buckets: bool,
     num_variants: int,
@@ -165,9 +168,10 @@ def encode_pairs(
     Source: METHOD.md section 7. Differs from it in: the augmentations are drawn beforehand and come round again.
 
     Args:
-        pairs: The pictures.
+        pairs: The pictures, from ``make_pairs``.
         texts: CONDITIONING of each picture, and last that of the empty prompt.
         vae: The model's VAE.
+        channels: Channels of the model's latents.
         resolution: Side of the references and of square targets, pixels.
         has_buckets: Keep the targets' aspect, as far as the buckets have it.
         num_variants: References of each picture.
@@ -178,7 +182,7 @@ def encode_pairs(
         The set.
 
     Raises:
-        InputError: A picture is too small, or its mask marks too little; the message counts from 1.
+        InputError: The VAE is not the model's.
     """
     square = (resolution, resolution)
     buckets = aspect_buckets(resolution) if has_buckets else (square,)
@@ -188,17 +192,18 @@ def encode_pairs(
         height, width = pair.target.shape[1:3]
         target = crop_target(pair.target, *nearest_bucket(height, width, buckets))
         targets.append(_plain(vae.encode(target)))
+        if (given := targets[-1].shape[1]) != channels:
+            raise InputError(
+                f"The model takes latents of {channels} channels, the VAE gave {given}. Connect the VAE of this model."
+            )
         references.append([])
         for variant in range(num_variants):
             # seed + 1: not the numbers that the loop draws noise from
             place = sample_seed(seed + 1, variant * len(pairs) + index)
             generator = torch.Generator().manual_seed(place)
-            try:
-                reference = augment_reference(
-                    pair.subject, pair.mask, size=resolution, generator=generator
-                )
-            except DreamCacheError as error:
-                raise InputError(f"Training picture {index + 1} cannot be used: {error}") from error
+            reference = augment_reference(
+                pair.subject, pair.mask, size=resolution, generator=generator
+            )
             references[-1].append(_plain(vae.encode(reference)))
             show(target, reference)
     return TrainingSet(targets, references, [_plain_text_states(text) for text in texts])
@@ -237,16 +242,32 @@ def _masks_of(masks: Sequence[Tensor], num_pictures: int) -> list[Tensor | None]
     return flat
 
 
-def _subject_mask(picture: Tensor, mask: Tensor | None, mask_marks: str) -> Tensor | None:
+def _usable_opacity(picture: Tensor, mask: Tensor | None, row: int) -> Tensor | None:
     """Where the subject is, at the picture's size; ``None`` for everywhere."""
-    alpha = picture[..., 3].float().clamp(0, 1) if picture.shape[-1] == 4 else None
-    if mask is None:
-        return alpha
-    height, width = picture.shape[1:3]
-    check_mask_aspect(mask, height, width)
-    subject = resize_mask(mask, height, width)
-    subject = 1 - subject if mask_marks == "background" else subject
-    return subject if alpha is None else subject * alpha
+    opacity = subject_opacity(picture, mask)
+    if opacity is None or bool((opacity >= 1).all()):
+        return None
+    subject_box(opacity[0], row)
+    return opacity
+
+
+def _warn_about_pictures(pictures: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
+    num_whole = sum(pair.mask is None for pair in pairs)
+    if num_whole:
+        logger.warning(
+            "%d of %d training pictures have no mask: all of the picture counts as the subject, and its background "
+            "will leak into the results.",
+            num_whole,
+            len(pairs),
+        )
+    num_cut_out = sum(p.shape[-1] == 4 and bool((p[..., 3] < 1).any()) for p in pictures)
+    if num_cut_out:
+        logger.warning(
+            "%d of %d training pictures are cut-outs: training sees the hidden pixels under their transparent parts, "
+            "often plain black, and the adapters learn to draw those. Give whole photographs, with the subject in masks.",
+            num_cut_out,
+            len(pairs),
+        )
 
 
 def _one_for_each(items: list[Any], num_pictures: int, name: str) -> list[Any]:

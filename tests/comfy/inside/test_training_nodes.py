@@ -28,6 +28,7 @@ from tiny import (
     run,
     sample,
 )
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import nodes as comfy_nodes
 
@@ -35,10 +36,11 @@ FROZEN, SET = (
     next(module for name, module in sys.modules.items() if name.endswith(f".nodes.{file}"))
     for file in ("frozen_model", "training_set")
 )
-INJECTED, ORDER = (
+INJECTED, ORDER, AUGMENTATION, BUCKETS = (
     importlib.import_module(f"{CORE.__name__}.{file}")
-    for file in ("training.injected_unet", "data.order")
+    for file in ("training.injected_unet", "data.order", "data.augmentation", "data.buckets")
 )
+NODES = FROZEN.__name__.rpartition(".")[0]
 Interrupted = comfy.model_management.InterruptProcessingException
 NODE = comfy_nodes.NODE_CLASS_MAPPINGS["DreamCacheTrainAdapters"]
 FOLDER = Path(folder_paths.get_folder_paths("dreamcache")[0])
@@ -155,65 +157,160 @@ def v_model(kind):
     return model_nodes.ModelSamplingDiscrete().patch(make_model(kind), "v_prediction", False)[0]
 
 
+def tall_and_wide_masks(height, width):
+    """Two masks whose subjects differ in place, size and shape."""
+    masks = torch.zeros((2, height, width))
+    masks[0, height // 4 :, : width // 3] = 1
+    masks[1, : height // 2, width // 4 :] = 1
+    return masks
+
+
+def encode_set(clip, images, masks, captions, **settings):
+    pairs = SET.make_pairs(images, masks, captions, "subject")
+    texts = [clip.encode_from_tokens_scheduled(text) for text in (*captions, "")]
+    settings = {"has_buckets": False, "resolution": 64, "channels": 4, **settings}
+    return SET.encode_pairs(pairs, texts, FlatVAE(), show=lambda *_: None, **settings)
+
+
 @pytest.mark.parametrize(
-    "make",
-    [lambda: make_model("sd15"), lambda: v_model("sd21"), lambda: make_model("sdxl")],
-    ids=["noise", "v", "sdxl"],
+    ("make", "inputs"),
+    [
+        (lambda: make_model("sd15"), {"caption_dropout": 0.0}),
+        (lambda: make_model("sd15"), {"caption_dropout": 1.0}),
+        (lambda: v_model("sd21"), {"caption_dropout": 0.0}),
+        (lambda: make_model("sdxl"), {"caption_dropout": 0.0, "buckets": True, "resolution": 192}),
+    ],
+    ids=["noise", "dropout", "v", "sdxl in buckets"],
 )
-def test_the_loss_is_the_one_of_the_method(make):
-    """Against the U-Net called directly, with x_t, target and reference written as METHOD.md has them."""
-    model = make()
-    inputs = {"batch_size": 1, "caption_dropout": 0.0, "learning_rate": 0.0, "init": "paper"}
-    inputs |= {"images": [make_image(3)], "captions": ["a red dog"], "steps": 1, "seed": 4}
-    adapters = train(model, **inputs)[0]
+def test_the_loss_is_the_one_of_the_method(make, inputs):
+    """That of the second epoch, row by row with the U-Net called directly, and written as METHOD.md has it."""
+    model, seed, captions = make(), 4, ["a red dog", "a blue cat"]
+    images, masks = make_image(3, 64, 128, batch=2), tall_and_wide_masks(64, 128)
+    adapters = train(
+        model, images=[images], masks=[masks], captions=captions, steps=2, seed=seed,
+        learning_rate=0.0, init="paper", **inputs,
+    )[0]  # fmt: skip
     with torch.inference_mode(False), torch.no_grad():
-        clip, schedule = TinyClip(model), FROZEN.noise_schedule(model)
+        schedule = FROZEN.noise_schedule(model)
         assert schedule.prediction == ("v_prediction" if model.object_patches else "epsilon")
-        (pair,) = SET.make_pairs(inputs["images"], [], inputs["captions"], "subject")
-        texts = [clip.encode_from_tokens_scheduled(text) for text in ("a red dog", "")]
-        data = SET.encode_pairs(
-            [pair],
-            texts,
-            FlatVAE(),
-            resolution=64,
-            has_buckets=False,
-            num_variants=1,
-            seed=4,
-            show=lambda *_: None,
-        )
-        generator = torch.Generator().manual_seed(ORDER.sample_seed(4, 0))
-        t = torch.randint(1000, (1,), generator=generator)
-        torch.rand((), generator=generator)
-        noise, reference_noise = (torch.randn((1, 4, 8, 8), generator=generator) for _ in range(2))
-        z, r = (model.model.process_latent_in(x) for x in (data.targets[0], data.references[0][0]))
-        sizes = model.model.extra_conds
-        text, empty = (
-            sizes(
-                cross_attn=states,
-                noise=z,
-                device=z.device,
-                width=64,
-                height=64,
-                prompt_type="positive",
-                **options,
-            )
-            for ((states, options),) in texts
-        )
-        text, empty = (
-            {"context": c.pop("c_crossattn").cond, **{k: v.cond for k, v in c.items()}}
-            for c in (text, empty)
+        data = encode_set(
+            TinyClip(model),
+            [images],
+            [masks],
+            captions,
+            resolution=inputs.get("resolution", 64),
+            has_buckets=inputs.get("buckets", False),
+            num_variants=2,
+            seed=seed,
         )
         module = INJECTED.InjectedUNet(model.model.diffusion_model, adapters)
-        noised = schedule.add_noise(r, reference_noise, torch.tensor([1]))
-        cache = module.capture(noised, empty.pop("context"), empty)
-        x_t = schedule.add_noise(z, noise, t)
-        with module.until_backward():
-            prediction = module(cache, x_t, t, text.pop("context"), text)
-        abar = 1 / (model.get_model_object("model_sampling").sigmas[t] ** 2 + 1)
-        v = abar.sqrt() * noise - (1 - abar).sqrt() * z
-        target = v if schedule.prediction == "v_prediction" else noise
-        expected = (prediction - target).square().mean()
-    assert record(adapters)["loss"] == pytest.approx(float(expected), rel=1e-4)
+        order, losses = ORDER.SampleOrder(2, seed), []
+        for position in (2, 3):
+            epoch, index = order(position)
+            assert epoch == 1
+            z, r = (
+                model.model.process_latent_in(x)
+                for x in (data.targets[index], data.references[index][1])
+            )
+            generator = torch.Generator().manual_seed(ORDER.sample_seed(seed, position))
+            t = torch.randint(1000, (1,), generator=generator)
+            torch.rand((), generator=generator)
+            noise, reference_noise = (torch.randn(x.shape, generator=generator) for x in (z, r))
+            is_dropped = inputs["caption_dropout"] == 1
+            text = text_inputs(model, data.texts[-1 if is_dropped else index], z)
+            empty = text_inputs(model, data.texts[-1], r)
+            noised = schedule.add_noise(r, reference_noise, torch.tensor([1]))
+            cache = module.capture(noised, empty.pop("context"), empty)
+            x_t = schedule.add_noise(z, noise, t)
+            with module.until_backward():
+                prediction = module(cache, x_t, t, text.pop("context"), text)
+            abar = 1 / (model.get_model_object("model_sampling").sigmas[t] ** 2 + 1)
+            v = abar.sqrt() * noise - (1 - abar).sqrt() * z
+            target = v if schedule.prediction == "v_prediction" else noise
+            losses.append((prediction - target).square().mean())
+    assert record(adapters)["loss"] == pytest.approx(float(sum(losses) / 2), rel=1e-4)
+
+
+def text_inputs(model, conditioning, latent):
+    """What ComfyUI hands a U-Net with a text, for a picture of a latent's size."""
+    ((states, options),) = conditioning
+    conds = model.model.extra_conds(
+        cross_attn=states,
+        noise=latent,
+        device=latent.device,
+        height=8 * latent.shape[-2],
+        width=8 * latent.shape[-1],
+        prompt_type="positive",
+        **options,
+    )
+    return {"context": conds.pop("c_crossattn").cond, **{k: v.cond for k, v in conds.items()}}
+
+
+def test_each_picture_is_encoded_with_its_own_mask_in_its_own_bucket(model):
+    images = [make_image(1, 64, 128), make_image(2, 128, 64)]
+    masks = [tall_and_wide_masks(64, 128)[:1], tall_and_wide_masks(128, 64)[1:]]
+    data = encode_set(
+        TinyClip(model), images, masks, ["a dog", "a cat"],
+        resolution=192, has_buckets=True, num_variants=3, seed=4,
+    )  # fmt: skip
+    assert [tuple(target.shape) for target in data.targets] == [(1, 4, 16, 32), (1, 4, 32, 16)]
+    seen = []
+    for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        height, width = 2 * image.shape[1], 2 * image.shape[2]
+        target = BUCKETS.crop_target(image, height, width)
+        assert torch.equal(data.targets[index], FlatVAE().encode(target))
+        assert len(data.references[index]) == 3
+        for variant, reference in enumerate(data.references[index]):
+            place = ORDER.sample_seed(5, 2 * variant + index)
+            generator = torch.Generator().manual_seed(place)
+            expected = AUGMENTATION.augment_reference(image, mask, size=192, generator=generator)
+            assert torch.equal(reference, FlatVAE().encode(expected))
+            seen.append(reference)
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    clip = TinyClip(model)
+    for text, caption in zip(data.texts, ["a dog", "a cat", ""], strict=True):
+        assert torch.equal(text[0][0], clip.encode_from_tokens_scheduled(caption)[0][0])
+
+
+def test_pairs_hold_pictures_masks_and_captions_in_order():
+    images, masks = make_image(1, 32, 64, batch=2), tall_and_wide_masks(32, 64)
+    one, two = SET.make_pairs([images], [1 - masks], ["a dog", "a cat"], "background")
+    for index, (pair, caption) in enumerate([(one, "a dog"), (two, "a cat")]):
+        assert torch.equal(pair.target[0], images[index])
+        assert torch.equal(pair.subject[0], images[index])
+        assert torch.equal(pair.mask[0], masks[index])
+        assert pair.caption == caption
+
+
+def test_small_masks_are_enlarged_as_those_of_files_are(model):
+    """Smoothly, as the reference image is made, and not pixel by pixel."""
+    image, mask = make_image(1, 64, 128), tall_and_wide_masks(16, 32)[1:]
+    data = encode_set(TinyClip(model), [image], [mask], ["a dog"], num_variants=1, seed=4)
+    generator = torch.Generator().manual_seed(ORDER.sample_seed(5, 0))
+    expected = AUGMENTATION.augment_reference(image, mask, size=64, generator=generator)
+    assert torch.equal(data.references[0][0], FlatVAE().encode(expected))
+
+
+class LoudVAE(FlatVAE):
+    """A VAE of latents so large that the gradients of a model that predicts v are, too."""
+
+    def encode(self, pixels):
+        return 1000 * super().encode(pixels)
+
+
+def test_gradients_are_clipped_to_a_norm_of_one():
+    norms = []
+
+    def note(optimizer, *_):
+        gradients = [p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]
+        norms.append(float(torch.cat(gradients).norm()))
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        train(v_model("sd21"), vae=LoudVAE(), init="paper")
+    finally:
+        handle.remove()
+    assert norms == pytest.approx([1, 1], rel=1e-4)
 
 
 def test_the_loss_falls_when_two_pictures_are_learned_by_heart(model):
@@ -343,6 +440,31 @@ def test_a_mask_cuts_the_subject_out(model, trained):
     assert same(train(model, images=alpha)[0], masked)
 
 
+def test_masks_that_mark_everything_are_no_masks(model, trained, caplog):
+    full = torch.ones((2, 128, 128))
+    opaque = [torch.cat([make_image(1, batch=2), full[..., None]], dim=-1)]
+    for inputs in (
+        {"masks": [full]},
+        {"masks": [1 - full], "mask_marks": "background"},
+        {"images": opaque},
+    ):
+        caplog.clear()
+        adapters = train(model, **inputs)[0]
+        assert same(adapters, trained)
+        assert record(adapters)["masks"] == 0
+        assert "2 of 2 training pictures have no mask" in caplog.text
+        assert "cut-outs" not in caplog.text
+
+
+def test_hidden_pixels_of_cut_outs_are_warned_about(caplog):
+    alpha = torch.ones((2, 64, 64, 1))
+    alpha[1, :, :32] = 0
+    images = torch.cat([make_image(1, 64, 64, batch=2), alpha], dim=-1)
+    SET.make_pairs([images], [], ["a dog", "a cat"], "subject")
+    assert "1 of 2 training pictures are cut-outs" in caplog.text
+    assert "1 of 2 training pictures have no mask" in caplog.text
+
+
 def test_the_placeholder_of_load_image_is_no_mask(model, trained):
     assert same(train(model, masks=[torch.zeros((1, 64, 64))])[0], trained)
     assert same(train(model, masks=[torch.zeros((64, 64))] * 2)[0], trained)
@@ -353,9 +475,10 @@ def test_the_placeholder_of_load_image_is_no_mask(model, trained):
     [
         {"captions": ["a red dog", "a blue cat"]},
         {"captions": ["\n a red  dog \n\na blue cat\n"]},
+        {"captions": ["a red\u2028dog\r\na blue cat"]},
         {"images": list(make_image(1, batch=2).split(1))},
     ],
-    ids=["list", "spaces", "list of pictures"],
+    ids=["list", "spaces", "other line ends", "list of pictures"],
 )
 def test_lists_and_lines_are_the_same(model, trained, texts):
     assert same(train(model, **texts)[0], trained)
@@ -368,9 +491,39 @@ def test_encoded_captions_replace_captions(model, trained):
     assert same(train(model, captions=[""], conditioning=joined)[0], trained)
 
 
+@pytest.mark.parametrize("source", ["The CLIP", "conditioning"])
+def test_what_is_left_out_of_captions_is_said_of_the_captions(model, caplog, source):
+    class HookedClip(TinyClip):
+        def encode_from_tokens_scheduled(self, tokens):
+            ((states, options),) = super().encode_from_tokens_scheduled(tokens)
+            return [[states, {**options, "hooks": "some"}]]
+
+    clip, captions = HookedClip(model), ["a red dog", "a blue cat"]
+    if source == "conditioning":
+        SET.split_conditioning([clip.encode_from_tokens_scheduled(t) for t in captions], 2)
+    else:
+        SET.encode_texts(clip, captions)
+    assert caplog.text.count(f"{source} adds hooks to its texts; the caption") == 2
+    assert "reference" not in caplog.text
+
+
 def test_one_caption_serves_all_pictures(model):
     one = train(model, captions=["a dog"])[0]
     assert same(train(model, captions=["a dog", "a dog"])[0], one)
+
+
+class UnusedVAE(FlatVAE):
+    """A VAE that must not be used: what cannot be trained on is refused before the long part."""
+
+    def encode(self, pixels):
+        raise AssertionError("called")
+
+
+def speck(size):
+    """Two masks, the second with a subject of a few pixels."""
+    mask = torch.zeros((2, 128, 128))
+    mask[0, 32:96, 16:80], mask[1, :size, :size] = 1, 1
+    return mask
 
 
 @pytest.mark.parametrize(
@@ -380,30 +533,51 @@ def test_one_caption_serves_all_pictures(model):
         ({"captions": ["one", "two", "three"]}, "1 or 2 captions .* given 3"),
         ({"captions": [" \n "]}, "captions is empty"),
         ({"masks": [torch.ones((1, 128, 128))]}, "mask for each of the 2 pictures.* given 1"),
-        ({"masks": [torch.zeros((2, 128, 128))]}, "mask of picture 1 leaves no subject"),
+        ({"masks": [torch.zeros((2, 128, 128))]}, "picture 1 cannot .* an empty one"),
+        ({"masks": [speck(0)]}, "Training picture 2 cannot .* for picture 2 "),
+        ({"masks": [speck(5)]}, "Training picture 2 cannot .* got 5 x 5 .* for picture 2"),
         (
             {"masks": [torch.ones((2, 128, 128))], "mask_marks": "background"},
-            "mask of picture 1 leaves no subject .*'background'",
+            "picture 1 cannot be used .*'background'.* an empty one",
         ),
         ({"masks": [torch.ones((2, 128, 64))]}, "mask of the picture's aspect"),
         ({"images": []}, "Expected pictures"),
         ({"clip": None}, "needs clip"),
+        ({"resolution": 100}, "multiple of 8 in 64 ... 2048 pixels, .* given 100"),
+        ({"resolution": 56}, "multiple of 8 in 64 ... 2048 pixels, .* given 56"),
+        ({"resolution": 2056}, "multiple of 8 in 64 ... 2048 pixels, .* given 2056"),
+        ({"resolution": -64}, "multiple of 8 in 64 ... 2048 pixels, .* given -64"),
+        ({"conditioning": [[[torch.zeros((1, 7, 1024)), {}]]]}, "width 768, .* gave 768, 1024"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(model, inputs, message):
     with pytest.raises(CORE.InputError, match=message):
-        train(model, **inputs)
+        train(model, vae=UnusedVAE(), **inputs)
 
 
-def test_a_vae_and_a_clip_of_other_models_are_refused(model):
+def test_a_clip_of_another_model_is_refused(model):
+    with pytest.raises(CORE.InputError, match=r"width 768, .* gave 1024"):
+        train(model, vae=UnusedVAE(), clip=TinyClip(make_model("sd21")))
+
+
+@pytest.mark.parametrize("options", [{}, {"pooled_output": None}])
+def test_texts_of_sdxl_without_pooled_states_are_refused(options):
+    texts = [[[torch.zeros((1, 7, 2048)), options]]]
+    with pytest.raises(CORE.InputError, match="pooled_output"):
+        train(make_model("sdxl"), vae=UnusedVAE(), conditioning=texts)
+
+
+def test_a_vae_of_another_model_is_refused_at_the_first_picture(model):
+    calls = []
+
     class WideVAE(FlatVAE):
         def encode(self, pixels):
+            calls.append(1)
             return super().encode(pixels).repeat(1, 4, 1, 1)
 
     with pytest.raises(CORE.InputError, match="of 4 channels, the VAE gave 16"):
         train(model, vae=WideVAE())
-    with pytest.raises(CORE.InputError, match=r"width 768, .* gave 1024"):
-        train(model, clip=TinyClip(make_model("sd21")))
+    assert len(calls) == 1
 
 
 def test_a_model_sampled_as_lcm_is_refused(model):
@@ -484,12 +658,46 @@ def test_an_interruption_before_the_first_step_leaves_no_file(model, monkeypatch
     assert kept_files() == before
 
 
-def test_a_learning_rate_that_explodes_stops_with_the_step_and_keeps_good_adapters(model):
+def test_a_learning_rate_that_explodes_at_once_leaves_no_file(model):
+    """Of the two losses the first, finite one was that of the untrained adapters."""
     before = kept_files()
-    with pytest.raises(CORE.StateError, match=r"step \d+ is NaN.* learning rate 1e\+30 is too"):
+    with pytest.raises(CORE.StateError, match=r"step 2 is NaN.* 1e\+30 is too .* No adapters are"):
         train(model, learning_rate=1e30, steps=9)
+    assert kept_files() == before
+
+
+def test_after_nan_the_adapters_of_the_last_finite_loss_are_kept(model):
+    before, calls = kept_files(), []
+
+    def break_the_third_step(_, args):
+        calls.append(1)
+        return (args[0] * torch.nan, *args[1:]) if len(calls) == 6 else None  # two calls a step
+
+    handle = model.model.diffusion_model.register_forward_pre_hook(break_the_third_step)
+    try:
+        with pytest.raises(CORE.StateError, match=r"step 3 is NaN.* adapters after step 1, "):
+            train(model, steps=9)
+    finally:
+        handle.remove()
     (path,) = kept_files() - before
-    CORE.load_adapters(path)  # refuses what is not finite
+    kept = CORE.load_adapters(path)
+    assert same(kept, train(model, steps=1)[0])
+    assert record(kept)["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["draw_loss_curve", "report", "TrainingRun.write_record"])
+def test_what_fails_after_the_training_does_not_cost_the_adapters(
+    model, trained, monkeypatch, name
+):
+    def fail(*_, **__):
+        raise RuntimeError("broken")
+
+    before = kept_files()
+    monkeypatch.setattr(f"{NODES}.training.{name}", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        train(model)
+    (path,) = kept_files() - before
+    assert same(CORE.load_adapters(path), trained)
 
 
 def test_pictures_that_overflow_stop_at_the_first_step_without_a_file(model):
