@@ -21,6 +21,7 @@ from dreamcache_core.training.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 # the same number of threads as here: sums of another order would not be the same to the bit
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(settings, tmp_path):
     settings = {**settings, "steps": 20, "learning_rate": 1e-4}
     one = train(settings, batch_size=8)
     two = {**settings, "batch_size": 4, "out": str(tmp_path / "two")}
-    done = run_process(two, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    done = run_process(two, *TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     assert "8 samples a step on 2 processes" in done.stdout
     both = load_file(tmp_path / "two" / "adapters.safetensors")
@@ -463,6 +464,37 @@ def test_an_unreadable_picture_stops_the_run_named_and_nothing_is_lost(settings,
         train(settings, steps=9)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert int(checkpoint.name.removeprefix("step-")) == len(losses(settings)) > 0
+
+
+def test_an_unreadable_picture_of_one_process_stops_both_and_nothing_is_lost(settings, tmp_path):
+    data = write_pairs(tmp_path / "set", 5)
+    picture = data / "subject_1" / "001_generation.png"
+    picture.write_bytes(picture.read_bytes()[:100])
+    settings = {**settings, "data": str(data), "batch_size": 1, "steps": 9}
+    done = run_process(settings, *TWO_PROCESSES)
+    assert done.returncode != 0
+    assert "Training sample 3" in done.stderr
+    assert "Another process could not read its batch" in done.stderr
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(checkpoint.name.removeprefix("step-")) == len(losses(settings)) > 0
+
+
+def test_processes_that_see_different_checkpoints_are_refused(settings, tmp_path):
+    settings = {**settings, "batch_size": 1, "out": str(tmp_path / "run0")}
+    done = run_process({**settings, "steps": 2}, *TWO_PROCESSES)
+    assert done.returncode == 0, done.stderr
+    script = tmp_path / "own_folders.py"  # as on two machines without a shared file system
+    script.write_text(
+        "import os, sys\n"
+        "from dreamcache_core.cli import main\n"
+        f"out = r'{tmp_path / 'run'}' + os.environ['RANK']\n"
+        "sys.exit(main(['train', *sys.argv[1:], '--out', out, '--resume']))\n"
+    )
+    env = {**ENV, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *TWO_PROCESSES, str(script), *flags(settings)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "found checkpoints of different steps" in done.stderr
 
 
 def test_too_little_disk_is_said_before_training(settings, monkeypatch):
