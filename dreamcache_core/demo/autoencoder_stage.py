@@ -1,0 +1,107 @@
+"""Training of the demo's autoencoder: pictures in, pictures out, colours and edges kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .architecture import SCALING_FACTOR, make_autoencoder
+
+KL_WEIGHT = 1e-4
+COARSE = 4
+
+
+class AutoencoderStage:
+    """Teaches an ``AutoencoderKL`` to repeat crops of pictures.
+
+    Args:
+        pictures: 8-bit RGB, (count, size, size, 3).
+        batch: Crops in a step.
+        crop: Side of the crops in pixels.
+        device: Where it learns.
+    """
+
+    name = "autoencoder"
+
+    def __init__(self, pictures: np.ndarray, batch: int, crop: int, device: torch.device) -> None:
+        self.pictures, self.batch, self.crop, self.device = pictures, batch, crop, device
+        self.module: nn.Module = _Repeat(make_autoencoder())
+
+    def loss(self, module: nn.Module, random: np.random.Generator) -> Tensor:
+        """Compare crops with what comes out: L1 of pixels, of coarse pixels, of edges; and a little KL."""
+        places = random.integers(self.pictures.shape[1] - self.crop + 1, size=(self.batch, 2))
+        crops = [
+            self.pictures[index, top : top + self.crop, left : left + self.crop]
+            for index, (top, left) in zip(
+                random.integers(len(self.pictures), size=self.batch), places, strict=True
+            )
+        ]
+        pictures = to_tensor(np.stack(crops)).to(self.device)
+        repeated, divergence = module(pictures, int(random.integers(2**31)))
+        coarse = functional.l1_loss(
+            functional.avg_pool2d(repeated, COARSE), functional.avg_pool2d(pictures, COARSE)
+        )
+        edges = sum(
+            functional.l1_loss(repeated.diff(dim=side), pictures.diff(dim=side)) for side in (2, 3)
+        )
+        return functional.l1_loss(repeated, pictures) + coarse + edges + KL_WEIGHT * divergence
+
+
+class _Repeat(nn.Module):
+    """Encode, sample, decode: what the loss looks at, in one forward."""
+
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, pictures: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        posterior = self.autoencoder.encode(pictures).latent_dist
+        generator = torch.Generator(pictures.device).manual_seed(seed)
+        repeated = self.autoencoder.decode(posterior.sample(generator)).sample
+        return repeated.float(), posterior.kl().float().mean() / posterior.mean[0].numel()
+
+
+def to_tensor(pictures: np.ndarray) -> Tensor:
+    """Turn 8-bit RGB, (count, height, width, 3), into float RGB in -1..1, (count, 3, height, width)."""
+    return (
+        torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float() / 127.5 - 1.0
+    )
+
+
+@torch.no_grad()
+def normalise_latents(autoencoder: Any, pictures: np.ndarray) -> None:
+    """Fold each latent channel's mean and spread into the autoencoder, so that SD's scaling factor fits it.
+
+    Args:
+        autoencoder: Changed in place: its latents get mean 0 and standard deviation 1 / ``SCALING_FACTOR``.
+        pictures: 8-bit RGB to measure on, (count, size, size, 3).
+    """
+    latents = encode(autoencoder, pictures)
+    mean = latents.mean(dim=(0, 2, 3))
+    factor = 1.0 / (SCALING_FACTOR * latents.std(dim=(0, 2, 3)))
+    towards, back = autoencoder.quant_conv, autoencoder.post_quant_conv
+    channels = len(mean)
+    back.bias += back.weight[:, :, 0, 0] @ mean
+    back.weight /= factor[None, :, None, None]
+    towards.weight[:channels] *= factor[:, None, None, None]
+    towards.bias[:channels] = (towards.bias[:channels] - mean) * factor
+    towards.bias[channels:] += 2 * factor.log()
+
+
+@torch.no_grad()
+def encode(autoencoder: Any, pictures: np.ndarray, batch: int = 50) -> Tensor:
+    """Encode pictures to unscaled latents, (count, 4, size / 8, size / 8), on the CPU."""
+    from tqdm.auto import tqdm
+
+    starts = tqdm(range(0, len(pictures), batch), "encoding", leave=False, mininterval=5)
+    parts = [
+        autoencoder.encode(to_tensor(pictures[start : start + batch]).to(autoencoder.device))
+        .latent_dist.mode()
+        .cpu()
+        for start in starts
+    ]
+    return torch.cat(parts)

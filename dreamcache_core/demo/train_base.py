@@ -1,0 +1,174 @@
+"""``python -m dreamcache_core.demo.train_base``: trains the demo's base model from nothing."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config
+from ..config_flags import parse_config
+from ..training.objective import NoiseSchedule
+from .architecture import SCALING_FACTOR, make_text_encoder, make_unet, train_tokenizer
+from .autoencoder_stage import AutoencoderStage, encode, normalise_latents
+from .denoiser_stage import DenoiserStage, tokenise
+from .picture_pool import PicturePool, open_pool
+from .stages import Schedule, train_stage
+
+logger = logging.getLogger(__name__)
+
+MEASURED_PICTURES = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig(Config):
+    """Train the demo's autoencoder, text encoder and U-Net on drawn pictures; go on where an earlier run stopped."""
+
+    out: str = field(
+        metadata={"help": "folder of the run; the model ends up in its folder 'model'"}
+    )
+    pictures: int = field(default=24_000, metadata={"help": "pictures to draw and train on"})
+    autoencoder_steps: int = field(
+        default=8_000, metadata={"help": "steps of the autoencoder on 64-pixel crops"}
+    )
+    autoencoder_full_steps: int = field(
+        default=4_000, metadata={"help": "its steps after that on whole pictures"}
+    )
+    autoencoder_learning_rate: float = field(
+        default=1e-3, metadata={"help": "highest learning rate of these"}
+    )
+    unet_steps: int = field(default=30_000, metadata={"help": "steps of U-Net and text encoder"})
+    unet_batch: int = field(default=48, metadata={"help": "pictures in a step of these"})
+    unet_learning_rate: float = field(
+        default=1e-3, metadata={"help": "highest learning rate of these"}
+    )
+    drop_caption: float = field(
+        default=0.1, metadata={"help": "share of pictures with an empty caption"}
+    )
+    save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
+    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16"})
+    seed: int = field(default=0, metadata={"help": "decides pictures, weights and batches"})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Returns:
+        0 when all is trained; 1 after an interrupt.
+    """
+    config = parse_config(BaseConfig, argv, program="python -m dreamcache_core.demo.train_base")
+    out = Path(config.out)
+    torch.manual_seed(config.seed)
+    pool = open_pool(out / "pictures", config.pictures, config.seed)
+    autoencoder = _train_autoencoder(config, pool, out)
+    if autoencoder is None:
+        return 1
+    return 0 if _train_denoiser(config, pool, autoencoder, out) else 1
+
+
+def _device() -> torch.device:
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def _train_autoencoder(config: BaseConfig, pool: PicturePool, out: Path) -> Any:
+    from diffusers import AutoencoderKL
+
+    finished = out / "model" / "vae"
+    if finished.is_dir():
+        return AutoencoderKL.from_pretrained(finished).to(_device())
+    crops = AutoencoderStage(pool.pictures, batch=16, crop=64, device=_device())
+    wholes = AutoencoderStage(pool.pictures, batch=4, crop=pool.pictures.shape[1], device=_device())
+    rounds = (
+        ("autoencoder-crops", crops, config.autoencoder_steps, 1.0),
+        ("autoencoder", wholes, config.autoencoder_full_steps, 0.5),
+    )
+    wholes.module = crops.module
+    for name, stage, steps, pace in rounds:
+        schedule = Schedule(
+            steps,
+            pace * config.autoencoder_learning_rate,
+            100,
+            0.999,
+            config.save_every,
+            config.seed,
+        )
+        if not train_stage(stage, schedule, out / name, config.mixed_precision):
+            return None
+    autoencoder: Any = crops.module.autoencoder.eval()
+    normalise_latents(autoencoder, pool.pictures[:MEASURED_PICTURES])
+    autoencoder.save_pretrained(finished)
+    return autoencoder
+
+
+def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out: Path) -> bool:
+    from diffusers import DDIMScheduler
+
+    tokenizer = train_tokenizer(text for wordings in pool.captions for text in wordings)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+    text_encoder, unet = make_text_encoder(tokenizer), make_unet()
+    if _device().type == "cpu":
+        _avoid_fused_attention(unet)
+    stage = DenoiserStage(
+        text_encoder,
+        unet,
+        NoiseSchedule(scheduler.alphas_cumprod, "v_prediction"),
+        _latents(config, pool, autoencoder, out),
+        tokenise(tokenizer, pool.captions),
+        tokenise(tokenizer, [[""]])[0, 0],
+        batch=config.unet_batch,
+        drop_caption=config.drop_caption,
+        device=_device(),
+    )
+    schedule = Schedule(
+        config.unet_steps, config.unet_learning_rate, 200, 0.999, config.save_every, config.seed
+    )
+    finished = train_stage(stage, schedule, out / "unet", config.mixed_precision)
+    _save(out / "model", tokenizer, text_encoder, unet, scheduler)
+    return finished
+
+
+def _avoid_fused_attention(unet: Any) -> None:
+    """On the CPU the backward of torch's fused attention takes a third of a step; plain matrix products are faster."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet.set_attn_processor(AttnProcessor())
+
+
+def _latents(config: BaseConfig, pool: PicturePool, autoencoder: Any, out: Path) -> torch.Tensor:
+    """Scaled latents of the pool in half precision, from the file that an earlier run left."""
+    from safetensors.torch import load_file, save_file
+
+    path = out / "pictures" / f"latents-{config.pictures}-{config.seed}.safetensors"
+    if not path.is_file():
+        latents = encode(autoencoder, pool.pictures) * SCALING_FACTOR
+        save_file({"latents": latents.half().contiguous()}, path)
+    return load_file(path)["latents"]
+
+
+def _save(folder: Path, tokenizer: Any, text_encoder: Any, unet: Any, scheduler: Any) -> None:
+    """Write what diffusers' ``StableDiffusionPipeline`` is loaded from, but for the autoencoder."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    text_encoder.save_pretrained(folder / "text_encoder")
+    unet.save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.exit(main(sys.argv[1:]))
