@@ -1,4 +1,4 @@
-"""The command line: ``dreamcache generate | inspect | convert | train | dataset``."""
+"""The command line: ``dreamcache demo | generate | inspect | convert | train | dataset | evaluate``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, train_cli
+from . import __version__, demo_cli, train_cli
 from .adapter import AdapterSet
 from .checkpoints import load_adapters, save_adapters
 from .dataset_cli import add_dataset_commands
@@ -93,7 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dreamcache {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_generate, _add_inspect, _add_convert, _add_train, add_dataset_commands):
+    for add in (
+        _add_demo,
+        _add_generate,
+        _add_inspect,
+        _add_convert,
+        _add_train,
+        add_dataset_commands,
+    ):
         add(commands)
     return parser
 
@@ -164,6 +171,15 @@ def _add_train(commands: Any) -> None:
     # its flags are the fields of the configuration, which has a parser of its own
     parser = commands.add_parser("train", help="Train adapters.", add_help=False)
     parser.set_defaults(run=train_cli.run, takes_rest=True)
+
+
+# --- demo
+
+
+def _add_demo(commands: Any) -> None:
+    text = "Draw subjects in new scenes with the small model that comes along."
+    parser = commands.add_parser("demo", help=text, add_help=False)
+    parser.set_defaults(run=demo_cli.run, takes_rest=True)
 
 
 # --- inspect

@@ -11,8 +11,11 @@ from torch.nn import functional
 
 from .architecture import SCALING_FACTOR, make_autoencoder
 
-KL_WEIGHT = 1e-4
+KL_WEIGHT = 5e-4
+GUIDED_SPREAD = 2.0
 COARSE = 4
+RECOLOURED = 0.75
+ENCODE_BATCH = 16
 
 
 class AutoencoderStage:
@@ -22,33 +25,60 @@ class AutoencoderStage:
         pictures: 8-bit RGB, (count, size, size, 3).
         batch: Crops in a step.
         crop: Side of the crops in pixels.
+        colour_weight: Weight of what pulls three latent channels towards the mean colours; without it the first
+            thousands of steps find shades of grey only.
         device: Where it learns.
     """
 
     name = "autoencoder"
 
-    def __init__(self, pictures: np.ndarray, batch: int, crop: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        pictures: np.ndarray,
+        batch: int,
+        crop: int,
+        colour_weight: float,
+        device: torch.device,
+    ) -> None:
         self.pictures, self.batch, self.crop, self.device = pictures, batch, crop, device
+        self.colour_weight = colour_weight
         self.module: nn.Module = _Repeat(make_autoencoder())
 
     def loss(self, module: nn.Module, random: np.random.Generator) -> Tensor:
-        """Compare crops with what comes out: L1 of pixels, of coarse pixels, of edges; and a little KL."""
+        """Compare crops with what comes out: L1 of pixels, of coarse pixels, of edges; a little KL."""
         places = random.integers(self.pictures.shape[1] - self.crop + 1, size=(self.batch, 2))
         crops = [
-            self.pictures[index, top : top + self.crop, left : left + self.crop]
+            _recolour(self.pictures[index, top : top + self.crop, left : left + self.crop], random)
             for index, (top, left) in zip(
                 random.integers(len(self.pictures), size=self.batch), places, strict=True
             )
         ]
         pictures = to_tensor(np.stack(crops)).to(self.device)
-        repeated, divergence = module(pictures, int(random.integers(2**31)))
+        repeated, colours, divergence = module(pictures, int(random.integers(2**31)))
         coarse = functional.l1_loss(
             functional.avg_pool2d(repeated, COARSE), functional.avg_pool2d(pictures, COARSE)
         )
         edges = sum(
             functional.l1_loss(repeated.diff(dim=side), pictures.diff(dim=side)) for side in (2, 3)
         )
-        return functional.l1_loss(repeated, pictures) + coarse + edges + KL_WEIGHT * divergence
+        means = GUIDED_SPREAD * functional.avg_pool2d(
+            pictures, pictures.shape[-1] // colours.shape[-1]
+        )
+        return (
+            functional.l1_loss(repeated, pictures)
+            + coarse
+            + edges
+            + self.colour_weight * functional.l1_loss(colours, means)
+            + KL_WEIGHT * divergence
+        )
+
+
+def _recolour(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Exchange and invert colour channels of most pictures, so that no background's colours are learnt by heart."""
+    if random.random() >= RECOLOURED:
+        return picture
+    flip = random.integers(2, size=3, dtype=np.uint8) * np.uint8(255)
+    return picture[..., random.permutation(3)] ^ flip
 
 
 class _Repeat(nn.Module):
@@ -58,11 +88,12 @@ class _Repeat(nn.Module):
         super().__init__()
         self.autoencoder = autoencoder
 
-    def forward(self, pictures: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def forward(self, pictures: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         posterior = self.autoencoder.encode(pictures).latent_dist
         generator = torch.Generator(pictures.device).manual_seed(seed)
         repeated = self.autoencoder.decode(posterior.sample(generator)).sample
-        return repeated.float(), posterior.kl().float().mean() / posterior.mean[0].numel()
+        divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
+        return repeated.float(), posterior.mean[:, :3].float(), divergence
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -73,14 +104,15 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def normalise_latents(autoencoder: Any, pictures: np.ndarray) -> None:
+def normalise_latents(autoencoder: Any, pictures: np.ndarray, mixed_precision: str) -> None:
     """Fold each latent channel's mean and spread into the autoencoder, so that SD's scaling factor fits it.
 
     Args:
         autoencoder: Changed in place: its latents get mean 0 and standard deviation 1 / ``SCALING_FACTOR``.
         pictures: 8-bit RGB to measure on, (count, size, size, 3).
+        mixed_precision: Accelerate's.
     """
-    latents = encode(autoencoder, pictures)
+    latents = encode(autoencoder, pictures, mixed_precision)
     mean = latents.mean(dim=(0, 2, 3))
     factor = 1.0 / (SCALING_FACTOR * latents.std(dim=(0, 2, 3)))
     towards, back = autoencoder.quant_conv, autoencoder.post_quant_conv
@@ -93,15 +125,15 @@ def normalise_latents(autoencoder: Any, pictures: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def encode(autoencoder: Any, pictures: np.ndarray, batch: int = 50) -> Tensor:
+def encode(autoencoder: Any, pictures: np.ndarray, mixed_precision: str) -> Tensor:
     """Encode pictures to unscaled latents, (count, 4, size / 8, size / 8), on the CPU."""
+    from accelerate import Accelerator
     from tqdm.auto import tqdm
 
-    starts = tqdm(range(0, len(pictures), batch), "encoding", leave=False, mininterval=5)
-    parts = [
-        autoencoder.encode(to_tensor(pictures[start : start + batch]).to(autoencoder.device))
-        .latent_dist.mode()
-        .cpu()
-        for start in starts
-    ]
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    parts: list[Tensor] = []
+    for start in tqdm(range(0, len(pictures), ENCODE_BATCH), "encoding", mininterval=5):
+        batch = to_tensor(pictures[start : start + ENCODE_BATCH]).to(autoencoder.device)
+        with accelerator.autocast():
+            parts.append(autoencoder.encode(batch).latent_dist.mode().float().cpu())
     return torch.cat(parts)

@@ -182,7 +182,7 @@ def _forest(draw: ImageDraw.ImageDraw, size: int, random: np.random.Generator) -
     _fill(draw, size, 0.72, 1, (110, 80, 50))
 
 
-def _paper(draw: ImageDraw.ImageDraw, size: int, random: np.random.Generator) -> None:
+def _paper(draw: ImageDraw.ImageDraw, size: int, _: np.random.Generator) -> None:
     _fill(draw, size, 0, 1, (255, 255, 255))
 
 

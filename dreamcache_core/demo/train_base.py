@@ -80,11 +80,16 @@ def _device() -> torch.device:
 def _train_autoencoder(config: BaseConfig, pool: PicturePool, out: Path) -> Any:
     from diffusers import AutoencoderKL
 
-    finished = out / "model" / "vae"
+    finished = out / "vae"
     if finished.is_dir():
         return AutoencoderKL.from_pretrained(finished).to(_device())
-    crops = AutoencoderStage(pool.pictures, batch=16, crop=64, device=_device())
-    wholes = AutoencoderStage(pool.pictures, batch=4, crop=pool.pictures.shape[1], device=_device())
+    side = pool.pictures.shape[1]
+    crops = AutoencoderStage(
+        pool.pictures, batch=16, crop=side // 2, colour_weight=0.5, device=_device()
+    )
+    wholes = AutoencoderStage(
+        pool.pictures, batch=4, crop=side, colour_weight=0.05, device=_device()
+    )
     rounds = (
         ("autoencoder-crops", crops, config.autoencoder_steps, 1.0),
         ("autoencoder", wholes, config.autoencoder_full_steps, 0.5),
@@ -102,7 +107,7 @@ def _train_autoencoder(config: BaseConfig, pool: PicturePool, out: Path) -> Any:
         if not train_stage(stage, schedule, out / name, config.mixed_precision):
             return None
     autoencoder: Any = crops.module.autoencoder.eval()
-    normalise_latents(autoencoder, pool.pictures[:MEASURED_PICTURES])
+    normalise_latents(autoencoder, pool.pictures[:MEASURED_PICTURES], config.mixed_precision)
     autoencoder.save_pretrained(finished)
     return autoencoder
 
@@ -138,7 +143,14 @@ def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out
         config.unet_steps, config.unet_learning_rate, 200, 0.999, config.save_every, config.seed
     )
     finished = train_stage(stage, schedule, out / "unet", config.mixed_precision)
-    _save(out / "model", tokenizer, text_encoder, unet, scheduler)
+    _save(
+        out / "model",
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+    )
     return finished
 
 
@@ -155,18 +167,20 @@ def _latents(config: BaseConfig, pool: PicturePool, autoencoder: Any, out: Path)
 
     path = out / "pictures" / f"latents-{config.pictures}-{config.seed}.safetensors"
     if not path.is_file():
-        latents = encode(autoencoder, pool.pictures) * SCALING_FACTOR
+        latents = encode(autoencoder, pool.pictures, config.mixed_precision) * SCALING_FACTOR
         save_file({"latents": latents.half().contiguous()}, path)
     return load_file(path)["latents"]
 
 
-def _save(folder: Path, tokenizer: Any, text_encoder: Any, unet: Any, scheduler: Any) -> None:
-    """Write what diffusers' ``StableDiffusionPipeline`` is loaded from, but for the autoencoder."""
-    tokenizer.save_pretrained(folder / "tokenizer")
-    tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-    text_encoder.save_pretrained(folder / "text_encoder")
-    unet.save_pretrained(folder / "unet")
-    scheduler.save_pretrained(folder / "scheduler")
+def _save(folder: Path, **parts: Any) -> None:
+    """Write the model as a diffusers folder in half precision, with the tokenizer in the files that CLIP's came in."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline: Any = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    parts["tokenizer"].backend_tokenizer.model.save(str(folder / "tokenizer"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""Pictures that show the method: subjects from reference pictures in new scenes, beside the same seeds without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapter import AdapterSet
+from ..image_files import contact_sheet
+from ..injection import ReferenceUse
+from ..picture_tensors import picture_to_tensor
+from ..pipeline import DreamCachePipeline
+from .world import Scene, Subject, draw_subject, render_reference, write_caption
+
+STEPS = 20
+TEXT_GUIDANCE = 3.0
+IMAGE_GUIDANCE = 2.0
+
+SHAPES_SHOWN = ("mug", "fish", "house", "star")
+SCENES_SHOWN = (Scene("grass"), Scene("night"), Scene("beach", place="left"))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the demo's pictures are sampled.
+
+    Attributes:
+        steps: Sampling steps.
+        text_guidance: s_text of METHOD.md section 5.
+        image_guidance: s_image of it.
+    """
+
+    steps: int = STEPS
+    text_guidance: float = TEXT_GUIDANCE
+    image_guidance: float = IMAGE_GUIDANCE
+
+
+@dataclass(frozen=True)
+class Theme:
+    """One reference picture with the prompts that it is shown in.
+
+    Attributes:
+        name: Name of its files.
+        reference: The reference picture, (1, height, width, 3) in [0, 1].
+        prompts: What to draw.
+        scenes: The scenes that these describe, where the world knows them.
+        subject: Who is on the picture; ``None`` for a picture of the user's own.
+    """
+
+    name: str
+    reference: Tensor
+    prompts: Sequence[str]
+    scenes: Sequence[Scene] = ()
+    subject: Subject | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """What was drawn of a theme.
+
+    Attributes:
+        theme: The theme.
+        with_reference: A picture for each prompt, (prompts, height, width, 3) in [0, 1].
+        without_reference: The same seeds and prompts, likewise.
+    """
+
+    theme: Theme
+    with_reference: Tensor
+    without_reference: Tensor
+
+
+def choose_themes(seed: int, shapes: Sequence[str] = SHAPES_SHOWN) -> list[Theme]:
+    """Draw a subject of each shape that adapter training has not seen in these colours.
+
+    Args:
+        seed: Decides patterns, colours and poses.
+        shapes: Their shapes, keys of ``SHAPES``.
+    """
+    random = np.random.default_rng(seed)
+    themes: list[Theme] = []
+    for shape in shapes:
+        while not (subject := draw_subject(random, shape)).is_unseen:
+            pass
+        prompts = [
+            write_caption(subject, scene, random, name_pattern=False) for scene in SCENES_SHOWN
+        ]
+        picture = picture_to_tensor(render_reference(subject, random))
+        themes.append(Theme(shape, picture, prompts, SCENES_SHOWN, subject))
+    return themes
+
+
+def draw_panels(
+    pipeline: DreamCachePipeline,
+    adapters: AdapterSet,
+    themes: Sequence[Theme],
+    seed: int,
+    sampling: Sampling,
+) -> Iterator[Panel]:
+    """Draw every theme with and without its reference, from the same noise.
+
+    Args:
+        pipeline: The demo's model.
+        adapters: Its adapters.
+        themes: What to draw.
+        seed: Picture number p of a theme is drawn from ``seed + p``.
+        sampling: How.
+
+    Yields:
+        The panels, one after the other.
+    """
+    for theme in themes:
+        reference = pipeline.encode_reference(theme.reference, layers=adapters.layers)
+        pictures = [
+            sample(pipeline, uses, theme.prompts, seed, sampling)
+            for uses in ([ReferenceUse(reference, adapters)], [])
+        ]
+        yield Panel(theme, *pictures)
+
+
+def sample(
+    pipeline: DreamCachePipeline,
+    uses: Sequence[ReferenceUse],
+    prompts: Sequence[str],
+    seed: int,
+    sampling: Sampling,
+) -> Tensor:
+    """Draw a picture for each prompt.
+
+    Args:
+        pipeline: The demo's model.
+        uses: References; none of them: ordinary pictures.
+        prompts: What to draw.
+        seed: Picture number p is drawn from ``seed + p``.
+        sampling: How.
+
+    Returns:
+        (prompts, height, width, 3) in [0, 1].
+    """
+    images = pipeline(
+        list(prompts),
+        uses,
+        text_scale=sampling.text_guidance,
+        image_scale=sampling.image_guidance,
+        num_inference_steps=sampling.steps,
+        generator=[torch.Generator().manual_seed(seed + number) for number in range(len(prompts))],
+        output_type="pt",
+    )
+    return images.permute(0, 2, 3, 1)
+
+
+def draw_sheet(panels: Sequence[Panel]) -> Tensor:
+    """Lay panels out: references across the top, two columns each: with the reference, and without.
+
+    Args:
+        panels: Panels with equally many prompts.
+
+    Returns:
+        The sheet, (1, height, width, 3) in [0, 1].
+    """
+    blank = torch.ones_like(panels[0].theme.reference)
+    rows = [[picture for panel in panels for picture in (panel.theme.reference, blank)]]
+    captions = [[text for _ in panels for text in ("reference", "")]]
+    for number in range(len(panels[0].theme.prompts)):
+        rows.append(
+            [
+                pictures[number : number + 1]
+                for panel in panels
+                for pictures in (panel.with_reference, panel.without_reference)
+            ]
+        )
+        captions.append(
+            [
+                text
+                for panel in panels
+                for text in (panel.theme.prompts[number], "same seed, no reference")
+            ]
+        )
+    return contact_sheet(rows, captions, cell_px=160)

@@ -1,0 +1,95 @@
+"""What ``dreamcache demo`` does: load the model that comes along, draw, and write pictures and a contact sheet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import load_adapters
+from ..diffusers_loading import load_diffusers_pipeline
+from ..image_files import read_image, save_png
+from ..pipeline import DreamCachePipeline
+from ..reference_image import prepare_reference_image
+from .gallery import Panel, Sampling, Theme, choose_themes, draw_panels, draw_sheet
+from .model_files import require_demo_files
+from .world import PICTURE_SIZE
+
+if TYPE_CHECKING:
+    from ..demo_cli import DemoOptions
+
+SHEET = "contact_sheet.png"
+METADATA_KEY = "dreamcache"
+OWN_PROMPTS = ("a ball on the grass", "a ball at night", "a ball on the beach, left")
+FILL = 0.85
+
+
+def show_demo(options: DemoOptions, folder: Path | None = None) -> Iterator[str]:
+    """Draw the demo's pictures and write them.
+
+    Args:
+        options: What to draw and where to write it.
+        folder: Holds the model and its adapters; ``None`` takes what came with the package.
+
+    Yields:
+        Lines that tell what was made.
+
+    Raises:
+        DreamCacheError: The model or the reference picture cannot be read.
+        OSError: A file could not be written.
+    """
+    files = require_demo_files(folder)
+    themes = [_with_prompt(theme, options.prompt) for theme in _themes(options)]
+    pipeline = DreamCachePipeline(load_diffusers_pipeline(files.model))
+    adapters = load_adapters(files.adapters)
+    sampling = Sampling(options.steps, options.cfg, options.image_guidance)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    panels: list[Panel] = []
+    for panel in draw_panels(pipeline, adapters, themes, options.seed, sampling):
+        panels.append(panel)
+        _write(panel, out, options)
+        yield f"{panel.theme.name}: {len(panel.theme.prompts)} pictures with and without reference"
+    save_png(out / SHEET, draw_sheet(panels))
+    yield f"All of them: {out / SHEET}"
+
+
+def _themes(options: DemoOptions) -> Sequence[Theme]:
+    if options.reference is not None:
+        shape = options.subject or "ball"
+        prompts = [prompt.replace("ball", shape) for prompt in OWN_PROMPTS]
+        return [Theme("own", _read_reference(options.reference), prompts)]
+    if options.subject is not None:
+        return choose_themes(options.seed, [options.subject])
+    return choose_themes(options.seed)
+
+
+def _with_prompt(theme: Theme, prompt: str | None) -> Theme:
+    """Replace a theme's prompts by the user's own, if there is one."""
+    return theme if prompt is None else Theme(theme.name, theme.reference, [prompt])
+
+
+def _read_reference(path: str) -> Tensor:
+    """Read a picture and put its subject, cut out by its alpha channel, on a white square."""
+    picture, alpha = read_image(path)
+    fill = 1.0 if alpha is None else FILL
+    return prepare_reference_image(picture, alpha, size=PICTURE_SIZE, fill=fill)[0]
+
+
+def _write(panel: Panel, out: Path, options: DemoOptions) -> None:
+    """Write a theme's reference and pictures, each with the parameters that it was made with."""
+    name = panel.theme.name
+    save_png(out / f"{name}_reference.png", panel.theme.reference)
+    settings = {key: getattr(options, key) for key in ("steps", "cfg", "image_guidance")}
+    shown = {"with_reference": panel.with_reference, "without_reference": panel.without_reference}
+    for kind, pictures in shown.items():
+        for number, (prompt, picture) in enumerate(
+            zip(panel.theme.prompts, torch.unbind(pictures), strict=True)
+        ):
+            values = {**settings, "prompt": prompt, "seed": options.seed + number}
+            metadata = {METADATA_KEY: json.dumps(values)}
+            save_png(out / f"{name}_{number}_{kind}.png", picture[None], metadata)

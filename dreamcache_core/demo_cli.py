@@ -1,0 +1,62 @@
+"""``dreamcache demo``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .config import Config
+from .config_flags import parse_config
+from .errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Config):
+    """Draw subjects from reference pictures in new scenes, with the small model that comes along; no download."""
+
+    out: str = field(default="demo", metadata={"help": "folder for the pictures"})
+    seed: int = field(default=0, metadata={"help": "decides subjects and noise"})
+    subject: str | None = field(
+        default=None, metadata={"help": "show one shape only: mug, fish, house ..."}
+    )
+    prompt: str | None = field(default=None, metadata={"help": "one prompt of your own for all"})
+    reference: str | None = field(
+        default=None, metadata={"help": "a picture of your own as the reference"}
+    )
+    steps: int = field(default=20, metadata={"help": "sampling steps"})
+    cfg: float = field(default=3.0, metadata={"help": "text guidance"})
+    image_guidance: float = field(default=2.0, metadata={"help": "image guidance"})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is loaded.
+
+        Raises:
+            InputError: A value is out of range, or the shape is none that the world has.
+        """
+        from .demo.shapes import SHAPES
+
+        if self.subject is not None and self.subject not in SHAPES:
+            raise InputError(
+                f"--subject must be one of {', '.join(SHAPES)}; given {self.subject!r}. A picture of anything else "
+                "goes to --reference."
+            )
+        if self.steps < 1 or not 0 <= self.seed < 2**63:
+            raise InputError(
+                f"--steps must be at least 1 and --seed in 0 ... 2^63 - 1; given {self.steps} and {self.seed}."
+            )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Draw the demo.
+
+    Args:
+        argv: Arguments after ``demo``.
+    """
+    options = parse_config(DemoOptions, argv, program="dreamcache demo")
+    from .demo.show import show_demo
+
+    for line in show_demo(options):
+        print(line)
