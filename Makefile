@@ -1,5 +1,5 @@
 # Targets set up what they need: a virtual environment in .venv, pinned by constraints.txt.
-.PHONY: setup test check test-comfy test-e2e format
+.PHONY: setup demo test check test-comfy test-e2e format
 .DEFAULT_GOAL := test
 
 export HF_HUB_OFFLINE := 1
@@ -10,6 +10,10 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -rs --timeout=600
 
 setup: $(STAMP)
+
+# Pictures in demo/, the contact sheet first.
+demo: setup
+	$(BIN)/python -m dreamcache_core demo --out demo
 
 # The first half on all cores; ComfyUI and the browser keep them busy by themselves.
 test: setup

@@ -17,6 +17,7 @@ from .adapter import AdapterSet
 from .checkpoints import load_adapters, save_adapters
 from .dataset_cli import add_dataset_commands
 from .errors import DreamCacheError, InputError
+from .evaluate_cli import add_evaluate_commands
 from .generate import DTYPES, GenerateOptions, generate
 from .inspection import describe_file, read_header
 from .tensor_file import FORMAT_KEY
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_convert,
         _add_train,
         add_dataset_commands,
+        add_evaluate_commands,
     ):
         add(commands)
     return parser

@@ -1,0 +1,1 @@
+"""Measure what the method brings: DreamBench, and the demo world."""

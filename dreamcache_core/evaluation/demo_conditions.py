@@ -1,0 +1,81 @@
+"""The conditions under which the demo model is measured: guidance, references, and variants of the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..demo.gallery import IMAGE_GUIDANCE, TEXT_GUIDANCE
+from ..guidance import GuidanceMode
+
+SHIPPED = "adapters"
+"""Variant that comes with the package."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to generate the triples' pictures.
+
+    Attributes:
+        name: Name of its results.
+        sweep: What it is compared within.
+        adapters: Name of the adapters' variant; ``None``: no reference.
+        text_guidance: s_text (METHOD.md section 5).
+        image_guidance: s_image.
+        mode: ``separate`` or ``joint``.
+        references: Pictures of the subject, their tokens concatenated.
+        captioned: Whether the reference pass sees the subject's word; else the empty prompt.
+    """
+
+    name: str
+    sweep: str
+    adapters: str | None = SHIPPED
+    text_guidance: float = TEXT_GUIDANCE
+    image_guidance: float = IMAGE_GUIDANCE
+    mode: GuidanceMode = "separate"
+    references: int = 1
+    captioned: bool = False
+
+
+NO_REFERENCE = Condition("no reference", "baseline", adapters=None)
+CHOSEN = Condition("as shipped", "baseline")
+
+
+def guidance_sweeps() -> list[Condition]:
+    """Every scale of image and of text guidance, and joint guidance."""
+    base = replace(CHOSEN, sweep="image guidance")
+    image = [
+        replace(base, name=f"image guidance {scale:g}", image_guidance=scale)
+        for scale in (0.0, 0.4, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    ]
+    text = [
+        replace(base, name=f"text guidance {scale:g}", sweep="text guidance", text_guidance=scale)
+        for scale in (1.0, 2.0, 3.0, 5.0, 7.5)
+    ]
+    joint = [
+        replace(base, name=f"joint {scale:g}", sweep="joint", text_guidance=scale, mode="joint")
+        for scale in (1.0, 2.0, 3.0, 5.0, 7.5)
+    ]
+    return [*image, *text, *joint]
+
+
+def reference_sweep() -> list[Condition]:
+    """One, two and four pictures of the subject."""
+    return [
+        replace(CHOSEN, name=f"{count} references", sweep="references", references=count)
+        for count in (1, 2, 4)
+    ]
+
+
+def all_conditions(variants: Sequence[str] = ()) -> list[Condition]:
+    """Every condition.
+
+    Args:
+        variants: Names of adapters that were trained otherwise than the shipped ones.
+    """
+    captioned = replace(CHOSEN, name="captioned reference", sweep="caption", captioned=True)
+    trained = [
+        replace(CHOSEN, name=f"variant {name}", sweep="variants", adapters=name)
+        for name in variants
+    ]
+    return [NO_REFERENCE, CHOSEN, *guidance_sweeps(), *reference_sweep(), captioned, *trained]

@@ -1,0 +1,201 @@
+"""The evidence as a page of tables with plots beside it, written from the measurements of every condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..whole_files import whole_file
+from .demo_conditions import CHOSEN, NO_REFERENCE, Condition
+from .demo_measures import MatchBounds, SubjectMatch
+from .demo_plots import Bar, Sweep, SweepPoint, plot_bars, plot_pareto
+from .demo_results import Judgement
+from .demo_statistics import Interval, difference_interval, gap_interval, mean_interval
+from .demo_triples import GROUPS, Group
+
+PAGE, PARETO, BARS = "README.md", "pareto.png", "ablations.png"
+PARETO_SWEEPS = ("image guidance", "text guidance", "joint", "baseline")
+GROUP_TITLES: Mapping[Group, str] = {
+    "combination": "Known shapes in unseen patterns and colours",
+    "shape": "Unseen shapes",
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that was measured.
+
+    Attributes:
+        rows: Rows of each condition, in the triples' order.
+        bounds: True renders of the same triples, by group.
+        command: What was called.
+    """
+
+    rows: Mapping[Condition, Sequence[Judgement]]
+    bounds: Mapping[Group, MatchBounds]
+    command: str
+
+    def of(self, condition: Condition, group: Group) -> list[Judgement]:
+        """Rows of one group under one condition."""
+        return [row for row in self.rows[condition] if row.group == group]
+
+    @property
+    def groups(self) -> list[Group]:
+        """Groups with measurements."""
+        return [group for group in GROUPS if group in self.bounds]
+
+
+def write_pages(evidence: Evidence, out: Path) -> list[Path]:
+    """Write the page and its plots.
+
+    Args:
+        evidence: The measurements.
+        out: The folder; made where it is missing.
+
+    Returns:
+        The files.
+
+    Raises:
+        MissingPackageError: scipy or matplotlib is not installed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / PAGE]
+    sweeps = _sweeps(evidence)
+    if sweeps:
+        plot_pareto(sweeps, out / PARETO, title=GROUP_TITLES["combination"])
+        files.append(out / PARETO)
+    bars = _bars(evidence)
+    if bars:
+        plot_bars(bars, out / BARS, ylabel="subject match", title=GROUP_TITLES["combination"])
+        files.append(out / BARS)
+    with whole_file(out / PAGE) as unfinished:
+        unfinished.write_text("\n".join(_lines(evidence, files)) + "\n", encoding="utf-8")
+    return files
+
+
+def summary_lines(evidence: Evidence) -> list[str]:
+    """The main table in short, for a terminal: one line for each condition of the first group."""
+    group = evidence.groups[0]
+    return [
+        f"{condition.name:>24}  match {_match(evidence.of(condition, group))}  "
+        f"gap closed {_gap(evidence, condition, group)}  "
+        f"obedience {_obedience(evidence.of(condition, group))}"
+        for condition in evidence.rows
+    ]
+
+
+def _lines(evidence: Evidence, files: Iterable[Path]) -> Iterable[str]:
+    names = {path.name for path in files}
+    yield "# Measured on the demo model"
+    yield ""
+    yield f"Written by `{evidence.command}`. Brackets hold 95 % confidence intervals (bootstrap over triples)."
+    yield ""
+    for group in evidence.groups:
+        yield from _group_lines(evidence, group)
+    if PARETO in names:
+        yield f"![Subject match against scene obedience]({PARETO})"
+        yield ""
+    if BARS in names:
+        yield f"![Ablations]({BARS})"
+        yield ""
+
+
+def _group_lines(evidence: Evidence, group: Group) -> Iterable[str]:
+    bounds = evidence.bounds[group]
+    yield f"## {GROUP_TITLES[group]}"
+    yield ""
+    yield (
+        f"{len(bounds.upper)} triples of subject, scene and seed. True pictures of the subject match "
+        f"{_match_of(bounds.upper)} (upper bound), true pictures of other subjects of its shape "
+        f"{_match_of(bounds.lower)} (lower bound); the measure tells the two apart with AUC "
+        f"{bounds.separation(lambda found: found.match):.3f}."
+    )
+    yield ""
+    titles = ("condition", "subject match", "gap closed", "colour error", "pattern", "obedience")
+    yield from _row((*titles, "background", "shape", "obedience gained on no reference"))
+    yield from _row(["---"] * (len(titles) + 3))
+    for condition in evidence.rows:
+        yield from _row(_cells(evidence, condition, group))
+    yield ""
+
+
+def _cells(evidence: Evidence, condition: Condition, group: Group) -> list[str]:
+    rows = evidence.of(condition, group)
+    return [
+        condition.name,
+        str(_match(rows)),
+        str(_gap(evidence, condition, group)),
+        f"{_mean(rows, lambda row: row.colour_error):.1f}",
+        f"{_mean(rows, lambda row: row.pattern_agreement):.3f}",
+        str(_obedience(rows)),
+        f"{_mean(rows, lambda row: float(row.background)):.3f}",
+        f"{_mean(rows, lambda row: float(row.shape)):.3f}",
+        _gain(evidence, condition, group),
+    ]
+
+
+def _gain(evidence: Evidence, condition: Condition, group: Group) -> str:
+    """Obedience that a condition has more than no reference on the same triples."""
+    if NO_REFERENCE not in evidence.rows or condition == NO_REFERENCE:
+        return ""
+    baseline = [row.obedience for row in evidence.of(NO_REFERENCE, group)]
+    rows = [row.obedience for row in evidence.of(condition, group)]
+    return str(difference_interval(rows, baseline))
+
+
+def _row(cells: Sequence[str]) -> Iterable[str]:
+    yield f"| {' | '.join(cells)} |"
+
+
+def _sweeps(evidence: Evidence) -> list[Sweep]:
+    group = evidence.groups[0]
+    sweeps: list[Sweep] = []
+    for name in PARETO_SWEEPS:
+        points = [
+            SweepPoint(
+                condition.name.removeprefix(name).strip(),
+                _obedience(evidence.of(condition, group)),
+                _match(evidence.of(condition, group)),
+                condition == CHOSEN,
+            )
+            for condition in evidence.rows
+            if condition.sweep == name
+        ]
+        if points:
+            sweeps.append(Sweep(name, points))
+    return sweeps
+
+
+def _bars(evidence: Evidence) -> list[tuple[str, list[Bar]]]:
+    group, groups = evidence.groups[0], dict[str, list[Bar]]()
+    for condition in evidence.rows:
+        if condition.sweep not in PARETO_SWEEPS:
+            bar = Bar(condition.name, _match(evidence.of(condition, group)), condition == CHOSEN)
+            groups.setdefault(condition.sweep, []).append(bar)
+    return list(groups.items())
+
+
+def _match(rows: Sequence[Judgement]) -> Interval:
+    return mean_interval([row.match for row in rows])
+
+
+def _obedience(rows: Sequence[Judgement]) -> Interval:
+    return mean_interval([row.obedience for row in rows])
+
+
+def _gap(evidence: Evidence, condition: Condition, group: Group) -> Interval:
+    bounds = evidence.bounds[group]
+    return gap_interval(
+        [row.match for row in evidence.of(condition, group)],
+        [found.match for found in bounds.lower],
+        [found.match for found in bounds.upper],
+    )
+
+
+def _match_of(found: Sequence[SubjectMatch]) -> Interval:
+    return mean_interval([each.match for each in found])
+
+
+def _mean(rows: Sequence[Judgement], value: Callable[[Judgement], float]) -> float:
+    return sum(value(row) for row in rows) / len(rows)

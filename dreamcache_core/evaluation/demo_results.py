@@ -1,0 +1,93 @@
+"""What was measured of generated pictures of the demo world, one row for each triple, in JSONL files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import Config
+from .demo_classifier import SceneClassifier, recognise
+from .demo_measures import measure_match
+from .demo_triples import Group, Triple
+
+
+@dataclass(frozen=True)
+class Judgement(Config):
+    """What was measured of one picture.
+
+    Attributes:
+        index: The triple's place in its group.
+        group: The triple's group.
+        match: Subject match, 0 to 1.
+        colour_error: Its colours' mean difference, Lab units.
+        pattern_agreement: Share of pixels that fit the pattern, 0 to 1.
+        is_found: Whether anything of the subject's shape is there.
+        background: Whether the classifier sees the scene's background.
+        shape: Whether the classifier sees the subject's shape.
+    """
+
+    index: int
+    group: Group
+    match: float
+    colour_error: float
+    pattern_agreement: float
+    is_found: bool
+    background: bool
+    shape: bool
+
+    @property
+    def obedience(self) -> float:
+        """Share of what the prompt names, background and shape, that is there: 0, 0.5 or 1."""
+        return (self.background + self.shape) / 2
+
+
+def judge(
+    triples: Sequence[Triple], pictures: np.ndarray, classifier: SceneClassifier
+) -> list[Judgement]:
+    """Measure pictures.
+
+    Args:
+        triples: What they should show.
+        pictures: 8-bit RGB, (triples, 128, 128, 3).
+        classifier: Recognises scenes.
+
+    Raises:
+        MissingPackageError: scipy is not installed.
+    """
+    judgements: list[Judgement] = []
+    for triple, picture, seen in zip(
+        triples, pictures, recognise(pictures, classifier), strict=True
+    ):
+        match = measure_match(picture, triple.subject)
+        judgements.append(
+            Judgement(
+                triple.index,
+                triple.group,
+                round(match.match, 5),
+                round(match.colour_error, 3),
+                round(match.pattern_agreement, 5),
+                bool(match.is_found),
+                seen.background == triple.scene.background,
+                seen.shape == triple.subject.shape,
+            )
+        )
+    return judgements
+
+
+def read_judgements(path: Path) -> list[Judgement]:
+    """Read the rows of one condition; a missing file has none, a line that was cut off is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [Judgement.from_dict(json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def append_judgements(path: Path, judgements: Iterable[Judgement]) -> None:
+    """Add rows to the file of one condition."""
+    text = "".join(f"{json.dumps(asdict(judgement))}\n" for judgement in judgements)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)

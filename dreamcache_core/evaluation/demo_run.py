@@ -1,0 +1,158 @@
+"""``dreamcache evaluate demo``: generates held-out pictures under every condition, measures them, and writes the evidence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapter import AdapterSet
+from ..checkpoints import load_adapters
+from ..config import Config
+from ..demo.gallery import STEPS
+from ..demo.model_files import require_demo_files
+from ..diffusers_loading import load_diffusers_pipeline
+from ..errors import InputError
+from ..pipeline import DreamCachePipeline
+from .demo_classifier import load_classifier
+from .demo_conditions import SHIPPED, Condition, all_conditions
+from .demo_results import Judgement, append_judgements, judge, read_judgements
+from .demo_sampling import batches, generate_pictures
+from .demo_triples import NUM_COMBINATIONS, NUM_SHAPES, Triple, draw_triples
+
+logger = logging.getLogger(__name__)
+
+VARIANT_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoEvaluationOptions(Config):
+    """Measure the demo model on held-out subjects under every condition; go on where an earlier run stopped."""
+
+    results: str = field(
+        default="evidence", metadata={"help": "folder of the measurements, one file a condition"}
+    )
+    out: str = field(default="docs/evidence", metadata={"help": "folder of the pages and plots"})
+    folder: str | None = field(
+        default=None, metadata={"help": "holds model and adapters; else what comes along"}
+    )
+    variants: str | None = field(
+        default=None, metadata={"help": "folder of adapters that were trained otherwise"}
+    )
+    conditions: list[str] = field(
+        default_factory=list, metadata={"help": "names of conditions to measure; none: all"}
+    )
+    combinations: int = field(
+        default=NUM_COMBINATIONS, metadata={"help": "triples with unseen patterns and colours"}
+    )
+    shapes: int = field(default=NUM_SHAPES, metadata={"help": "triples with unseen shapes"})
+    steps: int = field(default=STEPS, metadata={"help": "sampling steps"})
+    batch_size: int = field(default=30, metadata={"help": "pictures generated at a time"})
+    seed: int = field(default=0, metadata={"help": "seed of the triples"})
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: One is out of range.
+        """
+        lowest = {"combinations": 2, "shapes": 0, "steps": 1, "batch_size": 1, "seed": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise InputError(f"--{name} must be at least {low}; given {getattr(self, name)}.")
+
+    def triples(self) -> list[Triple]:
+        """What is measured."""
+        return draw_triples(self.seed, self.combinations, self.shapes)
+
+
+def chosen_conditions(options: DemoEvaluationOptions) -> list[Condition]:
+    """The conditions that the options ask for.
+
+    Raises:
+        InputError: A name is none, or there is no such folder of variants.
+    """
+    known = {condition.name: condition for condition in all_conditions(_variant_names(options))}
+    missing = [name for name in options.conditions if name not in known]
+    if missing:
+        raise InputError(f"There is no condition {missing[0]!r}. Known are: {', '.join(known)}.")
+    return [known[name] for name in options.conditions or known]
+
+
+def measure_conditions(
+    options: DemoEvaluationOptions,
+) -> Iterator[tuple[Condition, list[Judgement]]]:
+    """Generate and measure what has not been measured yet.
+
+    Args:
+        options: What to measure.
+
+    Yields:
+        Each condition with all its rows.
+
+    Raises:
+        DreamCacheError: A file is missing or damaged, or an option is unfit.
+    """
+    conditions, triples = chosen_conditions(options), options.triples()
+    results = Path(options.results)
+    results.mkdir(parents=True, exist_ok=True)
+    session = _Session(options)
+    for condition in conditions:
+        path = results / f"{condition.name.replace(' ', '_')}.jsonl"
+        done = {(row.group, row.index) for row in read_judgements(path)}
+        left = [triple for triple in triples if (triple.group, triple.index) not in done]
+        for rows in session.measure(condition, left):
+            append_judgements(path, rows)
+        yield condition, _in_order(read_judgements(path), triples)
+
+
+class _Session:
+    """The model and whatever else is loaded once."""
+
+    def __init__(self, options: DemoEvaluationOptions) -> None:
+        self.options = options
+        self.files = require_demo_files(Path(options.folder) if options.folder else None)
+        self.pipeline = DreamCachePipeline(load_diffusers_pipeline(self.files.model))
+        self.classifier, _ = load_classifier()
+        self.adapters: dict[str, AdapterSet] = {}
+
+    def measure(self, condition: Condition, triples: Sequence[Triple]) -> Iterator[list[Judgement]]:
+        from tqdm.auto import tqdm
+
+        adapters = self._adapters(condition.adapters)
+        with tqdm(total=len(triples), desc=condition.name, disable=not triples) as bar:
+            for batch in batches(triples, self.options.batch_size):
+                pictures = generate_pictures(
+                    self.pipeline, adapters, batch, condition, steps=self.options.steps
+                )
+                yield judge(batch, pictures, self.classifier)
+                bar.update(len(batch))
+
+    def _adapters(self, name: str | None) -> AdapterSet | None:
+        if name is None:
+            return None
+        if name not in self.adapters:
+            path = self.files.adapters
+            if name != SHIPPED:
+                path = Path(str(self.options.variants)) / f"{name}{VARIANT_SUFFIX}"
+            self.adapters[name] = load_adapters(path)
+        return self.adapters[name]
+
+
+def _variant_names(options: DemoEvaluationOptions) -> list[str]:
+    if options.variants is None:
+        return []
+    folder = Path(options.variants)
+    if not folder.is_dir():
+        raise InputError(
+            f"There is no folder {folder}. Give --variants the trained variants' folder."
+        )
+    return sorted(path.stem for path in folder.glob(f"*{VARIANT_SUFFIX}"))
+
+
+def _in_order(rows: Sequence[Judgement], triples: Sequence[Triple]) -> list[Judgement]:
+    """Sort rows as the triples are, and leave out those of triples that were not asked for."""
+    by_key: dict[Any, Judgement] = {(row.group, row.index): row for row in rows}
+    return [by_key[triple.group, triple.index] for triple in triples]
