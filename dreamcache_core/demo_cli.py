@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from .config import Config
 from .config_flags import parse_config
 from .errors import InputError
+from .guidance import Guidance
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class DemoOptions(Config):
                 f"--subject must be one of {', '.join(SHAPES)}; given {self.subject!r}. A picture of anything else "
                 "goes to --reference."
             )
+        Guidance(self.image_guidance)
         if self.steps < 1 or not 0 <= self.seed < 2**63:
             raise InputError(
                 f"--steps must be at least 1 and --seed in 0 ... 2^63 - 1; given {self.steps} and {self.seed}."

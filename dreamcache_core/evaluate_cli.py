@@ -33,16 +33,18 @@ def add_evaluate_commands(commands: Any) -> None:
 
 
 def _demo(argv: Sequence[str]) -> None:
-    from .evaluation.demo_measures import measure_bounds
+    from .evaluation.demo_measures import MatchBounds, measure_bounds
     from .evaluation.demo_pages import Evidence, summary_lines, write_pages
     from .evaluation.demo_run import DemoEvaluationOptions, measure_conditions
-    from .evaluation.demo_triples import GROUPS
+    from .evaluation.demo_triples import GROUPS, Group
 
     options = parse_config(DemoEvaluationOptions, argv, program="dreamcache evaluate demo")
     rows = dict(measure_conditions(options))
     triples = options.triples()
     by_group = {group: [t for t in triples if t.group == group] for group in GROUPS}
-    bounds = {group: measure_bounds(of_group) for group, of_group in by_group.items() if of_group}
+    bounds: dict[Group, MatchBounds] = {
+        group: measure_bounds(by_group[group]) for group in GROUPS if by_group[group]
+    }
     evidence = Evidence(rows, bounds, f"python -m dreamcache_core evaluate demo {' '.join(argv)}")
     print("\n".join(summary_lines(evidence)))
     for path in write_pages(evidence, Path(options.out)):

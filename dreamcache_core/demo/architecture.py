@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from ..diffusers_loading import require_diffusers
 from .world import PICTURE_SIZE
 
 LATENT_CHANNELS = 4
@@ -25,10 +26,8 @@ HEAD_WIDTH = 32
 
 def make_autoencoder() -> Any:
     """Build an ``AutoencoderKL`` with random weights: 8x, four latent channels."""
-    from diffusers import AutoencoderKL
-
     levels = len(AUTOENCODER_CHANNELS)
-    return AutoencoderKL(
+    return require_diffusers().AutoencoderKL(
         sample_size=PICTURE_SIZE,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -42,9 +41,7 @@ def make_autoencoder() -> Any:
 
 def make_unet() -> Any:
     """Build a ``UNet2DConditionModel`` with random weights: Stable Diffusion 2's blocks, a tenth as wide."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
+    return require_diffusers().UNet2DConditionModel(
         sample_size=PICTURE_SIZE // 8,
         block_out_channels=UNET_CHANNELS,
         cross_attention_dim=TEXT_WIDTH,
@@ -95,7 +92,7 @@ def train_tokenizer(captions: Iterable[str]) -> Any:
         captions, VOCABULARY_SIZE, initial_alphabet=letters, show_progress=False
     )
     rules = json.loads(learnt.backend_tokenizer.to_str())["model"]["merges"]
-    merges = [(str(first), str(second)) for first, second in rules]
+    merges: Any = [(str(first), str(second)) for first, second in rules]
     known = dict.fromkeys([*vocabulary[:-2], *("".join(merge) for merge in merges), *special])
     return CLIPTokenizer(
         {token: index for index, token in enumerate(known)}, merges, model_max_length=TEXT_TOKENS

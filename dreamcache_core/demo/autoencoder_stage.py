@@ -14,7 +14,7 @@ from .architecture import SCALING_FACTOR, make_autoencoder
 KL_WEIGHT = 5e-4
 GUIDED_SPREAD = 2.0
 COARSE = 4
-RECOLOURED = 0.75
+RECOLOURED = 0.5
 ENCODE_BATCH = 16
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoints import load_adapters
 from ..diffusers_loading import load_diffusers_pipeline
+from ..errors import MissingPackageError
 from ..image_files import read_image, save_png
 from ..pipeline import DreamCachePipeline
 from ..reference_image import prepare_reference_image
@@ -55,7 +56,11 @@ def show_demo(options: DemoOptions, folder: Path | None = None) -> Iterator[str]
         _write(panel, out, options)
         yield f"{panel.theme.name}: {len(panel.theme.prompts)} pictures with and without reference"
     save_png(out / SHEET, draw_sheet(panels))
-    yield f"All of them: {out / SHEET}"
+    try:
+        yield from _measured(panels)
+    except MissingPackageError as error:
+        yield f"Not measured: {error}"
+    yield f"Look at {out / SHEET}"
 
 
 def _themes(options: DemoOptions) -> Sequence[Theme]:
@@ -80,13 +85,42 @@ def _read_reference(path: str) -> Tensor:
     return prepare_reference_image(picture, alpha, size=PICTURE_SIZE, fill=fill)[0]
 
 
+def _measured(panels: Sequence[Panel]) -> Iterator[str]:
+    """Tell how well the pictures keep to subject and prompt, where the world knows both."""
+    from ..evaluation.demo_classifier import load_classifier, recognise
+    from ..evaluation.demo_measures import measure_match
+
+    classifier, _ = load_classifier()
+    heading = "subject match (0 to 1), scene and shape recognised"
+    for panel in panels:
+        subject, scenes = panel.theme.subject, panel.theme.scenes
+        if subject is None:
+            continue
+        if heading:
+            yield f"{heading:>52}"
+            heading = ""
+        for kind, pictures in _kinds(panel).items():
+            pixels = (pictures * 255.0).round().byte().numpy()
+            match = [measure_match(picture, subject).match for picture in pixels]
+            seen = recognise(pixels, classifier)
+            scenes_seen = [s.background == w.background for s, w in zip(seen, scenes, strict=True)]
+            shapes_seen = [s.shape == subject.shape for s in seen]
+            yield (
+                f"{panel.theme.name:>8}, {kind.replace('_', ' '):<17} {sum(match) / len(match):.2f}   "
+                f"{sum(scenes_seen)} and {sum(shapes_seen)} of {len(seen)}"
+            )
+
+
+def _kinds(panel: Panel) -> dict[str, Tensor]:
+    return {"with_reference": panel.with_reference, "without_reference": panel.without_reference}
+
+
 def _write(panel: Panel, out: Path, options: DemoOptions) -> None:
     """Write a theme's reference and pictures, each with the parameters that it was made with."""
     name = panel.theme.name
     save_png(out / f"{name}_reference.png", panel.theme.reference)
     settings = {key: getattr(options, key) for key in ("steps", "cfg", "image_guidance")}
-    shown = {"with_reference": panel.with_reference, "without_reference": panel.without_reference}
-    for kind, pictures in shown.items():
+    for kind, pictures in _kinds(panel).items():
         for number, (prompt, picture) in enumerate(
             zip(panel.theme.prompts, torch.unbind(pictures), strict=True)
         ):

@@ -36,6 +36,7 @@ class Stage(Protocol):
             module: ``self.module`` as Accelerate wrapped it.
             random: Source of everything random in this step.
         """
+        ...
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from ..config import Config
 from ..config_flags import parse_config
+from ..diffusers_loading import require_diffusers
 from ..training.objective import NoiseSchedule
 from .architecture import SCALING_FACTOR, make_text_encoder, make_unet, train_tokenizer
 from .autoencoder_stage import AutoencoderStage, encode, normalise_latents
@@ -74,15 +75,14 @@ def main(argv: Sequence[str]) -> int:
 def _device() -> torch.device:
     from accelerate import PartialState
 
-    return PartialState().device
+    state: Any = PartialState()
+    return state.device
 
 
 def _train_autoencoder(config: BaseConfig, pool: PicturePool, out: Path) -> Any:
-    from diffusers import AutoencoderKL
-
     finished = out / "vae"
     if finished.is_dir():
-        return AutoencoderKL.from_pretrained(finished).to(_device())
+        return require_diffusers().AutoencoderKL.from_pretrained(finished).to(_device())
     side = pool.pictures.shape[1]
     crops = AutoencoderStage(
         pool.pictures, batch=16, crop=side // 2, colour_weight=0.5, device=_device()
@@ -106,17 +106,16 @@ def _train_autoencoder(config: BaseConfig, pool: PicturePool, out: Path) -> Any:
         )
         if not train_stage(stage, schedule, out / name, config.mixed_precision):
             return None
-    autoencoder: Any = crops.module.autoencoder.eval()
+    module: Any = crops.module
+    autoencoder = module.autoencoder.eval()
     normalise_latents(autoencoder, pool.pictures[:MEASURED_PICTURES], config.mixed_precision)
     autoencoder.save_pretrained(finished)
     return autoencoder
 
 
 def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out: Path) -> bool:
-    from diffusers import DDIMScheduler
-
     tokenizer = train_tokenizer(text for wordings in pool.captions for text in wordings)
-    scheduler = DDIMScheduler(
+    scheduler = require_diffusers().DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
@@ -174,9 +173,7 @@ def _latents(config: BaseConfig, pool: PicturePool, autoencoder: Any, out: Path)
 
 def _save(folder: Path, **parts: Any) -> None:
     """Write the model as a diffusers folder in half precision, with the tokenizer in the files that CLIP's came in."""
-    from diffusers import StableDiffusionPipeline
-
-    pipeline: Any = StableDiffusionPipeline(
+    pipeline: Any = require_diffusers().StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)

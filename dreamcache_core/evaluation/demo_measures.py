@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -25,11 +25,11 @@ SAME_COLOUR = 20.0
 TOLD_APART = 5.0
 """How much nearer, Lab units, a pixel must be to its own patch's colour than to any other's."""
 
-LEAST_CONTRAST = 10.0
+LEAST_CONTRAST = 20.0
 """Distance in RGB by which a subject's interior must be farther from the outline's colour than its outline is."""
 
-DARK_SHARE = 0.2
-"""Quantile at which the two are compared."""
+GROWTHS, STEPS_PX = (0.96, 1.0, 1.04), (-1, 0, 1)
+"""Sizes and shifts that are tried around the pose that was found."""
 
 NUM_TRANSPORTED = 96
 NUM_COMPARED = 500
@@ -81,18 +81,17 @@ def measure_match(picture: np.ndarray | Image.Image, subject: Subject) -> Subjec
     """
     pixels = np.asarray(picture)
     location = locate_subject(pixels, subject.shape)
-    whole, inner = subject_masks(subject, location.pose)
-    core = _core(inner)
+    pose, core, contrast = _settle(pixels, subject, location.pose)
     found = srgb_to_lab(pixels[core])
     rows, columns = np.nonzero(core)
-    labels = _possible_labels(subject, location.pose, rows, columns)
+    labels = _possible_labels(subject, pose, rows, columns)
     agreements = _agreements(found, labels, len(subject.colours))
     best = int(agreements.argmax())
     return SubjectMatch(
         _colour_error(found, subject, labels[best]),
         float(agreements[best]),
-        location.is_found and _contrast(pixels, core, whole & ~inner) > LEAST_CONTRAST,
-        location,
+        location.is_found and contrast > LEAST_CONTRAST,
+        replace(location, pose=pose),
     )
 
 
@@ -106,9 +105,27 @@ def _core(inner: np.ndarray) -> np.ndarray:
     return core if 3 * core.sum() > inner.sum() else inner
 
 
-def _contrast(pixels: np.ndarray, core: np.ndarray, outline: np.ndarray) -> float:
+def _settle(pixels: np.ndarray, subject: Subject, pose: Pose) -> tuple[Pose, np.ndarray, float]:
+    """Move a pose by a pixel and a little in size to where the outline stands out most from the interior.
+
+    Returns:
+        The pose, the interior's mask without what the outline rubs off on, and how far the interior is farther from the
+        outline's colour than its outline, RGB units.
+    """
     away = np.sqrt(((pixels.astype(np.float64) - OUTLINE) ** 2).sum(axis=-1))
-    return float(np.quantile(away[core], DARK_SHARE) - np.quantile(away[outline], DARK_SHARE))
+    best = (pose, np.zeros(away.shape, dtype=bool), -np.inf)
+    for growth in GROWTHS:
+        grown = replace(pose, half_size=pose.half_size * growth)
+        whole, inner = subject_masks(subject, grown)
+        core, outline = _core(inner), whole & ~inner
+        for down, right in product(STEPS_PX, STEPS_PX):
+            moved = np.roll(away, (-down, -right), axis=(0, 1))
+            contrast = float(moved[core].mean() - moved[outline].mean())
+            if contrast > best[2]:
+                place = (grown.x + right / PICTURE_SIZE, grown.y + down / PICTURE_SIZE)
+                at = replace(grown, x=place[0], y=place[1])
+                best = (at, np.roll(core, (down, right), axis=(0, 1)), contrast)
+    return best
 
 
 def _possible_labels(

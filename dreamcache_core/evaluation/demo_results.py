@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,15 +80,23 @@ def judge(
 
 
 def read_judgements(path: Path) -> list[Judgement]:
-    """Read the rows of one condition; a missing file has none, a line that was cut off is left out."""
+    """Read the rows of one condition; a missing file has none, a row that was cut off is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [Judgement.from_dict(json.loads(line)) for line in lines if line.endswith("\n")]
+    rows = (_parse(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [Judgement.from_dict(row) for row in rows if row is not None]
 
 
 def append_judgements(path: Path, judgements: Iterable[Judgement]) -> None:
-    """Add rows to the file of one condition."""
+    """Add rows to the file of one condition, below a row that was cut off."""
+    is_cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
     text = "".join(f"{json.dumps(asdict(judgement))}\n" for judgement in judgements)
     with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+        file.write("\n" + text if is_cut_off else text)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

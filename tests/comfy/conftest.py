@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from comfy_installs import WHY_NONE, ComfyInstall, comfyui_folders
+from demo_exchange import write_demo_model
 from exchange import train_in_diffusers
 
 HERE = Path(__file__).parent
@@ -54,9 +55,10 @@ def tools_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def exchange(tmp_path_factory) -> Path:
-    """Folder through which adapters go from diffusers to ComfyUI and back."""
+    """Folder through which models and adapters go from diffusers to ComfyUI and back."""
     folder = tmp_path_factory.mktemp("exchange")
     train_in_diffusers(folder)
+    write_demo_model(folder)
     return folder
 
 

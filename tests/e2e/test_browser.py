@@ -1,5 +1,6 @@
-"""The shipped workflow in ComfyUI's own page, in a real browser."""
+"""The shipped workflows in ComfyUI's own page, in a real browser."""
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,10 @@ from workflow_to_api import PAGE_ONLY, workflow_to_api
 pytestmark = pytest.mark.browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-WORKFLOW = PACK / "example_workflows" / "sd21_one_reference.json"
+SHOWING = {
+    "sd21_one_reference": ["SaveImage", "DreamCacheReferenceImage"],
+    "quickstart_demo": ["PreviewImage", "DreamCacheDemoReference"],
+}
 READY_MS, DONE_MS = 90_000, 120_000
 
 LOAD = "async workflow => { await window.app.loadGraphData(workflow); }"
@@ -34,9 +38,10 @@ SET_WIDGETS = """changes => window.app.graph._nodes.forEach(node => {
     for (const [name, value] of Object.entries(changes[node.type] ?? {}))
         node.widgets.find(widget => widget.name === name).value = value;
 })"""
-SHOWN_PICTURE = """type => {
-    const image = window.app.graph._nodes.find(node => node.type === type).imgs?.[0];
-    return image?.complete && image.naturalWidth;
+SHOWN_PICTURES = """types => {
+    const nodes = window.app.graph._nodes.filter(node => types.includes(node.type));
+    const images = nodes.map(node => node.imgs?.[0]);
+    return images.every(image => image?.complete && image.naturalWidth) && images.map(image => image.src);
 }"""
 
 
@@ -75,9 +80,15 @@ def _note(problems: list[str], message: Any) -> None:
         problems.append(f"{where}: {message.text}")
 
 
+@pytest.fixture(scope="module", params=list(SHOWING))
+def name(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def opened_workflow(page, adapters) -> dict[str, Any]:
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+def opened_workflow(page, adapters, name) -> dict[str, Any]:
+    path = PACK / "example_workflows" / f"{name}.json"
+    workflow = json.loads(path.read_text(encoding="utf-8"))
     page.evaluate(LOAD, workflow)
     page.wait_for_function(f"() => window.app.graph._nodes.length === {len(workflow['nodes'])}")
     page.evaluate(FIT_VIEW, [0, -80])
@@ -124,7 +135,7 @@ def test_the_page_reads_the_file_as_our_converter_does(page, opened_workflow, ob
         assert {name: theirs[key]["inputs"][name] for name in node["inputs"]} == node["inputs"]
 
 
-def test_queueing_in_the_page_shows_the_picture(page, opened_workflow, adapters, server):
+def test_queueing_in_the_page_shows_the_pictures(page, opened_workflow, name, adapters, server):
     small = {
         "DreamCacheLoadAdapters": {"adapters": adapters},
         "DreamCacheReferenceImage": {"size": 128},
@@ -134,13 +145,11 @@ def test_queueing_in_the_page_shows_the_picture(page, opened_workflow, adapters,
     }
     page.evaluate(SET_WIDGETS, small)
     page.get_by_test_id("queue-button").click()
-    page.wait_for_function(SHOWN_PICTURE, arg="SaveImage", timeout=DONE_MS)
-    page.wait_for_function(SHOWN_PICTURE, arg="DreamCacheReferenceImage")
+    shown = page.wait_for_function(SHOWN_PICTURES, arg=SHOWING[name], timeout=DONE_MS)
     page.wait_for_timeout(500)
-    screenshot = server.base / "workflow.png"
-    page.screenshot(path=screenshot)
+    page.screenshot(path=server.base / f"{name}.png")
     assert page.problems == []
-    saved = sorted((server.base / "output").glob("dreamcache_*.png"))[-1]
-    with Image.open(saved) as picture:
-        assert picture.size == (128, 128)
-        assert np.asarray(picture).std() > 5
+    for source in shown.json_value():
+        with Image.open(io.BytesIO(server.get(source.removeprefix(server.url)))) as picture:
+            assert picture.size == (128, 128)
+            assert np.asarray(picture).std() > 5

@@ -112,6 +112,26 @@ def test_scale_zero_is_the_plain_model_and_scale_one_is_not(server, object_info,
     assert np.abs(with_reference.astype(int) - scale_zero).mean() > 1
 
 
+def test_the_quickstart_needs_no_model_file_and_its_reference_tells(server, object_info):
+    workflow = load(PACK / "example_workflows" / "quickstart_demo.json")
+    prompt = workflow_to_api(workflow, object_info)
+    loaders = [node["class_type"] for node in prompt.values() if "Load" in node["class_type"]]
+    assert loaders == []
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"].update(steps=4, seed=7)
+    outputs = server.run(prompt)["outputs"]
+    with_reference, without = (
+        [server.shown_picture(shown) for shown in outputs[key]["images"]]
+        for key, node in prompt.items()
+        if node["class_type"] == "PreviewImage"
+    )
+    assert len(with_reference) == len(without) == 4
+    for one, other in zip(with_reference, without, strict=True):
+        assert one.shape == (128, 128, 3)
+        assert np.abs(one.astype(int) - other).mean() > 1
+
+
 def test_a_transparent_background_is_cut_away(server, object_info, adapters, first_run):
     opaque_prompt, entry = first_run
     cut = small_prompt(object_info, adapters, LoadImage={"image": "cut_out.png"})

@@ -1,0 +1,90 @@
+"""Nodes that let people try the method without downloading a model."""
+
+import numpy as np
+from comfy_api.latest import io, ui
+
+from ..dreamcache_core import InputError, load_adapters
+from ..dreamcache_core.demo.model_files import require_demo_files
+from ..dreamcache_core.demo.shapes import SHAPES
+from ..dreamcache_core.demo.world import PICTURE_SIZE, draw_subject, render_reference
+from ..dreamcache_core.picture_tensors import picture_to_tensor
+from .demo_model import load_clip, load_unet, load_vae
+from .report import report
+from .types import Adapters
+
+
+class DemoModel(io.ComfyNode):
+    """Load the small model that comes with the pack."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheDemoModel",
+            display_name="DreamCache Demo Model",
+            category="DreamCache/demo",
+            description="A small model of Stable Diffusion's structure that comes with the pack, and its adapters: to see "
+            "DreamCache work in a minute, without a download. It draws simple shapes of 128 x 128 pixels.",
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For the sampler, 128 x 128 pixels."),
+                io.Clip.Output(display_name="clip", tooltip="It knows a few hundred words."),
+                io.Vae.Output(display_name="vae", tooltip="For encoding and decoding pictures."),
+                Adapters.Output(display_name="adapters", tooltip="For Apply DreamCache."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        """Load all four."""
+        files = require_demo_files()
+        adapters = load_adapters(files.adapters)
+        loaded = (load_unet(files), load_clip(files), load_vae(files), adapters)
+        text = f"{len(SHAPES)} shapes, pictures of {PICTURE_SIZE} x {PICTURE_SIZE} pixels"
+        return io.NodeOutput(*loaded, ui=report(cls, text))
+
+
+class DemoReference(io.ComfyNode):
+    """Draw a reference picture for the demo model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheDemoReference",
+            display_name="DreamCache Demo Reference",
+            category="DreamCache/demo",
+            description="Draws a reference picture for the demo model: a shape on white, with colours and a pattern that no "
+            "prompt could name. Another seed is another subject.",
+            inputs=[
+                io.Combo.Input(
+                    "shape",
+                    options=list(SHAPES),
+                    default="mug",
+                    tooltip="What to draw. Name it in the prompt too.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Decides colours, pattern and pose.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="For Encode Reference.")],
+        )
+
+    @classmethod
+    def execute(cls, shape: str, seed: int) -> io.NodeOutput:
+        """Draw it."""
+        if shape not in SHAPES:
+            raise InputError(f"shape must be one of {', '.join(SHAPES)}; given {shape!r}.")
+        random = np.random.default_rng(seed)
+        picture = render_reference(draw_subject(random, shape), random)
+        image = picture_to_tensor(picture)
+        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+NODES: list[type[io.ComfyNode]] = [DemoModel, DemoReference]

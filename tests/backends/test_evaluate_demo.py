@@ -1,0 +1,94 @@
+"""``dreamcache evaluate demo``: what it measures and writes; the shipped model keeps subjects."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dreamcache_core.checkpoints import load_adapters
+from dreamcache_core.cli import main
+from dreamcache_core.demo.model_files import require_demo_files
+from dreamcache_core.diffusers_loading import load_diffusers_pipeline
+from dreamcache_core.evaluation.demo_conditions import CHOSEN, NO_REFERENCE, all_conditions
+from dreamcache_core.evaluation.demo_results import read_judgements
+from dreamcache_core.evaluation.demo_sampling import generate_pictures
+from dreamcache_core.evaluation.demo_triples import draw_triples
+from dreamcache_core.pipeline import DreamCachePipeline
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> DreamCachePipeline:
+    return DreamCachePipeline(load_diffusers_pipeline(require_demo_files().model))
+
+
+def evaluate(tmp_path: Path, *conditions: str) -> int:
+    flags = ["--combinations", "3", "--shapes", "2", "--steps", "1", "--batch_size", "2"]
+    folders = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "pages")]
+    return main(["evaluate", "demo", *flags, *folders, "--conditions", *conditions])
+
+
+@pytest.mark.parametrize("references", [1, 2])
+def test_picture_of_a_triple_does_not_depend_on_its_batch(
+    pipeline: DreamCachePipeline, references: int
+):
+    adapters = load_adapters(require_demo_files().adapters)
+    triples = draw_triples(0, combinations=2, shapes=1)
+    condition = replace(CHOSEN, references=references)
+    together = generate_pictures(pipeline, adapters, triples, condition, steps=2)
+    alone = [generate_pictures(pipeline, adapters, [t], condition, steps=2)[0] for t in triples]
+    difference = np.abs(together.astype(int) - np.stack(alone).astype(int))
+    assert difference.max() <= 1
+
+
+def test_reference_changes_the_picture_and_another_subject_changes_it_otherwise(
+    pipeline: DreamCachePipeline,
+):
+    adapters = load_adapters(require_demo_files().adapters)
+    first, second = draw_triples(0, combinations=2, shapes=0)
+    swapped = replace(first, subject=second.subject)
+    plain = generate_pictures(pipeline, None, [first], NO_REFERENCE, steps=2)
+    own = generate_pictures(pipeline, adapters, [first], CHOSEN, steps=2)
+    other = generate_pictures(pipeline, adapters, [swapped], CHOSEN, steps=2)
+    assert not np.array_equal(plain, own)
+    assert not np.array_equal(own, other)
+
+
+def test_every_condition_has_a_name_of_its_own():
+    names = [condition.name for condition in all_conditions(["timestep-50", "merge-sum"])]
+    assert len(set(names)) == len(names)
+    assert {"image guidance 0.4", "joint 3", "4 references", "variant merge-sum"} <= set(names)
+
+
+def test_command_writes_a_page_of_all_groups_and_measures_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert evaluate(tmp_path, "no reference", "as shipped") == 0
+    page = (tmp_path / "pages" / "README.md").read_text()
+    assert "Known shapes in unseen patterns and colours" in page
+    assert "Unseen shapes" in page
+    assert page.count("| as shipped |") == 2
+    assert (tmp_path / "pages" / "pareto.png").is_file()
+    rows = read_judgements(tmp_path / "results" / "as_shipped.jsonl")
+    assert len(rows) == 5
+    assert evaluate(tmp_path, "as shipped") == 0
+    assert read_judgements(tmp_path / "results" / "as_shipped.jsonl") == rows
+    assert "as shipped" in capsys.readouterr().out
+
+
+def test_row_that_was_cut_off_is_measured_again(tmp_path: Path):
+    evaluate(tmp_path, "no reference")
+    path = tmp_path / "results" / "no_reference.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    assert len(read_judgements(path)) == 4
+    assert evaluate(tmp_path, "no reference") == 0
+    assert len(read_judgements(path)) == 5
+
+
+def test_unknown_condition_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert evaluate(tmp_path, "image guidance 99") == 2
+    assert "There is no condition 'image guidance 99'" in capsys.readouterr().err
