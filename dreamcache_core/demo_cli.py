@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .config import Config
 from .config_flags import parse_config
+from .demo.gallery import IMAGE_GUIDANCE, STEPS, TEXT_GUIDANCE
+from .demo.shapes import SHAPES
 from .errors import InputError
 from .guidance import Guidance
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +26,9 @@ class DemoOptions(Config):
     reference: str | None = field(
         default=None, metadata={"help": "a picture of your own as the reference"}
     )
-    steps: int = field(default=20, metadata={"help": "sampling steps"})
-    cfg: float = field(default=3.0, metadata={"help": "text guidance"})
-    image_guidance: float = field(default=2.0, metadata={"help": "image guidance"})
+    steps: int = field(default=STEPS, metadata={"help": "sampling steps"})
+    cfg: float = field(default=TEXT_GUIDANCE, metadata={"help": "text guidance"})
+    image_guidance: float = field(default=IMAGE_GUIDANCE, metadata={"help": "image guidance"})
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded.
@@ -37,8 +36,6 @@ class DemoOptions(Config):
         Raises:
             InputError: A value is out of range, or the shape is none that the world has.
         """
-        from .demo.shapes import SHAPES
-
         if self.subject is not None and self.subject not in SHAPES:
             raise InputError(
                 f"--subject must be one of {', '.join(SHAPES)}; given {self.subject!r}. A picture of anything else "

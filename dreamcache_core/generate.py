@@ -127,7 +127,7 @@ def generate(options: GenerateOptions) -> None:
         prepared, timestep=adapters.info.timestep, layers=adapters.layers
     )
     use = ReferenceUse(reference, adapters, options.scale)
-    _make_folder(out)
+    make_folder(out)
     run = _Run(out, options.parameters(size, _versions()), list(prepared.split(1)))
     with tqdm(total=options.count * options.steps, unit="step", desc="sampling") as bar:
         for seed in range(options.seed, options.seed + options.count):
@@ -147,7 +147,12 @@ def _check_out(out: Path) -> Path:
     return out
 
 
-def _make_folder(out: Path) -> None:
+def make_folder(out: Path) -> None:
+    """Make a target folder.
+
+    Raises:
+        InputError: It cannot be made.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .architecture import SCALING_FACTOR, make_autoencoder
+from .architecture import SCALING_FACTOR
 
 KL_WEIGHT = 5e-4
 GUIDED_SPREAD = 2.0
@@ -22,6 +22,7 @@ class AutoencoderStage:
     """Teaches an ``AutoencoderKL`` to repeat crops of pictures.
 
     Args:
+        module: A ``RepeatingAutoencoder``; it learns.
         pictures: 8-bit RGB, (count, size, size, 3).
         batch: Crops in a step.
         crop: Side of the crops in pixels.
@@ -34,7 +35,9 @@ class AutoencoderStage:
 
     def __init__(
         self,
+        module: nn.Module,
         pictures: np.ndarray,
+        *,
         batch: int,
         crop: int,
         colour_weight: float,
@@ -42,7 +45,7 @@ class AutoencoderStage:
     ) -> None:
         self.pictures, self.batch, self.crop, self.device = pictures, batch, crop, device
         self.colour_weight = colour_weight
-        self.module: nn.Module = _Repeat(make_autoencoder())
+        self.module = module
 
     def loss(self, module: nn.Module, random: np.random.Generator) -> Tensor:
         """Compare crops with what comes out: L1 of pixels, of coarse pixels, of edges; a little KL."""
@@ -81,14 +84,27 @@ def _recolour(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return picture[..., random.permutation(3)] ^ flip
 
 
-class _Repeat(nn.Module):
-    """Encode, sample, decode: what the loss looks at, in one forward."""
+class RepeatingAutoencoder(nn.Module):
+    """Encode, sample, decode: what the loss looks at, in one forward.
+
+    Args:
+        autoencoder: An ``AutoencoderKL``.
+    """
 
     def __init__(self, autoencoder: Any) -> None:
         super().__init__()
         self.autoencoder = autoencoder
 
     def forward(self, pictures: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Repeat pictures.
+
+        Args:
+            pictures: RGB in -1..1, (count, 3, height, width).
+            seed: Of the sample.
+
+        Returns:
+            The repeated pictures; the means of three latent channels; the mean KL divergence of a latent.
+        """
         posterior = self.autoencoder.encode(pictures).latent_dist
         generator = torch.Generator(pictures.device).manual_seed(seed)
         repeated = self.autoencoder.decode(posterior.sample(generator)).sample

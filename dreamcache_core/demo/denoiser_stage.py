@@ -20,6 +20,7 @@ class DenoiserStage:
         unet: Learns to predict v.
         schedule: Noise levels, v prediction.
         latents: Scaled latents of all pictures, (count, 4, height, width).
+        weights: Weight of each place's error, (count, height, width).
         tokens: Token ids of all captions, (count, wordings, tokens).
         no_tokens: Token ids of the empty caption, (tokens,).
         batch: Pictures in a step.
@@ -35,6 +36,7 @@ class DenoiserStage:
         unet: Any,
         schedule: NoiseSchedule,
         latents: Tensor,
+        weights: Tensor,
         tokens: Tensor,
         no_tokens: Tensor,
         *,
@@ -43,16 +45,12 @@ class DenoiserStage:
         device: torch.device,
     ) -> None:
         self.module: nn.Module = _Denoiser(text_encoder, unet)
-        self.schedule, self.latents, self.tokens, self.no_tokens = (
-            schedule,
-            latents,
-            tokens,
-            no_tokens,
-        )
+        self.schedule, self.latents, self.weights = schedule, latents, weights
+        self.tokens, self.no_tokens = tokens, no_tokens
         self.batch, self.drop_caption, self.device = batch, drop_caption, device
 
     def loss(self, module: nn.Module, random: np.random.Generator) -> Tensor:
-        """Mean squared error of the predicted v at timesteps spread evenly over the batch."""
+        """Weighted mean of the squared error of the predicted v, at timesteps spread evenly over the batch."""
         chosen = torch.from_numpy(random.integers(len(self.latents), size=self.batch))
         wording = torch.from_numpy(random.integers(self.tokens.shape[1], size=self.batch))
         tokens = self.tokens[chosen, wording]
@@ -66,9 +64,10 @@ class DenoiserStage:
         prediction = module(
             self.schedule.add_noise(latents, noise, timesteps), timesteps, tokens.to(self.device)
         )
-        return torch.nn.functional.mse_loss(
-            prediction.float(), self.schedule.target(latents, noise, timesteps)
-        )
+        target = self.schedule.target(latents, noise, timesteps)
+        errors = (prediction.float() - target).square().mean(dim=1)
+        weights = self.weights[chosen].to(errors)
+        return (weights * errors).sum() / weights.sum()
 
 
 class _Denoiser(nn.Module):

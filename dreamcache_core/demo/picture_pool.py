@@ -13,10 +13,20 @@ import numpy as np
 
 from ..whole_files import whole_file
 from .backgrounds import BACKGROUNDS
-from .world import PICTURE_SIZE, draw_pose, draw_scene, draw_subject, render, write_caption
+from .world import (
+    PICTURE_SIZE,
+    draw_pose,
+    draw_scene,
+    draw_subject,
+    render,
+    subject_masks,
+    write_caption,
+)
 
 WORDINGS = 4
 CHUNK = 500
+PATCH = 8
+"""Side in pixels of what one latent stands for."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,12 @@ class PicturePool:
     Attributes:
         pictures: 8-bit RGB, (count, size, size, 3), mapped from a file.
         captions: ``WORDINGS`` captions of each picture.
+        subjects: Whether the subject reaches into a latent's patch, boolean, (count, size / 8, size / 8).
     """
 
     pictures: np.ndarray
     captions: Sequence[Sequence[str]]
+    subjects: np.ndarray
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -39,44 +51,60 @@ def open_pool(folder: Path, count: int, seed: int) -> PicturePool:
     """Open the pool of a folder, and draw it first where it is missing.
 
     Args:
-        folder: Where its two files are, or will be.
+        folder: Where its three files are, or will be.
         count: Number of pictures.
         seed: Decides all of them.
     """
-    pictures, captions = (
-        folder / f"pictures-{count}-{seed}.npy",
-        folder / f"captions-{count}-{seed}.json",
+    pictures, subjects, captions = (
+        folder / f"{name}-{count}-{seed}.{ending}"
+        for name, ending in (("pictures", "npy"), ("subjects", "npy"), ("captions", "json"))
     )
     if not captions.is_file():
-        _draw(pictures, captions, count, seed)
+        _draw(pictures, subjects, captions, count, seed)
     return PicturePool(
-        np.load(pictures, mmap_mode="r"), json.loads(captions.read_text(encoding="utf-8"))
+        np.load(pictures, mmap_mode="r"),
+        json.loads(captions.read_text(encoding="utf-8")),
+        np.load(subjects),
     )
 
 
-def _draw(pictures: Path, captions: Path, count: int, seed: int) -> None:
+def _draw(pictures: Path, subjects: Path, captions: Path, count: int, seed: int) -> None:
     from tqdm.auto import tqdm
 
     pictures.parent.mkdir(parents=True, exist_ok=True)
     shape = (count, PICTURE_SIZE, PICTURE_SIZE, 3)
     drawn = np.lib.format.open_memmap(pictures, mode="w+", dtype=np.uint8, shape=shape)
     texts: list[list[str]] = []
+    reached: list[np.ndarray] = []
     starts = range(0, count, CHUNK)
     with ProcessPoolExecutor() as workers:
         chunks = workers.map(partial(_draw_chunk, count=count, seed=seed), starts)
-        for start, (part, words) in zip(starts, tqdm(chunks, "drawing", len(starts)), strict=True):
+        for start, (part, patches, words) in zip(
+            starts, tqdm(chunks, "drawing", len(starts)), strict=True
+        ):
             drawn[start : start + len(part)] = part
+            reached.append(patches)
             texts += words
     drawn.flush()
+    np.save(subjects, np.concatenate(reached))
     with whole_file(captions) as partial_file:
         partial_file.write_text(json.dumps(texts), encoding="utf-8")
 
 
-def _draw_chunk(start: int, *, count: int, seed: int) -> tuple[np.ndarray, list[list[str]]]:
-    pictures, captions = [], []
+def _draw_chunk(
+    start: int, *, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
+    pictures, subjects, captions = [], [], []
     for index in range(start, min(start + CHUNK, count)):
         random = np.random.default_rng((seed, index))
         subject, scene = draw_subject(random), draw_scene(random, list(BACKGROUNDS))
-        pictures.append(np.asarray(render(subject, scene, draw_pose(random, scene), random)))
+        pose = draw_pose(random, scene)
+        pictures.append(np.asarray(render(subject, scene, pose, random)))
+        subjects.append(_reached_patches(subject_masks(subject, pose)[0]))
         captions.append([write_caption(subject, scene, random) for _ in range(WORDINGS)])
-    return np.stack(pictures), captions
+    return np.stack(pictures), np.stack(subjects), captions
+
+
+def _reached_patches(mask: np.ndarray) -> np.ndarray:
+    side = len(mask) // PATCH
+    return mask.reshape(side, PATCH, side, PATCH).any(axis=(1, 3))

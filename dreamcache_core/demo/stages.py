@@ -110,16 +110,8 @@ def train_stage(stage: Stage, schedule: Schedule, folder: Path, mixed_precision:
             bar.update()
             losses.append(loss.item())
             if step % LOG_EVERY == 0:
-                mean = sum(losses) / len(losses)
+                _log(run, step, losses, time.monotonic() - began)
                 losses.clear()
-                bar.set_postfix(loss=f"{mean:.4f}")
-                run.log(
-                    {
-                        "step": step,
-                        "loss": round(mean, 6),
-                        "seconds": round(time.monotonic() - began),
-                    }
-                )
             if (
                 step % schedule.save_every == 0
                 or step == schedule.steps
@@ -131,6 +123,11 @@ def train_stage(stage: Stage, schedule: Schedule, folder: Path, mixed_precision:
                     accelerator.save_state(str(checkpoint))
     average.copy_to(stage.module.parameters())
     return step == schedule.steps
+
+
+def _log(run: RunFolder, step: int, losses: list[float], seconds: float) -> None:
+    mean = sum(losses) / len(losses)
+    run.log({"step": step, "loss": round(mean, 6), "seconds": round(seconds)})
 
 
 def _resume(accelerator: Any, run: RunFolder) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,17 @@ import torch
 
 from ..config import Config
 from ..config_flags import parse_config
-from ..diffusers_loading import require_diffusers
+from ..diffusers_loading import load_diffusers_pipeline, require_diffusers
+from ..errors import StateError
 from ..training.objective import NoiseSchedule
-from .architecture import SCALING_FACTOR, make_text_encoder, make_unet, train_tokenizer
-from .autoencoder_stage import AutoencoderStage, encode, normalise_latents
+from .architecture import (
+    SCALING_FACTOR,
+    make_autoencoder,
+    make_text_encoder,
+    make_unet,
+    train_tokenizer,
+)
+from .autoencoder_stage import AutoencoderStage, RepeatingAutoencoder, encode, normalise_latents
 from .denoiser_stage import DenoiserStage, tokenise
 from .picture_pool import PicturePool, open_pool
 from .stages import Schedule, train_stage
@@ -33,6 +41,12 @@ class BaseConfig(Config):
     out: str = field(
         metadata={"help": "folder of the run; the model ends up in its folder 'model'"}
     )
+    start_from: str = field(
+        default="",
+        metadata={
+            "help": "diffusers folder of a demo model to train on, its autoencoder as it is; empty: begin from nothing"
+        },
+    )
     pictures: int = field(default=24_000, metadata={"help": "pictures to draw and train on"})
     autoencoder_steps: int = field(
         default=8_000, metadata={"help": "steps of the autoencoder on 64-pixel crops"}
@@ -48,6 +62,9 @@ class BaseConfig(Config):
     unet_learning_rate: float = field(
         default=1e-3, metadata={"help": "highest learning rate of these"}
     )
+    subject_weight: float = field(
+        default=3.0, metadata={"help": "weight of the subject's part of a picture; the rest has 1"}
+    )
     drop_caption: float = field(
         default=0.1, metadata={"help": "share of pictures with an empty caption"}
     )
@@ -61,7 +78,11 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         0 when all is trained; 1 after an interrupt.
+
+    Raises:
+        StateError: It was started as several processes.
     """
+    _require_one_process()
     config = parse_config(BaseConfig, argv, program="python -m dreamcache_core.demo.train_base")
     out = Path(config.out)
     torch.manual_seed(config.seed)
@@ -72,6 +93,15 @@ def main(argv: Sequence[str]) -> int:
     return 0 if _train_denoiser(config, pool, autoencoder, out) else 1
 
 
+def _require_one_process() -> None:
+    """The model is small, and every process would draw the same batches and write the same files."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        raise StateError(
+            f"The demo's base model is trained by one process; {started} were started. Call python directly."
+        )
+
+
 def _device() -> torch.device:
     from accelerate import PartialState
 
@@ -80,21 +110,21 @@ def _device() -> torch.device:
 
 
 def _train_autoencoder(config: BaseConfig, pool: PicturePool, out: Path) -> Any:
-    finished = out / "vae"
+    finished = Path(config.start_from) / "vae" if config.start_from else out / "vae"
     if finished.is_dir():
         return require_diffusers().AutoencoderKL.from_pretrained(finished).to(_device())
-    side = pool.pictures.shape[1]
+    repeating = RepeatingAutoencoder(make_autoencoder())
+    side, device = pool.pictures.shape[1], _device()
     crops = AutoencoderStage(
-        pool.pictures, batch=16, crop=side // 2, colour_weight=0.5, device=_device()
+        repeating, pool.pictures, batch=16, crop=side // 2, colour_weight=0.5, device=device
     )
     wholes = AutoencoderStage(
-        pool.pictures, batch=4, crop=side, colour_weight=0.05, device=_device()
+        repeating, pool.pictures, batch=4, crop=side, colour_weight=0.05, device=device
     )
     rounds = (
         ("autoencoder-crops", crops, config.autoencoder_steps, 1.0),
         ("autoencoder", wholes, config.autoencoder_full_steps, 0.5),
     )
-    wholes.module = crops.module
     for name, stage, steps, pace in rounds:
         schedule = Schedule(
             steps,
@@ -106,15 +136,14 @@ def _train_autoencoder(config: BaseConfig, pool: PicturePool, out: Path) -> Any:
         )
         if not train_stage(stage, schedule, out / name, config.mixed_precision):
             return None
-    module: Any = crops.module
-    autoencoder = module.autoencoder.eval()
+    autoencoder = repeating.autoencoder.eval()
     normalise_latents(autoencoder, pool.pictures[:MEASURED_PICTURES], config.mixed_precision)
     autoencoder.save_pretrained(finished)
     return autoencoder
 
 
 def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out: Path) -> bool:
-    tokenizer = train_tokenizer(text for wordings in pool.captions for text in wordings)
+    tokenizer, text_encoder, unet = _starting_point(config, pool)
     scheduler = require_diffusers().DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -124,7 +153,6 @@ def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out
         steps_offset=1,
         prediction_type="v_prediction",
     )
-    text_encoder, unet = make_text_encoder(tokenizer), make_unet()
     if _device().type == "cpu":
         _avoid_fused_attention(unet)
     stage = DenoiserStage(
@@ -132,6 +160,7 @@ def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out
         unet,
         NoiseSchedule(scheduler.alphas_cumprod, "v_prediction"),
         _latents(config, pool, autoencoder, out),
+        1.0 + (config.subject_weight - 1.0) * torch.from_numpy(pool.subjects),
         tokenise(tokenizer, pool.captions),
         tokenise(tokenizer, [[""]])[0, 0],
         batch=config.unet_batch,
@@ -151,6 +180,15 @@ def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out
         scheduler=scheduler,
     )
     return finished
+
+
+def _starting_point(config: BaseConfig, pool: PicturePool) -> tuple[Any, Any, Any]:
+    """Tokenizer, text encoder and U-Net: those of another model, or new ones."""
+    if config.start_from:
+        pipeline = load_diffusers_pipeline(Path(config.start_from))
+        return pipeline.tokenizer, pipeline.text_encoder.train(), pipeline.unet.train()
+    tokenizer = train_tokenizer(text for wordings in pool.captions for text in wordings)
+    return tokenizer, make_text_encoder(tokenizer), make_unet()
 
 
 def _avoid_fused_attention(unet: Any) -> None:

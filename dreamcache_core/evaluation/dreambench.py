@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, MissingPackageError
+from ..errors import MissingPackageError
+from ..generate import make_folder
 from ..whole_files import whole_file
 from .dreambench_dataset import Candidate, Subject, all_items, find_candidates, read_subjects
 from .dreambench_images import generate_images
@@ -55,7 +56,8 @@ def evaluate_dreambench(options: DreamBenchOptions, state: Any) -> Results | Non
         live_prompts=options.live_prompts,
     )
     subjects = read_subjects(options.dataset, benchmark, options.subjects)
-    out = _make_folder(Path(options.out))
+    out = Path(options.out)
+    make_folder(out)
     has_bar = state.is_local_main_process
     if options.generate:
         items = all_items(subjects, options.images_per_prompt)
@@ -127,13 +129,3 @@ def _require_packages() -> None:
         raise MissingPackageError(
             f"Evaluation needs {', '.join(missing)}. Install the extra: pip install 'dreamcache[eval]'."
         )
-
-
-def _make_folder(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"Cannot write to {out}: {error.strerror}. Give --out a folder of your own."
-        ) from error
-    return out

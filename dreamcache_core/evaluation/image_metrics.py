@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,73 +31,63 @@ def check_model_folders(*, dino: str | Path, clip: str | Path) -> None:
     _require_kind(Path(clip), "clip", "clip")
 
 
-class DinoEncoder:
+class PictureEncoder(ABC):
+    """Pictures to vectors, resized as the processor in the model's folder says.
+
+    Args:
+        folder: Local folder of the model, with its processor.
+        device: Where it runs, in float32.
+
+    Raises:
+        DreamCacheError: The folder is missing, damaged or holds another kind of model.
+    """
+
+    parts: ClassVar[tuple[str, str, str, str]]
+    """What ``_load`` takes: name, classes of model and processor, model type."""
+
+    def __init__(self, folder: str | Path, device: torch.device) -> None:
+        self.processor, model = _load(Path(folder), *self.parts)
+        self.model, self.device = model.to(device), device
+
+    @torch.inference_mode()
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Embed pictures.
+
+        Args:
+            pictures: Of mode RGB, of any size.
+
+        Returns:
+            Unit vectors, (pictures, width), float32, on the CPU.
+        """
+        inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
+        return _unit(self._embed(inputs))
+
+    @abstractmethod
+    def _embed(self, inputs: Any) -> Tensor: ...
+
+
+class DinoEncoder(PictureEncoder):
     """Pictures to DINO's class tokens.
 
-    Source: METHOD.md section 8: ViT-S/16. Pictures are resized as the folder's processor says.
+    Source: METHOD.md section 8: ViT-S/16.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device) -> None:
-        """Load the model in float32.
+    parts = ("dino", "ViTModel", "AutoImageProcessor", "vit")
 
-        Args:
-            folder: Its local folder, with its image processor.
-            device: Where it runs.
-
-        Raises:
-            DreamCacheError: The folder is missing, damaged or holds another kind of model.
-        """
-        parts = _load(Path(folder), "dino", "ViTModel", "AutoImageProcessor", "vit")
-        self.processor, self.model, self.device = parts[0], parts[1].to(device), device
-
-    @torch.inference_mode()
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Embed pictures.
-
-        Args:
-            pictures: Of mode RGB, of any size.
-
-        Returns:
-            Unit vectors, (pictures, width), float32, on the CPU.
-        """
-        inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
-        states = self.model(**inputs).last_hidden_state  # (pictures, 1 + patches, width)
-        return _unit(states[:, 0])
+    def _embed(self, inputs: Any) -> Tensor:
+        return self.model(**inputs).last_hidden_state[:, 0]  # of (pictures, 1 + patches, width)
 
 
-class ClipEncoder:
+class ClipEncoder(PictureEncoder):
     """Pictures and texts to CLIP's common space.
 
-    Source: METHOD.md section 8: ViT-B/32. Pictures are resized as the folder's processor says; what a text has beyond
-    the model's limit is cut off.
+    Source: METHOD.md section 8: ViT-B/32. What a text has beyond the model's limit is cut off.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device) -> None:
-        """Load the model in float32.
+    parts = ("clip", "CLIPModel", "AutoProcessor", "clip")
 
-        Args:
-            folder: Its local folder, with tokenizer and image processor.
-            device: Where it runs.
-
-        Raises:
-            DreamCacheError: The folder is missing, damaged or holds another kind of model.
-        """
-        parts = _load(Path(folder), "clip", "CLIPModel", "AutoProcessor", "clip")
-        self.processor, self.model, self.device = parts[0], parts[1].to(device), device
-
-    @torch.inference_mode()
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Embed pictures.
-
-        Args:
-            pictures: Of mode RGB, of any size.
-
-        Returns:
-            Unit vectors, (pictures, width), float32, on the CPU.
-        """
-        inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
-        pooled = self.model.vision_model(**inputs).pooler_output
-        return _unit(self.model.visual_projection(pooled))
+    def _embed(self, inputs: Any) -> Tensor:
+        return self.model.visual_projection(self.model.vision_model(**inputs).pooler_output)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:

@@ -9,7 +9,14 @@ import torch
 from PIL import Image
 
 from dreamcache_core.cli import main
-from dreamcache_core.demo.gallery import SCENES_SHOWN, SHAPES_SHOWN, choose_themes
+from dreamcache_core.demo.gallery import (
+    IMAGE_GUIDANCE,
+    SCENES_SHOWN,
+    SHAPES_SHOWN,
+    STEPS,
+    TEXT_GUIDANCE,
+    choose_themes,
+)
 from dreamcache_core.demo.model_files import demo_folder
 
 torch.set_num_threads(1)
@@ -77,6 +84,17 @@ def test_themes_are_of_subjects_that_adapter_training_never_saw():
         assert theme.subject.is_unseen
         assert len(theme.prompts) == len(SCENES_SHOWN)
         assert all(theme.name in prompt for prompt in theme.prompts)
+
+
+def test_quickstart_workflow_samples_as_the_command_does():
+    root = Path(__file__).parents[2]
+    text = (root / "example_workflows" / "quickstart_demo.json").read_text(encoding="utf-8")
+    values = {
+        kind: [node["widgets_values"] for node in json.loads(text)["nodes"] if node["type"] == kind]
+        for kind in ("KSampler", "DreamCacheApply")
+    }
+    assert [sampler[2:4] for sampler in values["KSampler"]] == [[STEPS, TEXT_GUIDANCE]] * 2
+    assert [apply[1] for apply in values["DreamCacheApply"]] == [IMAGE_GUIDANCE]
 
 
 def test_what_comes_along_is_below_25_mb():

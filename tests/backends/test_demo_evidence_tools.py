@@ -33,7 +33,6 @@ GROUPS = [
 
 
 def test_the_pareto_plot_names_every_point_and_sweep(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot_pareto(SWEEPS, tmp_path / "p.svg", title="demo")
     drawn = (tmp_path / "p.svg").read_text(encoding="utf-8")
     for text in ("scale 0", "scale 5", "joint 3", "image guidance", "scene obedience", "demo"):
@@ -41,7 +40,6 @@ def test_the_pareto_plot_names_every_point_and_sweep(tmp_path: Path) -> None:
 
 
 def test_the_bars_name_every_variant_and_group(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot_bars(GROUPS, tmp_path / "b.svg", ylabel="subject match")
     drawn = (tmp_path / "b.svg").read_text(encoding="utf-8")
     for text in ("timestep", "merge", "600", "concat", "sum", "subject match"):
@@ -49,7 +47,6 @@ def test_the_bars_name_every_variant_and_group(tmp_path: Path) -> None:
 
 
 def test_only_the_chosen_point_has_a_star(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plain = [Sweep("a", [SweepPoint("x", around(0.9), around(0.5))])]
     starred = [Sweep("a", [SweepPoint("x", around(0.9), around(0.5), is_chosen=True)])]
     plot_pareto(plain, tmp_path / "plain.svg")
@@ -59,7 +56,6 @@ def test_only_the_chosen_point_has_a_star(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_the_same_numbers_give_the_same_file(tmp_path: Path, ending: str) -> None:
-    pytest.importorskip("matplotlib")
     files = [tmp_path / f"{number}.{ending}" for number in range(2)]
     for file in files:
         plot_pareto(SWEEPS, file)
@@ -67,7 +63,6 @@ def test_the_same_numbers_give_the_same_file(tmp_path: Path, ending: str) -> Non
 
 
 def test_a_plot_is_a_picture_with_colours(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot_bars(GROUPS, tmp_path / "b.png", ylabel="match")
     with Image.open(tmp_path / "b.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)

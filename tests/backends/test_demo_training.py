@@ -12,11 +12,16 @@ from torch import nn
 from dreamcache_core.data.opening import open_source
 from dreamcache_core.demo.architecture import SCALING_FACTOR, make_autoencoder, train_tokenizer
 from dreamcache_core.demo.autoencoder_stage import encode, normalise_latents, to_tensor
+from dreamcache_core.demo.backgrounds import BACKGROUNDS
+from dreamcache_core.demo.denoiser_stage import DenoiserStage
 from dreamcache_core.demo.draw_pairs import PairsConfig, draw_pairs
 from dreamcache_core.demo.picture_pool import open_pool
 from dreamcache_core.demo.stages import Schedule, train_stage
 from dreamcache_core.demo.train_base import main
+from dreamcache_core.demo.world import PAPER
 from dreamcache_core.diffusers_loading import load_diffusers_pipeline
+from dreamcache_core.errors import StateError
+from dreamcache_core.training.objective import NoiseSchedule
 
 torch.set_num_threads(1)
 
@@ -35,7 +40,19 @@ class LineStage:
         return (module(x) - 2 * x).square().mean()
 
 
-def train_line(folder: Path, steps: int = 40) -> dict[str, torch.Tensor]:
+class WrongOnTheLeft(nn.Module):
+    """Predicts v of all-zero latents, whose noise it sees scaled, 3 too high in the left half."""
+
+    def forward(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        assert tokens.shape == (len(noisy), 3)
+        kept = torch.linspace(0.99, 0.01, 1000)[timesteps].reshape(-1, 1, 1, 1)
+        noise = noisy / (1.0 - kept).sqrt()
+        return kept.sqrt() * noise + torch.tensor([3.0, 0.0])
+
+
+def train_line(folder: Path, steps: int = 60) -> dict[str, torch.Tensor]:
     stage = LineStage()
     schedule = Schedule(steps, 0.1, 5, ema_decay=0.5, save_every=20, seed=0)
     assert train_stage(stage, schedule, folder, "no")
@@ -45,7 +62,7 @@ def train_line(folder: Path, steps: int = 40) -> dict[str, torch.Tensor]:
 def test_stage_learns_and_resumes_to_the_same_weights(tmp_path: Path):
     at_once = train_line(tmp_path / "at_once")
     assert at_once["weight"].item() == pytest.approx(2.0, abs=0.15)
-    halfway = tmp_path / "at_once" / "checkpoints" / "step-000020"
+    halfway = tmp_path / "at_once" / "checkpoints" / "step-000040"
     shutil.copytree(halfway, tmp_path / "resumed" / "checkpoints" / halfway.name)
     resumed = train_line(tmp_path / "resumed")
     assert all(torch.equal(resumed[name], at_once[name]) for name in at_once)
@@ -53,10 +70,11 @@ def test_stage_learns_and_resumes_to_the_same_weights(tmp_path: Path):
 
 def test_training_that_is_done_does_no_further_step(tmp_path: Path):
     first = train_line(tmp_path)
-    log = (tmp_path / "log.jsonl").read_text() if (tmp_path / "log.jsonl").exists() else ""
+    log = (tmp_path / "log.jsonl").read_text()
+    assert log.count("\n") == 1
     again = train_line(tmp_path)
     assert all(torch.equal(again[name], first[name]) for name in first)
-    assert log == ((tmp_path / "log.jsonl").read_text() if log else "")
+    assert (tmp_path / "log.jsonl").read_text() == log
 
 
 def test_normalised_latents_fit_the_scaling_factor_and_decode_to_the_same_pictures(tmp_path: Path):
@@ -98,6 +116,58 @@ def test_a_short_training_writes_a_model_that_draws(tmp_path: Path):
     assert np.isfinite(pictures).all()
 
 
+def test_training_goes_on_from_another_model(tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = "--pictures 4 --autoencoder_steps 1 --autoencoder_full_steps 1 --unet_batch 2"
+    assert main(["--out", str(first), *flags.split(), "--unet_steps", "1"]) == 0
+    start = ["--start_from", str(first / "model"), "--pictures", "4", "--unet_batch", "2"]
+    assert main(["--out", str(second), *start, "--unet_steps", "0"]) == 0
+    for part in (
+        "unet/diffusion_pytorch_model",
+        "vae/diffusion_pytorch_model",
+        "text_encoder/model",
+    ):
+        before = load_file(first / "model" / f"{part}.safetensors")
+        after = load_file(second / "model" / f"{part}.safetensors")
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_pool_knows_which_patches_the_subject_reaches(tmp_path: Path):
+    pool = open_pool(tmp_path, 40, seed=0)
+    plain = [
+        index
+        for index, wordings in enumerate(pool.captions)
+        if any(phrase in wordings[0] for phrase in BACKGROUNDS[PAPER].phrases)
+    ]
+    assert plain
+    for index in plain:
+        ink = (pool.pictures[index].min(axis=-1) < 160).reshape(16, 8, 16, 8).any(axis=(1, 3))
+        assert (ink != pool.subjects[index]).mean() < 0.02
+        assert 0.02 < pool.subjects[index].mean() < 0.9
+
+
+def test_errors_count_by_their_weights():
+    def loss(weights: torch.Tensor) -> float:
+        stage = DenoiserStage(
+            nn.Identity(),
+            nn.Identity(),
+            NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "v_prediction"),
+            torch.zeros(1, 4, 2, 2),
+            weights,
+            torch.zeros(1, 1, 3, dtype=torch.long),
+            torch.zeros(3, dtype=torch.long),
+            batch=2,
+            drop_caption=0.0,
+            device=torch.device("cpu"),
+        )
+        return stage.loss(WrongOnTheLeft(), np.random.default_rng(0)).item()
+
+    right = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
+    assert loss(right) == pytest.approx(0.0, abs=1e-6)
+    assert loss(1.0 - right) == pytest.approx(9.0, abs=1e-3)
+    assert loss(1.0 + 2.0 * right) == pytest.approx(9.0 / 4.0, abs=1e-3)
+
+
 def test_drawn_pairs_are_a_training_set_of_subjects_cut_out(tmp_path: Path):
     source = open_source(draw_pairs(PairsConfig(out=str(tmp_path), pairs=5)))
     pairs = [source.read(index) for index in range(len(source.keys))]
@@ -106,3 +176,10 @@ def test_drawn_pairs_are_a_training_set_of_subjects_cut_out(tmp_path: Path):
     for pair in pairs:
         assert pair.mask is not None
         assert 0.05 < pair.mask.mean() < 0.9
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StateError, match="trained by one process; 2 were started"):
+        main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
