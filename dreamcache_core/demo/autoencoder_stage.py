@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .architecture import SCALING_FACTOR
+from .picture_pool import PATCH, PicturePool
 
-KL_WEIGHT = 5e-4
+KL_WEIGHT = 2e-3
 GUIDED_SPREAD = 2.0
 COARSE = 4
 RECOLOURED = 0.5
@@ -23,11 +24,11 @@ class AutoencoderStage:
 
     Args:
         module: A ``RepeatingAutoencoder``; it learns.
-        pictures: 8-bit RGB, (count, size, size, 3).
+        pool: The pictures.
         batch: Crops in a step.
-        crop: Side of the crops in pixels.
-        colour_weight: Weight of what pulls three latent channels towards the mean colours; without it the first
-            thousands of steps find shades of grey only.
+        crop: Side of the crops in pixels; all of them show something of the subject.
+        colour_weight: Weight of what pulls three latent channels towards the mean colours. Without it the first
+            thousands of steps find shades of grey only; with it for long, one channel is left for everything else.
         device: Where it learns.
     """
 
@@ -36,25 +37,22 @@ class AutoencoderStage:
     def __init__(
         self,
         module: nn.Module,
-        pictures: np.ndarray,
+        pool: PicturePool,
         *,
         batch: int,
         crop: int,
         colour_weight: float,
         device: torch.device,
     ) -> None:
-        self.pictures, self.batch, self.crop, self.device = pictures, batch, crop, device
+        self.pool, self.batch, self.crop, self.device = pool, batch, crop, device
         self.colour_weight = colour_weight
         self.module = module
 
     def loss(self, module: nn.Module, random: np.random.Generator) -> Tensor:
         """Compare crops with what comes out: L1 of pixels, of coarse pixels, of edges; a little KL."""
-        places = random.integers(self.pictures.shape[1] - self.crop + 1, size=(self.batch, 2))
         crops = [
-            _recolour(self.pictures[index, top : top + self.crop, left : left + self.crop], random)
-            for index, (top, left) in zip(
-                random.integers(len(self.pictures), size=self.batch), places, strict=True
-            )
+            self._crop(int(index), random)
+            for index in random.integers(len(self.pool), size=self.batch)
         ]
         pictures = to_tensor(np.stack(crops)).to(self.device)
         repeated, colours, divergence = module(pictures, int(random.integers(2**31)))
@@ -74,6 +72,15 @@ class AutoencoderStage:
             + self.colour_weight * functional.l1_loss(colours, means)
             + KL_WEIGHT * divergence
         )
+
+    def _crop(self, index: int, random: np.random.Generator) -> np.ndarray:
+        """Cut a crop whose middle lies on the subject, or as near to it as the picture's border lets it."""
+        patches = np.argwhere(self.pool.subjects[index])
+        middle = PATCH * (patches[random.integers(len(patches))] + random.random(2))
+        highest = self.pool.pictures.shape[1] - self.crop
+        top, left = np.clip(middle - self.crop / 2, 0, highest).astype(int)
+        crop = self.pool.pictures[index, top : top + self.crop, left : left + self.crop]
+        return _recolour(crop, random)
 
 
 def _recolour(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -107,4 +107,4 @@ def _draw_chunk(
 
 def _reached_patches(mask: np.ndarray) -> np.ndarray:
     side = len(mask) // PATCH
-    return mask.reshape(side, PATCH, side, PATCH).any(axis=(1, 3))
+    return np.asarray(mask.reshape(side, PATCH, side, PATCH).any(axis=(1, 3)))

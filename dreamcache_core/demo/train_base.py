@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,15 @@ class BaseConfig(Config):
     )
     start_from: str = field(
         default="",
-        metadata={
-            "help": "diffusers folder of a demo model to train on, its autoencoder as it is; empty: begin from nothing"
-        },
+        metadata={"help": "diffusers folder of a demo model to go on from; empty: from nothing"},
     )
     pictures: int = field(default=24_000, metadata={"help": "pictures to draw and train on"})
+    autoencoder_colour_steps: int = field(
+        default=600,
+        metadata={"help": "steps of the autoencoder to find colours, if it begins from nothing"},
+    )
     autoencoder_steps: int = field(
-        default=8_000, metadata={"help": "steps of the autoencoder on 64-pixel crops"}
+        default=8_000, metadata={"help": "its steps after that on 64-pixel crops"}
     )
     autoencoder_full_steps: int = field(
         default=4_000, metadata={"help": "its steps after that on whole pictures"}
@@ -110,36 +112,57 @@ def _device() -> torch.device:
 
 
 def _train_autoencoder(config: BaseConfig, pool: PicturePool, out: Path) -> Any:
-    finished = Path(config.start_from) / "vae" if config.start_from else out / "vae"
+    autoencoders = require_diffusers().AutoencoderKL
+    finished = out / "vae"
     if finished.is_dir():
-        return require_diffusers().AutoencoderKL.from_pretrained(finished).to(_device())
-    repeating = RepeatingAutoencoder(make_autoencoder())
-    side, device = pool.pictures.shape[1], _device()
-    crops = AutoencoderStage(
-        repeating, pool.pictures, batch=16, crop=side // 2, colour_weight=0.5, device=device
-    )
-    wholes = AutoencoderStage(
-        repeating, pool.pictures, batch=4, crop=side, colour_weight=0.05, device=device
-    )
-    rounds = (
-        ("autoencoder-crops", crops, config.autoencoder_steps, 1.0),
-        ("autoencoder", wholes, config.autoencoder_full_steps, 0.5),
-    )
-    for name, stage, steps, pace in rounds:
+        return autoencoders.from_pretrained(finished).to(_device())
+    rounds = [
+        _Round("autoencoder-crops", config.autoencoder_steps, 1.0, batch=16, is_cropped=True),
+        _Round("autoencoder", config.autoencoder_full_steps, 0.5, batch=4),
+    ]
+    if config.start_from:
+        autoencoder = autoencoders.from_pretrained(Path(config.start_from) / "vae").train()
+    else:
+        autoencoder = make_autoencoder()
+        colours = _Round("autoencoder-colours", config.autoencoder_colour_steps, 1.0, batch=16)
+        rounds.insert(0, replace(colours, is_cropped=True, colour_weight=0.5))
+    repeating, side = RepeatingAutoencoder(autoencoder), pool.pictures.shape[1]
+    for part in rounds:
+        stage = AutoencoderStage(
+            repeating,
+            pool,
+            batch=part.batch,
+            crop=side // 2 if part.is_cropped else side,
+            colour_weight=part.colour_weight,
+            device=_device(),
+        )
         schedule = Schedule(
-            steps,
-            pace * config.autoencoder_learning_rate,
+            part.steps,
+            part.pace * config.autoencoder_learning_rate,
             100,
             0.999,
             config.save_every,
             config.seed,
         )
-        if not train_stage(stage, schedule, out / name, config.mixed_precision):
+        if not train_stage(stage, schedule, out / part.name, config.mixed_precision):
             return None
-    autoencoder = repeating.autoencoder.eval()
-    normalise_latents(autoencoder, pool.pictures[:MEASURED_PICTURES], config.mixed_precision)
+    repeating.eval()
+    if any(part.steps for part in rounds):
+        normalise_latents(autoencoder, pool.pictures[:MEASURED_PICTURES], config.mixed_precision)
     autoencoder.save_pretrained(finished)
     return autoencoder
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One part of the autoencoder's training."""
+
+    name: str
+    steps: int
+    pace: float
+    batch: int
+    is_cropped: bool = False
+    colour_weight: float = 0.0
 
 
 def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out: Path) -> bool:

@@ -25,6 +25,11 @@ from dreamcache_core.training.objective import NoiseSchedule
 
 torch.set_num_threads(1)
 
+SHORT = (
+    "--pictures 4 --autoencoder_colour_steps 1 --autoencoder_steps 1 --autoencoder_full_steps 1 "
+    "--unet_steps 1 --unet_batch 2"
+)
+
 
 class LineStage:
     """Learns y = 2 x from points."""
@@ -101,8 +106,7 @@ def test_tokenizer_knows_the_words_it_learnt_and_splits_others():
 
 
 def test_a_short_training_writes_a_model_that_draws(tmp_path: Path):
-    flags = "--pictures 4 --autoencoder_steps 1 --autoencoder_full_steps 1 --unet_steps 1 --unet_batch 2"
-    assert main(["--out", str(tmp_path), *flags.split()]) == 0
+    assert main(["--out", str(tmp_path), *SHORT.split()]) == 0
     model = tmp_path / "model"
     for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "model_index.json"):
         assert (model / name).is_file()
@@ -118,10 +122,9 @@ def test_a_short_training_writes_a_model_that_draws(tmp_path: Path):
 
 def test_training_goes_on_from_another_model(tmp_path: Path):
     first, second = tmp_path / "first", tmp_path / "second"
-    flags = "--pictures 4 --autoencoder_steps 1 --autoencoder_full_steps 1 --unet_batch 2"
-    assert main(["--out", str(first), *flags.split(), "--unet_steps", "1"]) == 0
-    start = ["--start_from", str(first / "model"), "--pictures", "4", "--unet_batch", "2"]
-    assert main(["--out", str(second), *start, "--unet_steps", "0"]) == 0
+    assert main(["--out", str(first), *SHORT.split()]) == 0
+    none = "--autoencoder_steps 0 --autoencoder_full_steps 0 --unet_steps 0 --pictures 4"
+    assert main(["--out", str(second), "--start_from", str(first / "model"), *none.split()]) == 0
     for part in (
         "unet/diffusion_pytorch_model",
         "vae/diffusion_pytorch_model",
