@@ -43,6 +43,10 @@ class TrainConfig(Config):
     timestep: int = field(
         default=1, metadata={"help": "training index at which references are cached, 0 to 999"}
     )
+    reference_caption: bool = field(
+        default=False,
+        metadata={"help": "cache references under their caption, not the empty prompt"},
+    )
     resolution: int | None = field(
         default=None, metadata={"help": "side of the pictures in pixels; else the model's"}
     )

@@ -10,7 +10,7 @@ from ..adapter import AdapterInfo, AdapterSet, ReferenceAdapter
 from ..backends import layout_of
 from ..errors import InputError
 
-Init = Literal["identity", "paper"]
+Init = Literal["identity", "paper", "sum"]
 
 
 def new_adapters(
@@ -26,7 +26,9 @@ def new_adapters(
     """Make untrained adapters for a U-Net.
 
     ``paper``: everything random, as PyTorch initialises it. ``identity``: the same, but ``merge`` = [identity | 0], so
-    that the U-Net with adapters is at first the plain U-Net, and training starts at the base model's loss.
+    that the U-Net with adapters is at first the plain U-Net, and training starts at the base model's loss. ``sum``: the
+    paper's rejected way to merge (METHOD.md section 8, ablations): ``merge`` = [identity | identity], never trained, and
+    ``to_out`` starts at zero, so that here too training starts at the base model's loss.
 
     Args:
         unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``.
@@ -55,11 +57,13 @@ def new_adapters(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapters = AdapterSet(info)
-    if init == "identity":
-        for layer in adapters:
-            adapter = adapters[layer]
-            assert isinstance(adapter, ReferenceAdapter)
+    for layer in adapters:
+        adapter = adapters[layer]
+        assert isinstance(adapter, ReferenceAdapter)
+        if init == "identity":
             _pass_self_attention_on(adapter)
+        elif init == "sum":
+            _add_what_is_attended(adapter)
     return adapters
 
 
@@ -68,3 +72,12 @@ def _pass_self_attention_on(adapter: ReferenceAdapter) -> None:
     adapter.merge.weight.zero_()
     adapter.merge.bias.zero_()
     adapter.merge.weight[:, : adapter.channels].fill_diagonal_(1)
+
+
+@torch.no_grad()
+def _add_what_is_attended(adapter: ReferenceAdapter) -> None:
+    _pass_self_attention_on(adapter)
+    adapter.merge.weight[:, adapter.channels :].fill_diagonal_(1)
+    adapter.merge.requires_grad_(False)
+    adapter.to_out.weight.zero_()
+    adapter.to_out.bias.zero_()

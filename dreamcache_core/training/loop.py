@@ -166,11 +166,12 @@ class Loop:
         latent, noise, timesteps = self._target_latent(batch), batch["noise"], batch["timestep"]
         rows, (height, width) = len(latent), (side * LATENT_FACTOR for side in latent.shape[2:])
         text = self._text(batch)
+        seen = text if self.config.reference_caption else self.empty.repeat_each(rows)
         with torch.no_grad():
             reference = module.capture(
                 self._noised_reference(batch).to(dtype),
-                self.empty.states.expand(rows, -1, -1),
-                self.base.unet_kwargs(self.empty.repeat_each(rows), *self._reference_size_px),
+                seen.states,
+                self.base.unet_kwargs(seen, *self._reference_size_px),
             )
         prediction = self.model(
             reference,

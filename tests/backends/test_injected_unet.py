@@ -5,6 +5,7 @@ import torch
 from tiny_diffusers import random_unet, sdxl_unet
 
 from dreamcache_core import InputError, MismatchError, ReferenceUse, inject
+from dreamcache_core.adapter import ReferenceAdapter
 from dreamcache_core.training.initialisation import new_adapters
 from dreamcache_core.training.injected_unet import InjectedUNet
 from dreamcache_core.training.memory import SavedBytes, estimate_saved_bytes
@@ -146,16 +147,30 @@ def test_nothing_is_left_in_the_unet_after_backward_or_an_error():
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.unet.modules())
 
 
-def test_training_starts_at_the_plain_unet_with_identity_and_elsewhere_with_paper():
+def test_training_starts_at_the_plain_unet_but_with_paper():
     predictions = {}
-    for init in ("identity", "paper"):
+    for init in ("identity", "sum", "paper"):
         module, capture, (noised, timesteps, text, kwargs) = setting(init=init)
         with torch.no_grad(), module.until_backward():
             predictions[init] = module(module.capture(*capture), noised, timesteps, text, kwargs)
     with torch.no_grad():
         plain = module.unet(noised, timesteps, text).sample
     torch.testing.assert_close(predictions["identity"], plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(predictions["sum"], plain, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(predictions["paper"], plain, atol=1e-2)
+
+
+def test_sum_adds_what_is_attended_and_leaves_that_untrained():
+    module, capture, (noised, timesteps, text, kwargs) = setting(init="sum")
+    with module.until_backward():
+        module(module.capture(*capture), noised, timesteps, text, kwargs).square().mean().backward()
+    adapter = module.adapters["middle_block.1"]
+    assert isinstance(adapter, ReferenceAdapter)
+    assert adapter.merge.weight.grad is None
+    assert adapter.to_out.weight.grad is not None
+    attention, attended = torch.randn(2, 1, 3, adapter.channels)
+    expected = attention + adapter.to_out(attended)
+    torch.testing.assert_close(adapter.merge_attention(attention, attended), expected)
 
 
 def test_new_adapters_depend_on_their_seed_and_on_nothing_else():

@@ -247,6 +247,21 @@ def test_min_snr_clipping_and_checkpointing_have_their_effect(settings, tmp_path
     assert other(gradient_checkpointing=True) < 1e-6
 
 
+def test_references_are_cached_under_the_caption_only_if_asked_for(settings, tmp_path):
+    settings |= {"init": "paper", "steps": 1}  # with identity the first step sees no reference
+    train(settings, out=str(tmp_path / "empty"), caption_dropout=0.0)
+    asked = {"reference_caption": True}
+    train(settings, out=str(tmp_path / "caption"), caption_dropout=0.0, **asked)
+    train(settings, out=str(tmp_path / "dropped"), caption_dropout=1.0, **asked)
+    train(settings, out=str(tmp_path / "no caption"), caption_dropout=1.0)
+    empty, caption, dropped, none = (
+        losses(settings | {"out": str(tmp_path / name)})
+        for name in ("empty", "caption", "dropped", "no caption")
+    )
+    assert empty != caption
+    assert dropped == none
+
+
 def test_moving_average_lags_behind_the_weights(settings, tmp_path):
     last = train(settings, init="paper")
     average = train(settings, init="paper", ema_decay=0.9, out=str(tmp_path / "average"))
