@@ -36,6 +36,11 @@ class Condition:
     references: int = 1
     captioned: bool = False
 
+    @property
+    def drawing(self) -> Condition:
+        """The same without its names: equal for conditions that draw the same pictures."""
+        return replace(self, name="", sweep="")
+
 
 NO_REFERENCE = Condition("no reference", "baseline", adapters=None)
 CHOSEN = Condition("as shipped", "baseline")

@@ -99,8 +99,9 @@ def measure_conditions(
     results = Path(options.results)
     results.mkdir(parents=True, exist_ok=True)
     session = _Session(options)
+    files = _file_names(options)
     for condition in conditions:
-        path = results / f"{condition.name.replace(' ', '_')}.jsonl"
+        path = results / files[condition.drawing]
         done = {(row.group, row.index) for row in read_judgements(path)}
         left = [triple for triple in triples if (triple.group, triple.index) not in done]
         for rows in session.measure(condition, left):
@@ -139,6 +140,14 @@ class _Session:
                 path = Path(str(self.options.variants)) / f"{name}{VARIANT_SUFFIX}"
             self.adapters[name] = load_adapters(path)
         return self.adapters[name]
+
+
+def _file_names(options: DemoEvaluationOptions) -> dict[Condition, str]:
+    """The file of each drawing, named after the first condition that draws so: none is drawn twice."""
+    names: dict[Condition, str] = {}
+    for condition in all_conditions(_variant_names(options)):
+        names.setdefault(condition.drawing, f"{condition.name.replace(' ', '_')}.jsonl")
+    return names
 
 
 def _variant_names(options: DemoEvaluationOptions) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 
 from dreamcache_core.checkpoints import load_adapters
 from dreamcache_core.cli import main
+from dreamcache_core.demo.gallery import IMAGE_GUIDANCE
 from dreamcache_core.demo.model_files import require_demo_files
 from dreamcache_core.diffusers_loading import load_diffusers_pipeline
 from dreamcache_core.evaluation.demo_conditions import CHOSEN, NO_REFERENCE, all_conditions
@@ -77,6 +78,17 @@ def test_command_writes_a_page_of_all_groups_and_measures_nothing_twice(
     assert evaluate(tmp_path, "as shipped") == 0
     assert read_judgements(tmp_path / "results" / "as_shipped.jsonl") == rows
     assert "as shipped" in capsys.readouterr().out
+
+
+def test_conditions_that_draw_alike_are_measured_once(tmp_path: Path):
+    assert evaluate(tmp_path, "1 references", f"image guidance {IMAGE_GUIDANCE:g}") == 0
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["as_shipped.jsonl"]
+    page = (tmp_path / "pages" / "README.md").read_text()
+    first, second = (
+        next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        for name in ("1 references", f"image guidance {IMAGE_GUIDANCE:g}")
+    )
+    assert first.split("|")[2:] == second.split("|")[2:]
 
 
 def test_row_that_was_cut_off_is_measured_again(tmp_path: Path):
