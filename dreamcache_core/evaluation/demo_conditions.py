@@ -11,6 +11,9 @@ from ..guidance import GuidanceMode
 SHIPPED = "adapters"
 """Variant that comes with the package."""
 
+CAPTION = "caption"
+"""Variant that was trained on references cached under their caption, and is measured so."""
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -80,7 +83,13 @@ def all_conditions(variants: Sequence[str] = ()) -> list[Condition]:
     """
     captioned = replace(CHOSEN, name="captioned reference", sweep="caption", captioned=True)
     trained = [
-        replace(CHOSEN, name=f"variant {name}", sweep="variants", adapters=name)
+        replace(
+            CHOSEN,
+            name=f"variant {name}",
+            sweep="variants",
+            adapters=name,
+            captioned=name == CAPTION,
+        )
         for name in variants
     ]
     return [NO_REFERENCE, CHOSEN, *guidance_sweeps(), *reference_sweep(), captioned, *trained]

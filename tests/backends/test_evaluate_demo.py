@@ -61,6 +61,9 @@ def test_reference_changes_the_picture_and_another_subject_changes_it_otherwise(
 def test_every_condition_has_a_name_of_its_own():
     names = [condition.name for condition in all_conditions(["timestep-50", "merge-sum"])]
     assert len(set(names)) == len(names)
+    trained = {c.name: c.captioned for c in all_conditions(["caption", "merge-sum"])}
+    assert trained["variant caption"]
+    assert not trained["variant merge-sum"]
     assert {"image guidance 0.4", "joint 3", "4 references", "variant merge-sum"} <= set(names)
 
 
