@@ -35,7 +35,8 @@ def add_evaluate_commands(commands: Any) -> None:
 def _demo(argv: Sequence[str]) -> None:
     from .evaluation.demo_measures import MatchBounds, measure_bounds
     from .evaluation.demo_pages import Evidence, summary_lines, write_pages
-    from .evaluation.demo_run import DemoEvaluationOptions, measure_conditions
+    from .evaluation.demo_report import write_report
+    from .evaluation.demo_run import DemoEvaluationOptions, measure_conditions, picture_folders
     from .evaluation.demo_triples import GROUPS, Group
 
     options = parse_config(DemoEvaluationOptions, argv, program="dreamcache evaluate demo")
@@ -47,7 +48,9 @@ def _demo(argv: Sequence[str]) -> None:
     }
     evidence = Evidence(rows, bounds, f"python -m dreamcache_core evaluate demo {' '.join(argv)}")
     print("\n".join(summary_lines(evidence)))
-    for path in write_pages(evidence, Path(options.out)):
+    out = Path(options.out)
+    report = write_report(evidence, triples, picture_folders(options), out)
+    for path in (*write_pages(evidence, out), report):
         print(path)
 
 

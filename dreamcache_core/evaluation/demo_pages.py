@@ -20,6 +20,17 @@ GROUP_TITLES: Mapping[Group, str] = {
     "combination": "Known shapes in unseen patterns and colours",
     "shape": "Unseen shapes",
 }
+TITLES = (
+    "condition",
+    "subject match",
+    "gap closed",
+    "colour error",
+    "pattern",
+    "obedience",
+    "background",
+    "shape",
+    "obedience gained on no reference",
+)
 
 
 @dataclass(frozen=True)
@@ -112,15 +123,15 @@ def _group_lines(evidence: Evidence, group: Group) -> Iterable[str]:
         f"{bounds.separation(lambda found: found.match):.3f}."
     )
     yield ""
-    titles = ("condition", "subject match", "gap closed", "colour error", "pattern", "obedience")
-    yield from _row((*titles, "background", "shape", "obedience gained on no reference"))
-    yield from _row(["---"] * (len(titles) + 3))
+    yield from _row(TITLES)
+    yield from _row(["---"] * len(TITLES))
     for condition in evidence.rows:
-        yield from _row(_cells(evidence, condition, group))
+        yield from _row(table_cells(evidence, condition, group))
     yield ""
 
 
-def _cells(evidence: Evidence, condition: Condition, group: Group) -> list[str]:
+def table_cells(evidence: Evidence, condition: Condition, group: Group) -> list[str]:
+    """Cells of a condition's row in the table of a group, one for each of ``TITLES``."""
     rows = evidence.of(condition, group)
     return [
         condition.name,

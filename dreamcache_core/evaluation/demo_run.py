@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..pipeline import DreamCachePipeline
 from .demo_classifier import load_classifier
 from .demo_conditions import SHIPPED, Condition, all_conditions
+from .demo_report import keep_pictures
 from .demo_results import Judgement, append_judgements, judge, read_judgements
 from .demo_sampling import batches, generate_pictures
 from .demo_triples import NUM_COMBINATIONS, NUM_SHAPES, Triple, draw_triples
@@ -99,12 +100,13 @@ def measure_conditions(
     results = Path(options.results)
     results.mkdir(parents=True, exist_ok=True)
     session = _Session(options)
-    files = _file_names(options)
+    folders = picture_folders(options)
     for condition in conditions:
-        path = results / files[condition.drawing]
+        folder = folders[condition]
+        path = results / f"{folder.name}.jsonl"
         done = {(row.group, row.index) for row in read_judgements(path)}
         left = [triple for triple in triples if (triple.group, triple.index) not in done]
-        for rows in session.measure(condition, left):
+        for rows in session.measure(condition, left, folder):
             append_judgements(path, rows)
         yield condition, _in_order(read_judgements(path), triples)
 
@@ -119,7 +121,9 @@ class _Session:
         self.classifier, _ = load_classifier()
         self.adapters: dict[str, AdapterSet] = {}
 
-    def measure(self, condition: Condition, triples: Sequence[Triple]) -> Iterator[list[Judgement]]:
+    def measure(
+        self, condition: Condition, triples: Sequence[Triple], folder: Path
+    ) -> Iterator[list[Judgement]]:
         from tqdm.auto import tqdm
 
         adapters = self._adapters(condition.adapters)
@@ -128,6 +132,7 @@ class _Session:
                 pictures = generate_pictures(
                     self.pipeline, adapters, batch, condition, steps=self.options.steps
                 )
+                keep_pictures(folder, batch, pictures)
                 yield judge(batch, pictures, self.classifier)
                 bar.update(len(batch))
 
@@ -142,12 +147,14 @@ class _Session:
         return self.adapters[name]
 
 
-def _file_names(options: DemoEvaluationOptions) -> dict[Condition, str]:
-    """The file of each drawing, named after the first condition that draws so: none is drawn twice."""
-    names: dict[Condition, str] = {}
+def picture_folders(options: DemoEvaluationOptions) -> dict[Condition, Path]:
+    """Where each condition's pictures are kept; conditions that draw the same share what was measured first."""
+    shared: dict[Condition, Path] = {}
+    folders: dict[Condition, Path] = {}
     for condition in all_conditions(_variant_names(options)):
-        names.setdefault(condition.drawing, f"{condition.name.replace(' ', '_')}.jsonl")
-    return names
+        folder = Path(options.results) / "pictures" / condition.name.replace(" ", "_")
+        folders[condition] = shared.setdefault(condition.drawing, folder)
+    return folders
 
 
 def _variant_names(options: DemoEvaluationOptions) -> list[str]:

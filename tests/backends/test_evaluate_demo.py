@@ -76,6 +76,8 @@ def test_command_writes_a_page_of_all_groups_and_measures_nothing_twice(
     assert "Unseen shapes" in page
     assert page.count("| as shipped |") == 2
     assert (tmp_path / "pages" / "pareto.png").is_file()
+    report = (tmp_path / "pages" / "report.html").read_text()
+    assert report.count("data:image/jpeg") == 5 * 4  # reference, truth, two conditions
     rows = read_judgements(tmp_path / "results" / "as_shipped.jsonl")
     assert len(rows) == 5
     assert evaluate(tmp_path, "as shipped") == 0
@@ -85,7 +87,7 @@ def test_command_writes_a_page_of_all_groups_and_measures_nothing_twice(
 
 def test_conditions_that_draw_alike_are_measured_once(tmp_path: Path):
     assert evaluate(tmp_path, "1 references", f"image guidance {IMAGE_GUIDANCE:g}") == 0
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["as_shipped.jsonl"]
+    assert {path.stem for path in (tmp_path / "results").rglob("*.jsonl")} == {"as_shipped"}
     page = (tmp_path / "pages" / "README.md").read_text()
     first, second = (
         next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
