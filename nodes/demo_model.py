@@ -22,7 +22,7 @@ MODEL_TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
 
 
 class DemoLatents(comfy.latent_formats.SD15):
-    """Stable Diffusion's latents, without the previews that are made for its own VAE."""
+    """Stable Diffusion's scale of latents; previews are the demo's own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,13 +36,16 @@ class DemoConfig(comfy.supported_models.SD20):
     Args:
         unet: diffusers' settings of the U-Net.
         prediction: What it predicts, ``epsilon`` or ``v_prediction``.
+        preview: Linear map from latents to colours, ``factors`` and ``bias``.
     """
 
     unet_extra_config = {"num_heads": -1, "attn_precision": torch.float32}  # noqa: RUF012
     latent_format = DemoLatents
 
-    def __init__(self, unet: dict[str, Any], prediction: str) -> None:
+    def __init__(self, unet: dict[str, Any], prediction: str, preview: dict[str, Any]) -> None:
         super().__init__(_ldm_unet(unet))
+        self.latent_format.latent_rgb_factors = preview["factors"]
+        self.latent_format.latent_rgb_factors_bias = preview["bias"]
         self.prediction = prediction
 
     def model_type(self, state_dict: Any, prefix: str = "") -> ModelType:  # noqa: ARG002
@@ -69,7 +72,7 @@ def load_unet(files: DemoFiles) -> ModelPatcher:
         A MODEL under ComfyUI's memory management.
     """
     settings = files.config("unet")
-    config = DemoConfig(settings, files.scheduler_config()["prediction_type"])
+    config = DemoConfig(settings, files.scheduler_config()["prediction_type"], files.preview())
     names = comfy.utils.unet_to_diffusers(config.unet_config)
     weights = {names[name]: value for name, value in _read(files, "unet").items()}
     management = comfy.model_management

@@ -160,3 +160,21 @@ def encode(autoencoder: Any, pictures: np.ndarray, mixed_precision: str) -> Tens
         with accelerator.autocast():
             parts.append(autoencoder.encode(batch).latent_dist.mode().float().cpu())
     return torch.cat(parts)
+
+
+def fit_preview(latents: Tensor, pictures: np.ndarray) -> dict[str, list[Any]]:
+    """Find the linear map from latents to colours, for previews while a picture is drawn.
+
+    Args:
+        latents: Scaled latents of the pictures, (count, 4, height, width).
+        pictures: 8-bit RGB, (count, 8 height, 8 width, 3).
+
+    Returns:
+        ``factors``, 4 rows of 3, and ``bias``, 3 numbers: latent @ factors + bias is the patch's colour in -1..1.
+    """
+    colours = functional.avg_pool2d(to_tensor(pictures), PATCH).movedim(1, -1).flatten(0, 2)
+    known = latents.float().movedim(1, -1).flatten(0, 2)
+    known = torch.cat([known, torch.ones_like(known[:, :1])], dim=1)
+    solution = torch.linalg.lstsq(known, colours).solution
+    rounded: list[list[float]] = [[round(value, 4) for value in row] for row in solution.tolist()]
+    return {"factors": rounded[:-1], "bias": rounded[-1]}

@@ -16,6 +16,7 @@ WEIGHTS: dict[Part, str] = {
     "text_encoder": "model.safetensors",
 }
 SCHEDULER_CONFIG = "scheduler_config.json"
+PREVIEW_FILE = "vae/preview.json"
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
@@ -56,12 +57,17 @@ class DemoFiles:
         """Read the noise schedule's settings."""
         return _read_json(self.model / "scheduler" / SCHEDULER_CONFIG)
 
+    def preview(self) -> dict[str, Any]:
+        """Read the linear map from latents to colours: ``factors``, 4 rows of 3, and ``bias``."""
+        return _read_json(self.model / PREVIEW_FILE)
+
     def __iter__(self) -> Iterator[Path]:
         """Yield every file that the model needs."""
         for part in WEIGHTS:
             yield self.model / part / "config.json"
             yield self.weights(part)
         yield self.model / "scheduler" / SCHEDULER_CONFIG
+        yield self.model / PREVIEW_FILE
         yield from (self.tokenizer / name for name in TOKENIZER_FILES)
         yield self.adapters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -24,8 +25,15 @@ from .architecture import (
     make_unet,
     train_tokenizer,
 )
-from .autoencoder_stage import AutoencoderStage, RepeatingAutoencoder, encode, normalise_latents
+from .autoencoder_stage import (
+    AutoencoderStage,
+    RepeatingAutoencoder,
+    encode,
+    fit_preview,
+    normalise_latents,
+)
 from .denoiser_stage import DenoiserStage, tokenise
+from .model_files import PREVIEW_FILE
 from .picture_pool import PicturePool, open_pool
 from .stages import Schedule, train_stage
 
@@ -178,11 +186,12 @@ def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out
     )
     if _device().type == "cpu":
         _avoid_fused_attention(unet)
+    latents = _latents(config, pool, autoencoder, out)
     stage = DenoiserStage(
         text_encoder,
         unet,
         NoiseSchedule(scheduler.alphas_cumprod, "v_prediction"),
-        _latents(config, pool, autoencoder, out),
+        latents,
         1.0 + (config.subject_weight - 1.0) * torch.from_numpy(pool.subjects),
         tokenise(tokenizer, pool.captions),
         tokenise(tokenizer, [[""]])[0, 0],
@@ -202,6 +211,9 @@ def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out
         unet=unet,
         scheduler=scheduler,
     )
+    measured = slice(MEASURED_PICTURES)
+    preview = fit_preview(latents[measured], pool.pictures[measured])
+    (out / "model" / PREVIEW_FILE).write_text(f"{json.dumps(preview)}\n", encoding="utf-8")
     return finished
 
 

@@ -3,6 +3,7 @@
 ``demo/`` is such a folder; ``demo.safetensors`` holds inputs and what the parts give for them.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from dreamcache_core.demo.architecture import (
     make_unet,
     train_tokenizer,
 )
+from dreamcache_core.demo.model_files import PREVIEW_FILE
 from dreamcache_core.demo.world import SCENE_BACKGROUNDS, Scene, draw_subject, write_caption
 from dreamcache_core.training.initialisation import new_adapters
 
@@ -35,6 +37,8 @@ def write_demo_model(folder: Path) -> None:
     files = folder / "demo" / "model"
     pipeline.to(dtype=torch.float16).save_pretrained(files)
     pipeline.tokenizer.backend_tokenizer.model.save(str(files / "tokenizer"))
+    preview = {"factors": [[0.5, 0.0, 0.0]] * 4, "bias": [0.0] * 3}
+    (files / PREVIEW_FILE).write_text(json.dumps(preview))
     save_adapters(adapters, folder / "demo" / "adapters.safetensors")
     save_file(expected, folder / "demo.safetensors")
 

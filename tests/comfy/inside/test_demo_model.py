@@ -7,6 +7,8 @@ from pathlib import Path
 import comfy.model_detection
 import comfy.supported_models
 import comfy.utils
+import latent_preview
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -106,6 +108,21 @@ def test_the_vae_encodes_and_decodes_as_in_diffusers(loaded, expected):
     decoded = stock("VAEDecode", vae=vae, samples={"samples": expected["x"]})
     picture = ((expected["decoded"] + 1) / 2).clamp(0, 1).movedim(1, -1)
     assert difference(decoded, picture) < TOLERANCE
+
+
+def test_previews_have_the_pictures_colours():
+    shipped = FILES.require_demo_files()
+    picture = run("DreamCacheDemoReference", shape="mug", seed=3)[0]
+    with torch.inference_mode():
+        model, vae = DEMO.load_unet(shipped).model, DEMO.load_vae(shipped)
+        latent = model.process_latent_in(vae.encode(picture))
+    known = model.latent_format
+    previewer = latent_preview.Latent2RGBPreviewer(
+        known.latent_rgb_factors, known.latent_rgb_factors_bias
+    )
+    preview = np.asarray(previewer.decode_latent_to_preview(latent)).copy()
+    small = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8).movedim(1, -1)[0]
+    assert float((torch.from_numpy(preview) / 255.0 - small).abs().mean()) < 0.06
 
 
 def test_it_runs_from_a_drawn_reference_to_a_picture(loaded, adapters):
