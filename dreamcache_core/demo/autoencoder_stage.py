@@ -17,6 +17,8 @@ GUIDED_SPREAD = 2.0
 COARSE = 4
 RECOLOURED = 0.5
 ENCODE_BATCH = 16
+DECODER_NOISE = 0.1
+"""Most noise, in standard deviations of the latents, that the decoder alone is trained with."""
 
 
 class AutoencoderStage:
@@ -96,11 +98,15 @@ class RepeatingAutoencoder(nn.Module):
 
     Args:
         autoencoder: An ``AutoencoderKL``.
+        decoder_alone: Whether the encoder is frozen, so that latents stay what they are; then the decoder learns from
+            latents with some noise, as a U-Net's are never exact.
     """
 
-    def __init__(self, autoencoder: Any) -> None:
+    def __init__(self, autoencoder: Any, *, decoder_alone: bool = False) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self.decoder_alone = autoencoder, decoder_alone
+        for part in (autoencoder.encoder, autoencoder.quant_conv):
+            part.requires_grad_(not decoder_alone)
 
     def forward(self, pictures: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Repeat pictures.
@@ -112,9 +118,15 @@ class RepeatingAutoencoder(nn.Module):
         Returns:
             The repeated pictures; the means of three latent channels; the mean KL divergence of a latent.
         """
-        posterior = self.autoencoder.encode(pictures).latent_dist
         generator = torch.Generator(pictures.device).manual_seed(seed)
-        repeated = self.autoencoder.decode(posterior.sample(generator)).sample
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_alone):
+            posterior = self.autoencoder.encode(pictures).latent_dist
+            latents = posterior.sample(generator)
+        if self.decoder_alone:
+            share = DECODER_NOISE * torch.rand(1, generator=generator, device=pictures.device)
+            noise = torch.randn(latents.shape, generator=generator, device=pictures.device)
+            latents = latents + share * latents.std() * noise.to(latents)
+        repeated = self.autoencoder.decode(latents).sample
         divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
         return repeated.float(), posterior.mean[:, :3].float(), divergence
 

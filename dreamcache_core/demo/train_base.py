@@ -64,6 +64,10 @@ class BaseConfig(Config):
     autoencoder_full_steps: int = field(
         default=4_000, metadata={"help": "its steps after that on whole pictures"}
     )
+    decoder_steps: int = field(
+        default=4_000,
+        metadata={"help": "steps of the decoder alone after these: the latents stay as they are"},
+    )
     autoencoder_learning_rate: float = field(
         default=1e-3, metadata={"help": "highest learning rate of these"}
     )
@@ -134,30 +138,16 @@ def _train_autoencoder(config: BaseConfig, pool: PicturePool, out: Path) -> Any:
         autoencoder = make_autoencoder()
         colours = _Round("autoencoder-colours", config.autoencoder_colour_steps, 1.0, batch=16)
         rounds.insert(0, replace(colours, is_cropped=True, colour_weight=0.5))
-    repeating, side = RepeatingAutoencoder(autoencoder), pool.pictures.shape[1]
-    for part in rounds:
-        stage = AutoencoderStage(
-            repeating,
-            pool,
-            batch=part.batch,
-            crop=side // 2 if part.is_cropped else side,
-            colour_weight=part.colour_weight,
-            device=_device(),
-        )
-        schedule = Schedule(
-            part.steps,
-            part.pace * config.autoencoder_learning_rate,
-            100,
-            0.999,
-            config.save_every,
-            config.seed,
-        )
-        if not train_stage(stage, schedule, out / part.name, config.mixed_precision):
-            return None
-    repeating.eval()
+    if not all(_train_round(config, part, autoencoder, pool, out) for part in rounds):
+        return None
     if any(part.steps for part in rounds):
-        normalise_latents(autoencoder, pool.pictures[:MEASURED_PICTURES], config.mixed_precision)
-    autoencoder.save_pretrained(finished)
+        normalise_latents(
+            autoencoder.eval(), pool.pictures[:MEASURED_PICTURES], config.mixed_precision
+        )
+    alone = _Round("decoder", config.decoder_steps, 0.5, batch=4, decoder_alone=True)
+    if not _train_round(config, alone, autoencoder.train(), pool, out):
+        return None
+    autoencoder.eval().save_pretrained(finished)
     return autoencoder
 
 
@@ -171,6 +161,24 @@ class _Round:
     batch: int
     is_cropped: bool = False
     colour_weight: float = 0.0
+    decoder_alone: bool = False
+
+
+def _train_round(
+    config: BaseConfig, part: _Round, autoencoder: Any, pool: PicturePool, out: Path
+) -> bool:
+    side = pool.pictures.shape[1]
+    stage = AutoencoderStage(
+        RepeatingAutoencoder(autoencoder, decoder_alone=part.decoder_alone),
+        pool,
+        batch=part.batch,
+        crop=side // 2 if part.is_cropped else side,
+        colour_weight=part.colour_weight,
+        device=_device(),
+    )
+    rate = part.pace * config.autoencoder_learning_rate
+    schedule = Schedule(part.steps, rate, 100, 0.999, config.save_every, config.seed)
+    return train_stage(stage, schedule, out / part.name, config.mixed_precision)
 
 
 def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out: Path) -> bool:

@@ -11,7 +11,13 @@ from torch import nn
 
 from dreamcache_core.data.opening import open_source
 from dreamcache_core.demo.architecture import SCALING_FACTOR, make_autoencoder, train_tokenizer
-from dreamcache_core.demo.autoencoder_stage import encode, normalise_latents, to_tensor
+from dreamcache_core.demo.autoencoder_stage import (
+    AutoencoderStage,
+    RepeatingAutoencoder,
+    encode,
+    normalise_latents,
+    to_tensor,
+)
 from dreamcache_core.demo.backgrounds import BACKGROUNDS
 from dreamcache_core.demo.denoiser_stage import DenoiserStage
 from dreamcache_core.demo.draw_pairs import PairsConfig, draw_pairs
@@ -28,7 +34,7 @@ torch.set_num_threads(1)
 
 SHORT = (
     "--pictures 4 --autoencoder_colour_steps 1 --autoencoder_steps 1 --autoencoder_full_steps 1 "
-    "--unet_steps 1 --unet_batch 2"
+    "--decoder_steps 1 --unet_steps 1 --unet_batch 2"
 )
 
 
@@ -126,7 +132,7 @@ def test_a_short_training_writes_a_model_that_draws(tmp_path: Path):
 def test_training_goes_on_from_another_model(tmp_path: Path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(["--out", str(first), *SHORT.split()]) == 0
-    none = "--autoencoder_steps 0 --autoencoder_full_steps 0 --unet_steps 0 --pictures 4"
+    none = "--autoencoder_steps 0 --autoencoder_full_steps 0 --decoder_steps 0 --unet_steps 0 --pictures 4"
     assert main(["--out", str(second), "--start_from", str(first / "model"), *none.split()]) == 0
     for part in (
         "unet/diffusion_pytorch_model",
@@ -136,6 +142,31 @@ def test_training_goes_on_from_another_model(tmp_path: Path):
         before = load_file(first / "model" / f"{part}.safetensors")
         after = load_file(second / "model" / f"{part}.safetensors")
         assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_the_decoder_alone_learns_and_latents_stay(tmp_path: Path):
+    torch.manual_seed(0)
+    autoencoder = make_autoencoder()
+    pool = open_pool(tmp_path / "pictures", 4, seed=0)
+    before = encode(autoencoder, pool.pictures, "no")
+    weights = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+    stage = AutoencoderStage(
+        RepeatingAutoencoder(autoencoder, decoder_alone=True),
+        pool,
+        batch=2,
+        crop=64,
+        colour_weight=0.0,
+        device=torch.device("cpu"),
+    )
+    assert train_stage(stage, Schedule(2, 1e-3, 1, 0.5, 10, 0), tmp_path / "run", "no")
+    assert torch.equal(encode(autoencoder, pool.pictures, "no"), before)
+    moved = {
+        name
+        for name, value in autoencoder.state_dict().items()
+        if not torch.equal(value, weights[name])
+    }
+    assert moved
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
 
 
 def test_pool_knows_which_patches_the_subject_reaches(tmp_path: Path):
