@@ -16,6 +16,9 @@ KL_WEIGHT = 2e-3
 GUIDED_SPREAD = 2.0
 COARSE = 4
 RECOLOURED = 0.5
+SUBJECT_WEIGHT = 4.0
+"""Weight of errors where the subject is; backgrounds, of which there are few, have 1."""
+
 ENCODE_BATCH = 16
 DECODER_NOISE = 0.1
 """Most noise, in standard deviations of the latents, that the decoder alone is trained with."""
@@ -52,37 +55,46 @@ class AutoencoderStage:
 
     def loss(self, module: nn.Module, random: np.random.Generator) -> Tensor:
         """Compare crops with what comes out: L1 of pixels, of coarse pixels, of edges; a little KL."""
-        crops = [
-            self._crop(int(index), random)
-            for index in random.integers(len(self.pool), size=self.batch)
-        ]
+        crops, subjects = zip(
+            *(
+                self._crop(int(index), random)
+                for index in random.integers(len(self.pool), size=self.batch)
+            ),
+            strict=True,
+        )
         pictures = to_tensor(np.stack(crops)).to(self.device)
+        weights = 1.0 + (SUBJECT_WEIGHT - 1.0) * torch.from_numpy(np.stack(subjects))[:, None]
+        weights = (weights / weights.mean()).to(pictures)
         repeated, colours, divergence = module(pictures, int(random.integers(2**31)))
-        coarse = functional.l1_loss(
-            functional.avg_pool2d(repeated, COARSE), functional.avg_pool2d(pictures, COARSE)
-        )
+        wrong = repeated - pictures
+        coarse = (functional.avg_pool2d(wrong, COARSE) * weights[..., ::COARSE, ::COARSE]).abs()
         edges = sum(
-            functional.l1_loss(repeated.diff(dim=side), pictures.diff(dim=side)) for side in (2, 3)
+            (wrong.diff(dim=side) * weights.narrow(side, 1, self.crop - 1)).abs().mean()
+            for side in (2, 3)
         )
-        means = GUIDED_SPREAD * functional.avg_pool2d(
-            pictures, pictures.shape[-1] // colours.shape[-1]
-        )
+        means = GUIDED_SPREAD * functional.avg_pool2d(pictures, PATCH)
         return (
-            functional.l1_loss(repeated, pictures)
-            + coarse
+            (wrong * weights).abs().mean()
+            + coarse.mean()
             + edges
             + self.colour_weight * functional.l1_loss(colours, means)
             + KL_WEIGHT * divergence
         )
 
-    def _crop(self, index: int, random: np.random.Generator) -> np.ndarray:
-        """Cut a crop whose middle lies on the subject, or as near to it as the picture's border lets it."""
-        patches = np.argwhere(self.pool.subjects[index])
+    def _crop(self, index: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Cut a crop whose middle lies on the subject, or as near to it as the picture's border lets it.
+
+        Returns:
+            The crop, and whether each of its pixels is in a patch that the subject reaches.
+        """
+        subject = self.pool.subjects[index]
+        patches = np.argwhere(subject)
         middle = PATCH * (patches[random.integers(len(patches))] + random.random(2))
         highest = self.pool.pictures.shape[1] - self.crop
         top, left = np.clip(middle - self.crop / 2, 0, highest).astype(int)
-        crop = self.pool.pictures[index, top : top + self.crop, left : left + self.crop]
-        return _recolour(crop, random)
+        window = np.s_[top : top + self.crop, left : left + self.crop]
+        pixels = subject.repeat(PATCH, axis=0).repeat(PATCH, axis=1)[window]
+        return _recolour(self.pool.pictures[index][window], random), pixels
 
 
 def _recolour(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
