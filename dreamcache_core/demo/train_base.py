@@ -259,6 +259,10 @@ def _save(folder: Path, **parts: Any) -> None:
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     parts["tokenizer"].backend_tokenizer.model.save(str(folder / "tokenizer"))
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+        path.write_text(f"{json.dumps(config, indent=2)}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

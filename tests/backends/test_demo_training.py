@@ -142,6 +142,8 @@ def test_training_goes_on_from_another_model(tmp_path: Path):
         before = load_file(first / "model" / f"{part}.safetensors")
         after = load_file(second / "model" / f"{part}.safetensors")
         assert all(torch.equal(after[name], before[name]) for name in before)
+        config = (second / "model" / part).parent / "config.json"
+        assert str(tmp_path) not in config.read_text()
 
 
 def test_the_decoder_alone_learns_and_latents_stay(tmp_path: Path):
