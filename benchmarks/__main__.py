@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from dreamcache_core import DreamCacheError
 
-from . import training
+from . import encode, memory, step, training
 
-BENCHMARKS = {"training": training}
+BENCHMARKS = {"step": step, "encode": encode, "memory": memory, "training": training}
 """Modules with ``add_arguments(parser)`` and ``run(arguments) -> exit status``."""
 
 

@@ -26,6 +26,7 @@ class Size:
         text_heads: Attention heads of it.
         vocabulary: Entries of its embedding, at least those of the tokenizer.
         resolution: Side of the pictures that go with it, pixels.
+        linear_projection: Whether the U-Net's attention modules project by ``Linear`` (SD 2) or by convolution (SD 1).
     """
 
     unet: tuple[int, int, int, int]
@@ -37,6 +38,7 @@ class Size:
     text_heads: int
     vocabulary: int
     resolution: int
+    linear_projection: bool = True
 
 
 SIZES = {
@@ -55,11 +57,27 @@ SIZES = {
         49408,
         512,
     ),
+    "sd15": Size(
+        (320, 640, 1280, 1280),
+        (8, 8, 8, 8),
+        (128, 256, 512, 512),
+        32,
+        768,
+        12,
+        12,
+        49408,
+        512,
+        linear_projection=False,
+    ),
 }
 """By name. ``sd21``: Stable Diffusion 2.1-base, 865.9 M parameters in the U-Net. ``small``: the same cut down such that
 the operations of one encoding by the VAE (1.43) and one by the text encoder (0.07) relate to those of one call of the
 U-Net (1) nearly as they do in SD 2.1 at 512 x 512 (1.39 and 0.06; 804 GFLOP are 1), and tokens to channels at its highest
 level likewise (9 to 1, there 13 to 1)."""
+
+SDXL = "sdxl"
+UNETS = (*SIZES, SDXL)
+"""Sizes that a U-Net can be had in alone."""
 
 
 def write_model(folder: Path, size: Size, seed: int = 0) -> Path:
@@ -93,6 +111,36 @@ def write_model(folder: Path, size: Size, seed: int = 0) -> Path:
     return folder
 
 
+def make_unet(name: str, latent: int) -> UNet2DConditionModel:
+    """Build a U-Net with random weights, in float32.
+
+    Args:
+        name: One of ``UNETS``.
+        latent: Height and width of the latents it is told to be for.
+
+    Returns:
+        The U-Net, frozen, in evaluation mode.
+    """
+    unet = _sdxl_unet() if name == SDXL else _unet(SIZES[name])
+    unet.register_to_config(sample_size=latent)
+    return unet.eval().requires_grad_(False)
+
+
+def _sdxl_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
 def _unet(size: Size) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=size.resolution // 8,
@@ -100,7 +148,7 @@ def _unet(size: Size) -> UNet2DConditionModel:
         layers_per_block=2,
         cross_attention_dim=size.text_width,
         attention_head_dim=size.heads,  # diffusers' name for the number of heads
-        use_linear_projection=True,
+        use_linear_projection=size.linear_projection,
         norm_num_groups=size.groups,
     )
 

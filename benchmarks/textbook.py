@@ -149,12 +149,19 @@ class TextbookLoop:
         with ExitStack() as stack:
             for name, adapter, r in zip(CACHED_LAYERS, self.adapters, features, strict=True):
                 block = self.unet.get_submodule(name).transformer_blocks[0]
-                stack.enter_context(_in_place_of_self_attention(block, adapter, r))
+                stack.enter_context(in_place_of_self_attention(block, adapter, r))
             yield
 
 
 @contextmanager
-def _in_place_of_self_attention(block: Any, adapter: nn.Module, r: Tensor) -> Iterator[None]:
+def in_place_of_self_attention(block: Any, adapter: nn.Module, r: Tensor) -> Iterator[None]:
+    """Add an adapter's result to a block's hidden states while the context is open.
+
+    Args:
+        block: diffusers' transformer block.
+        adapter: Takes hidden states, self-attention output and ``r``.
+        r: The reference's tokens, (batch, reference_tokens, channels).
+    """
     entering: list[Tensor] = []
     before = block.norm1.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
     after = block.attn1.register_forward_hook(

@@ -1,0 +1,162 @@
+"""One guided step four ways, for ``step`` and ``memory``: all on the same random weights, which are in memory once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamcache_core import AdapterSet, ReferenceCache, ReferenceUse, capture_reference, inject
+from dreamcache_core.adapter import AdapterInfo, FusedAdapterSet
+from dreamcache_core.backends import layout_of, select_sites
+from dreamcache_core.guidance import combine_guidance
+
+from .models import SDXL, TOKENS, make_unet
+from .textbook import TextbookAdapter
+from .textbook_step import TextbookStep
+
+DREAMCACHE = "DreamCache"
+THREE_ROWS = "plain U-Net, the same three rows"
+TEXTBOOK = "textbook"
+TWO_ROWS = "plain guidance, two rows"
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TIMESTEP, TEXT_SCALE, IMAGE_SCALE = 500, 7.5, 0.4
+TEXTBOOK_NAMES = {"norm": "norm2_mem", "merge": "linear_cat"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        size: Name of the U-Net's size.
+        latent: Height and width of the latents, of image and reference.
+        dtype: Name of the float type.
+        device: ``cpu`` or ``cuda``.
+        batch: Images.
+        references: Pictures of the subject.
+    """
+
+    size: str
+    latent: int
+    dtype: str
+    device: str
+    batch: int = 1
+    references: int = 1
+
+
+class GuidedSteps:
+    """U-Net, adapters, reference and inputs of a step.
+
+    Args:
+        settings: What to build.
+        seed: Seed of all weights and inputs; the global random state is left alone.
+    """
+
+    def __init__(self, settings: Settings, seed: int = 0) -> None:
+        self.settings = settings
+        self.device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.unet: Any = make_unet(settings.size, settings.latent).to(self.device, dtype)
+            self.adapters = _random_adapters(self.unet)
+            side, width = settings.latent, self.unet.config.cross_attention_dim
+            self.latents = self._random((settings.batch, 4, side, side), dtype)
+            self.text = self._random((2, TOKENS, width), dtype)  # negative, prompt
+            pictures = self._random((settings.references, 4, side, side), dtype)
+            self.conditions = self._conditions(1, dtype)
+            self.reference: ReferenceCache = capture_reference(
+                self.unet, pictures, 1, self.text[:1], unet_kwargs=self._conditions(1, dtype)
+            )
+        self.fused: FusedAdapterSet = self.adapters.fuse(dtype=dtype).to(self.device)
+
+    @contextmanager
+    def ready(self) -> Iterator[dict[str, Callable[[], Tensor]]]:
+        """Give the steps by name, while references are injected where they belong.
+
+        Keys and values of the reference are projected by the first DreamCache step and kept, as during a sampling run.
+        """
+        steps: dict[str, Callable[[], Tensor]] = {
+            THREE_ROWS: lambda: self._combined(self.unet, 3),
+            TWO_ROWS: lambda: self._combined(self.unet, 2),
+        }
+        if self.settings.size != SDXL:
+            steps[TEXTBOOK] = self._textbook()
+        injected = twin(self.unet)
+        rows = [seen for seen in (False, True, True) for _ in range(self.settings.batch)]
+        use = ReferenceUse(self.reference, self.fused)
+        with torch.no_grad(), inject(injected, use, rows=rows):
+            yield {DREAMCACHE: lambda: self._combined(injected, 3), **steps}
+
+    def _combined(self, unet: Any, predictions: int) -> Tensor:
+        """Call a U-Net once for all predictions, and combine them."""
+        batch = self.settings.batch
+        negative, prompt = self.text.chunk(2)
+        texts = [negative] * (predictions - 1) + [prompt]
+        states = torch.cat(texts).repeat_interleave(batch, dim=0)
+        latents = self.latents.repeat(predictions, 1, 1, 1)
+        options = self._conditions(predictions * batch, self.latents.dtype)
+        output = unet(latents, TIMESTEP, states, return_dict=False, **options)[0]
+        terms = output.chunk(predictions)
+        if predictions == 2:
+            return terms[0] + TEXT_SCALE * (terms[1] - terms[0])
+        return combine_guidance(*terms, text_scale=TEXT_SCALE, image_scale=IMAGE_SCALE)
+
+    def _textbook(self) -> Callable[[], Tensor]:
+        sites = select_sites(self.unet, self.adapters.layers)
+        adapters = {
+            layer: _textbook_adapter(self.adapters[layer], sites[layer].heads).to(
+                self.device, self.latents.dtype
+            )
+            for layer in self.adapters.layers
+        }
+        features = {
+            layer: maps.to(self.device, self.latents.dtype)
+            for layer, maps in self.reference.features.items()
+        }
+        step = TextbookStep(twin(self.unet), adapters, features)
+        negative, prompt = (t.expand(self.settings.batch, -1, -1) for t in self.text.chunk(2))
+        scales = {"text_scale": TEXT_SCALE, "image_scale": IMAGE_SCALE}
+        return lambda: step(self.latents, TIMESTEP, negative, prompt, **scales)
+
+    def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape).to(self.device, dtype)
+
+    def _conditions(self, rows: int, dtype: torch.dtype) -> dict[str, Any]:
+        """SDXL's further inputs (METHOD.md section 3); none for the others."""
+        if self.settings.size != SDXL:
+            return {}
+        side = 8 * self.settings.latent
+        ids = torch.tensor([[side, side, 0, 0, side, side]] * rows).to(self.device, dtype)
+        pooled = torch.zeros(rows, 1280, device=self.device, dtype=dtype)
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
+
+
+def twin(module: nn.Module) -> Any:
+    """Copy a module's structure but not its weights: hooks on one leave the other alone."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, memo=shared)
+
+
+def _random_adapters(unet: nn.Module) -> AdapterSet:
+    adapters = AdapterSet(AdapterInfo(layout_of(unet)))
+    for layer in adapters.layers:
+        weight: Any = adapters[layer].get_parameter("merge.weight")
+        nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return adapters.requires_grad_(False)
+
+
+def _textbook_adapter(adapter: nn.Module, heads: int) -> TextbookAdapter:
+    state = {}
+    for name, weight in adapter.state_dict().items():
+        module, parameter = name.split(".")
+        state[f"{TEXTBOOK_NAMES.get(module, module)}.{parameter}"] = weight
+    plain = TextbookAdapter(next(iter(state.values())).shape[0], heads)
+    plain.load_state_dict(state)
+    return plain.requires_grad_(False)

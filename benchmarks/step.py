@@ -1,0 +1,87 @@
+"""One guided step: DreamCache, the same rows through the plain U-Net, the textbook form, and plain guidance."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from .arguments import add_common, settings_of
+from .flops import count_flops
+from .guided import DREAMCACHE, TEXTBOOK, THREE_ROWS, TWO_ROWS, GuidedSteps
+from .report import Bar, Report, machine, publish, table
+from .timing import alternate, ratios
+
+MOST_OVER_THREE_ROWS = 1.08
+"""Guided step, in times of the same three rows of the plain U-Net, on the CPU; counted operations allow 1.031."""
+
+MOST_OVER_BOUND = 1.02
+"""The same on a GPU, in times of what counted operations allow."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the benchmark's arguments."""
+    add_common(parser, rounds=5)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print.
+
+    Args:
+        arguments: As declared by ``add_arguments``.
+
+    Returns:
+        Exit status: 0 where all bars hold.
+
+    Raises:
+        InputError: The device is not there.
+    """
+    settings = settings_of(arguments)
+    steps = GuidedSteps(settings)
+    with steps.ready() as actions:
+        seconds = alternate(actions, arguments.rounds, steps.device)
+        flops = {name: count_flops(action) for name, action in actions.items()}
+    base, plain_flops = seconds[THREE_ROWS], flops[THREE_ROWS]
+    against = {name: ratios(values, base) for name, values in seconds.items()}
+    bound = {name: count / plain_flops for name, count in flops.items()}
+    rows = [
+        (name, f"{against[name]:.3f}", f"{bound[name]:.3f}", f"{flops[name] / 1e12:.4f}")
+        for name in actions
+    ]
+    ours = against[DREAMCACHE].median
+    limit = (
+        MOST_OVER_THREE_ROWS if settings.device == "cpu" else MOST_OVER_BOUND * bound[DREAMCACHE]
+    )
+    bars = [Bar("guided step / the same three rows of the plain U-Net", ours, limit)]
+    tables = [table(("a step", "three plain rows = 1", "counted bound", "TFLOP"), rows)]
+    if TEXTBOOK in actions:
+        textbook = ratios(seconds[TEXTBOOK], seconds[DREAMCACHE])
+        # the reference's share of both, attention included
+        saved = 1 - (flops[DREAMCACHE] - plain_flops) / (flops[TEXTBOOK] - plain_flops)
+        counted = flops[TEXTBOOK] / flops[DREAMCACHE]
+        tables.append(
+            f"Textbook / DreamCache: {textbook:.3f}, counted {counted:.3f}; {saved:.1%} of the adapters' "
+            "multiply-adds are saved, attention counted."
+        )
+        bars.append(Bar("textbook step / guided step", textbook.median, 1.0, at_most=False))
+    report = Report(
+        name="step",
+        title=(
+            f"step: {settings.size} size, {settings.latent} x {settings.latent} latents, {settings.dtype}, "
+            f"{machine(steps.device)}; median (low - high) of {arguments.rounds} rounds in turn"
+        ),
+        tables=tables,
+        figures={
+            "settings": asdict(settings),
+            "machine": machine(steps.device),
+            "seconds": seconds,
+            "flops": flops,
+        },
+        bars=bars,
+        plotted={
+            name: against[name]
+            for name in (TWO_ROWS, THREE_ROWS, DREAMCACHE, TEXTBOOK)
+            if name in against
+        },
+        plot_label="time of a step, three plain rows = 1",
+    )
+    return publish(report, arguments.out)

@@ -1,0 +1,100 @@
+"""The benchmarks of generation: all sides compute the same, bytes are counted right, and the commands say what holds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.guided import (
+    DREAMCACHE,
+    TEXTBOOK,
+    THREE_ROWS,
+    TWO_ROWS,
+    GuidedSteps,
+    Settings,
+    twin,
+)
+from benchmarks.memory import peak_bytes
+from benchmarks.report import Bar, Report, publish
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("batch", "references"), [(1, 1), (2, 3)])
+def test_textbook_and_product_agree_in_value(batch: int, references: int):
+    settings = Settings("tiny", 8, "float32", "cpu", batch, references)
+    with GuidedSteps(settings).ready() as steps:
+        values = {name: step() for name, step in steps.items()}
+    assert values[DREAMCACHE].shape == (batch, 4, 8, 8)
+    scale = float(values[TEXTBOOK].abs().max())
+    torch.testing.assert_close(values[DREAMCACHE], values[TEXTBOOK], rtol=0, atol=1e-4 * scale)
+    # what they agree on is not what the plain U-Net gives
+    assert (values[DREAMCACHE] - values[THREE_ROWS]).abs().max() > 0.01 * scale
+    # without references three rows are plain guidance: s_text * (e_ct - e_c) remains, as e_c = e_u
+    torch.testing.assert_close(values[THREE_ROWS], values[TWO_ROWS], rtol=0, atol=1e-4 * scale)
+
+
+def test_a_twin_shares_weights_and_no_hooks():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    other = twin(module)
+    for name, tensor in module.state_dict().items():
+        assert other.state_dict()[name].data_ptr() == tensor.data_ptr()
+    calls: list[str] = []
+    other[0].register_forward_hook(lambda *_: calls.append("hook"))
+    module[0](torch.ones(1, 3))
+    assert calls == []
+
+
+def test_peak_is_what_lives_at_once_of_what_was_made():
+    given = torch.ones(1000, 1000)
+
+    def action() -> None:
+        first = given + 1  # 4 MB
+        second = first.t()[:10] * 2  # a view, and 0.04 MB
+        del first
+        third = given.view(-1) - 1  # 4 MB more, when the first 4 MB are gone
+        del second, third
+
+    assert peak_bytes(action, CPU) == 4_040_000
+
+
+@pytest.mark.parametrize("name", ["step", "encode", "memory"])
+def test_commands_print_tables_and_write_figures(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = ["--size", "tiny", "--rounds", "1", "--out", str(tmp_path)]
+    status = main([name, *flags])
+    out = capsys.readouterr().out
+    figures = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    assert figures["settings"]["size"] == "tiny"
+    missed = [bar for bar in figures["bars"] if not bar["holds"]]
+    assert status == bool(missed)
+    held = len(figures["bars"]) - len(missed)
+    assert out.splitlines()[-1] == f"{name}: {held} of {len(figures['bars'])} bars hold."
+    assert (tmp_path / f"{name}.png").is_file() == (name != "memory")
+
+
+def test_operations_of_a_step_are_ordered(tmp_path: Path):
+    main(["step", "--size", "tiny", "--rounds", "1", "--out", str(tmp_path)])
+    flops = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["flops"]
+    assert flops[TWO_ROWS] < flops[THREE_ROWS] < flops[DREAMCACHE] < flops[TEXTBOOK]
+
+
+def test_a_missed_bar_is_said_and_fails(capsys: pytest.CaptureFixture[str]):
+    bars = [Bar("kept", 1.0, 2.0), Bar("slow", 3.0, 2.0), Bar("fast", 3.0, 2.0, at_most=False)]
+    assert publish(Report("name", "title", [], {}, bars), None) == 1
+    out = capsys.readouterr().out
+    assert "MISSED: slow: 3, at most 2" in out
+    assert "holds: fast: 3, at least 2" in out
+    assert out.splitlines()[-1] == "name: 2 of 3 bars hold."
+
+
+def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]):
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    assert main(["step", "--size", "tiny", "--device", "cuda"]) == 2
+    assert "Use --device cpu" in capsys.readouterr().err
