@@ -9,6 +9,8 @@ from pathlib import Path
 from ..whole_files import whole_file
 from .demo_conditions import CHOSEN, NO_REFERENCE, Condition
 from .demo_measures import MatchBounds, SubjectMatch
+from .demo_paper import SAME_IN_PAPER, compare_with_paper
+from .demo_paper import TITLES as PAPER_TITLES
 from .demo_plots import Bar, Sweep, SweepPoint, plot_bars, plot_pareto
 from .demo_results import Judgement
 from .demo_statistics import Interval, difference_interval, gap_interval, mean_interval
@@ -110,6 +112,7 @@ def _lines(evidence: Evidence, files: Iterable[Path]) -> Iterable[str]:
     if BARS in names:
         yield f"![Ablations]({BARS})"
         yield ""
+    yield from _paper_lines(evidence)
 
 
 def _group_lines(evidence: Evidence, group: Group) -> Iterable[str]:
@@ -128,6 +131,34 @@ def _group_lines(evidence: Evidence, group: Group) -> Iterable[str]:
     for condition in evidence.rows:
         yield from _row(table_cells(evidence, condition, group))
     yield ""
+
+
+def _paper_lines(evidence: Evidence) -> Iterable[str]:
+    rows = list(compare_with_paper(_variant_matches(evidence)))
+    if not rows:
+        return
+    yield "## The paper's ablations, replayed"
+    yield ""
+    yield (
+        "The paper's numbers are CLIP-I on Stable Diffusion 1.5; ours are subject match, each variant trained with the "
+        "same short budget. They agree where both say better, worse, or no difference (paper: up to "
+        f"{SAME_IN_PAPER}; here: the interval holds 0)."
+    )
+    yield ""
+    yield from _row(PAPER_TITLES)
+    yield from _row(["---"] * len(PAPER_TITLES))
+    for row in rows:
+        yield from _row(row)
+    yield ""
+
+
+def _variant_matches(evidence: Evidence) -> dict[str, list[float]]:
+    """Subject matches of every variant on the first group, by the name of its adapters."""
+    return {
+        str(condition.adapters): [row.match for row in evidence.of(condition, evidence.groups[0])]
+        for condition in evidence.rows
+        if condition.sweep == "variants"
+    }
 
 
 def table_cells(evidence: Evidence, condition: Condition, group: Group) -> list[str]:

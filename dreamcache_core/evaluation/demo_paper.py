@@ -1,0 +1,84 @@
+"""The paper's ablations beside those replayed on the demo model: does what was better there come out better here?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .demo_statistics import Interval, difference_interval
+
+CHOSEN_VARIANT = "chosen"
+SAME_IN_PAPER = 0.005
+"""Differences in CLIP-I up to which the paper's variants count as equal."""
+
+TITLES = ("ablation", "variant", "paper: gains on the chosen one", "here: gains", "order")
+TOLD = {-1: "worse", 0: "as good", 1: "better"}
+
+
+@dataclass(frozen=True)
+class PaperAblation:
+    """One variant that the paper compared with what it chose (METHOD.md section 8, ablations).
+
+    Attributes:
+        ablation: What was varied.
+        variant: Its name in ``train_variants``.
+        gain: CLIP-I of the variant minus that of the chosen one; None: the paper says that it is worse, without a number.
+    """
+
+    ablation: str
+    variant: str
+    gain: float | None
+
+    @property
+    def direction(self) -> int:
+        """-1 where the variant was worse than the chosen one, 1 where it was better, 0 where they were equal."""
+        if self.gain is None:
+            return -1
+        return 0 if abs(self.gain) <= SAME_IN_PAPER else (1 if self.gain > 0 else -1)
+
+
+PAPER_CHOSEN = 0.810
+PAPER_ABLATIONS = (
+    PaperAblation("cached layers", "layers-encoder", 0.721 - PAPER_CHOSEN),
+    PaperAblation("cached layers", "layers-middle", 0.716 - PAPER_CHOSEN),
+    PaperAblation("cached layers", "layers-decoder", 0.799 - PAPER_CHOSEN),
+    PaperAblation("cached layers", "layers-all", 0.813 - PAPER_CHOSEN),
+    PaperAblation("integration", "merge-sum", 0.812 - PAPER_CHOSEN),
+    PaperAblation("text while caching", "caption", 0.811 - PAPER_CHOSEN),
+    PaperAblation("training data", "data-4th", 0.797 - PAPER_CHOSEN),
+    PaperAblation("training data", "data-16th", 0.781 - PAPER_CHOSEN),
+    PaperAblation("timestep of the cache", "timestep-150", None),
+    PaperAblation("timestep of the cache", "timestep-300", None),
+)
+"""Half and an eighth of the paper's data stand where ours are a fourth and a sixteenth."""
+
+
+def compare_with_paper(matches: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, ...]]:
+    """Lay the paper's ablations beside ours.
+
+    Args:
+        matches: Subject matches of each variant, by its name, over the same triples.
+
+    Yields:
+        Cells of a row, one for each of ``TITLES``; nothing where the chosen variant is missing.
+
+    Raises:
+        InputError: The variants were measured on different triples.
+        MissingPackageError: scipy is not installed.
+    """
+    chosen = matches.get(CHOSEN_VARIANT)
+    for ablation in PAPER_ABLATIONS:
+        if chosen is None or ablation.variant not in matches:
+            continue
+        ours = difference_interval(matches[ablation.variant], chosen)
+        there = TOLD[-1] if ablation.gain is None else f"{ablation.gain:+.3f}"
+        yield ablation.ablation, ablation.variant, there, str(ours), _verdict(ablation, ours)
+
+
+def _verdict(ablation: PaperAblation, ours: Interval) -> str:
+    here = 1 if ours.low > 0 else (-1 if ours.high < 0 else 0)
+    if here == ablation.direction:
+        return "agrees"
+    if here == 0:
+        return "not told apart here"
+    return f"{TOLD[here]} here, {TOLD[ablation.direction]} in the paper"

@@ -1,0 +1,48 @@
+"""The paper's ablations beside ours: the verdict follows from the numbers of both."""
+
+import numpy as np
+
+from dreamcache_core.demo.train_variants import VARIANTS
+from dreamcache_core.evaluation.demo_paper import (
+    CHOSEN_VARIANT,
+    PAPER_ABLATIONS,
+    compare_with_paper,
+)
+
+CHOSEN = np.random.default_rng(0).uniform(0.4, 0.8, size=60)
+
+
+def verdicts(**gains: float) -> dict[str, str]:
+    matches = {name.replace("_", "-"): (CHOSEN + gain).tolist() for name, gain in gains.items()}
+    rows = compare_with_paper({CHOSEN_VARIANT: CHOSEN.tolist(), **matches})
+    return {row[1]: row[-1] for row in rows}
+
+
+def test_every_ablation_of_the_paper_can_be_trained():
+    assert {ablation.variant for ablation in PAPER_ABLATIONS} <= set(VARIANTS)
+    assert CHOSEN_VARIANT in VARIANTS
+
+
+def test_what_is_worse_in_both_agrees():
+    assert verdicts(layers_encoder=-0.1, timestep_300=-0.1) == {
+        "layers-encoder": "agrees",
+        "timestep-300": "agrees",
+    }
+
+
+def test_what_is_equal_in_both_agrees():
+    assert verdicts(merge_sum=0.0) == {"merge-sum": "agrees"}
+
+
+def test_what_turns_round_is_said():
+    found = verdicts(layers_encoder=0.1, caption=-0.1)
+    assert found["layers-encoder"] == "better here, worse in the paper"
+    assert found["caption"] == "worse here, as good in the paper"
+
+
+def test_what_our_intervals_do_not_tell_apart_is_said():
+    assert verdicts(data_16th=0.0) == {"data-16th": "not told apart here"}
+
+
+def test_nothing_is_compared_without_the_chosen_variant():
+    assert list(compare_with_paper({"merge-sum": [0.5, 0.6]})) == []
