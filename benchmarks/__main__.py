@@ -1,19 +1,32 @@
-"""``python -m benchmarks NAME``."""
+"""``python -m benchmarks NAME``; ``all`` runs every one of generation."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dreamcache_core import DreamCacheError
 
-from . import encode, memory, step, training
+from . import encode, growth, load, memory, run, step, training
+from .models import UNETS
+from .report import Report, publish
 
-BENCHMARKS = {"step": step, "encode": encode, "memory": memory, "training": training}
-"""Modules with ``add_arguments(parser)`` and ``run(arguments) -> exit status``."""
+MEASURES = {
+    "step": step,
+    "encode": encode,
+    "memory": memory,
+    "growth": growth,
+    "load": load,
+    "run": run,
+}
+"""Modules with ``add_arguments(parser)`` and ``measure(arguments) -> Report``."""
+
+FULL_SIZE = ("step", "encode", "memory")
+"""What ``all`` also measures at SD 2.1 size on the CPU; the others take a GPU there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one benchmark.
+    """Run one benchmark, or all.
 
     Args:
         argv: Arguments; ``None``: those of the process.
@@ -21,17 +34,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 where what is expected holds, 1 where it does not, 2 on bad input.
     """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    for name, module in BENCHMARKS.items():
-        summary = (module.__doc__ or "").splitlines()[0]
-        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
-        return BENCHMARKS[arguments.name].run(arguments)
+        if arguments.name == "training":
+            return training.run(arguments)
+        if arguments.name == "all":
+            return _run_all(arguments)
+        return publish(MEASURES[arguments.name].measure(arguments), arguments.out)
     except DreamCacheError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, module in (*MEASURES.items(), ("training", training)):
+        summary = (module.__doc__ or "").splitlines()[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    summary = "All of them but training, small; step, encode and memory at SD 2.1 size too."
+    everything = commands.add_parser("all", help=summary, description=summary)
+    everything.add_argument("--out", type=Path, metavar="DIR", help="folder for JSON and plots")
+    everything.add_argument("--size", choices=UNETS, default="small", help="size of the first part")
+    everything.add_argument(
+        "--full", default="sd21", help="size of the full-size part; empty: leave it out"
+    )
+    return parser
+
+
+def _run_all(arguments: argparse.Namespace) -> int:
+    """Run everything, then say which bars were missed."""
+    parts = [(name, arguments.size) for name in MEASURES]
+    if arguments.full:
+        parts += [(name, arguments.full) for name in FULL_SIZE]
+    reports: list[tuple[str, Report]] = []
+    for name, size in parts:
+        flags = ["--out", str(arguments.out / size)] if arguments.out else []
+        chosen = _parser().parse_args([name, "--size", size, *flags])
+        reports.append((f"{name} ({size})", MEASURES[name].measure(chosen)))
+        publish(reports[-1][1], chosen.out)
+        print()
+    bars = [bar for _, report in reports for bar in report.bars]
+    missed = [
+        f"{name}: {bar.what}" for name, report in reports for bar in report.bars if not bar.holds
+    ]
+    says = f"missed: {'; '.join(missed)}" if missed else "none missed"
+    print(f"All benchmarks: {len(bars) - len(missed)} of {len(bars)} bars hold; {says}.")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dreamcache_core import capture_features, capture_reference
 from .arguments import add_common, settings_of
 from .flops import count_flops
 from .guided import TIMESTEP, GuidedSteps
-from .report import Bar, Report, machine, publish, table
+from .report import Bar, Report, machine, table
 from .timing import alternate, ratios
 
 PLAIN, STOPPED, WHOLE = "plain U-Net, one row", "DreamCache", "the same, run to its end"
@@ -28,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=5)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure and print.
+def measure(arguments: argparse.Namespace) -> Report:
+    """Measure.
 
     Args:
         arguments: As declared by ``add_arguments``.
 
     Returns:
-        Exit status: 0 where the bar holds.
+        Tables, figures and bars.
 
     Raises:
         InputError: The device is not there.
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [(name, f"{against[name]:.3f}", f"{flops[name] / flops[PLAIN]:.3f}") for name in actions]
     cache = steps.reference
     values = sum(features.numel() for features in cache.features.values())
-    report = Report(
+    return Report(
         name="encode",
         title=(
             f"encode: {settings.size} size, {settings.latent} x {settings.latent} latents, {settings.dtype}, "
@@ -71,7 +71,6 @@ def run(arguments: argparse.Namespace) -> int:
         plotted=against,
         plot_label="time of a pass, one plain row = 1",
     )
-    return publish(report, arguments.out)
 
 
 def _actions(steps: GuidedSteps) -> dict[str, Callable[[], Tensor | None]]:

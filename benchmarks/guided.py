@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ class Settings:
         device: ``cpu`` or ``cuda``.
         batch: Images.
         references: Pictures of the subject.
+        coverage: Share of each picture's upper rows that a subject mask keeps; 1: no mask.
     """
 
     size: str
@@ -49,6 +51,7 @@ class Settings:
     device: str
     batch: int = 1
     references: int = 1
+    coverage: float = 1.0
 
 
 class GuidedSteps:
@@ -72,27 +75,35 @@ class GuidedSteps:
             pictures = self._random((settings.references, 4, side, side), dtype)
             self.conditions = self._conditions(1, dtype)
             self.reference: ReferenceCache = capture_reference(
-                self.unet, pictures, 1, self.text[:1], unet_kwargs=self._conditions(1, dtype)
+                self.unet, pictures, 1, self.text[:1], unet_kwargs=self.conditions
             )
+            if settings.coverage < 1:
+                self.reference = _masked(self.reference, settings.coverage)
         self.fused: FusedAdapterSet = self.adapters.fuse(dtype=dtype).to(self.device)
 
     @contextmanager
-    def ready(self) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    def ready(
+        self, names: Sequence[str] = (DREAMCACHE, THREE_ROWS, TWO_ROWS, TEXTBOOK)
+    ) -> Iterator[dict[str, Callable[[], Tensor]]]:
         """Give the steps by name, while references are injected where they belong.
 
         Keys and values of the reference are projected by the first DreamCache step and kept, as during a sampling run.
+
+        Args:
+            names: Which; the textbook form knows Stable Diffusion 1 and 2 alone, and is left out for SDXL.
         """
+        injected = twin(self.unet)
         steps: dict[str, Callable[[], Tensor]] = {
+            DREAMCACHE: lambda: self._combined(injected, 3),
             THREE_ROWS: lambda: self._combined(self.unet, 3),
             TWO_ROWS: lambda: self._combined(self.unet, 2),
         }
-        if self.settings.size != SDXL:
+        if TEXTBOOK in names and self.settings.size != SDXL:
             steps[TEXTBOOK] = self._textbook()
-        injected = twin(self.unet)
         rows = [seen for seen in (False, True, True) for _ in range(self.settings.batch)]
         use = ReferenceUse(self.reference, self.fused)
         with torch.no_grad(), inject(injected, use, rows=rows):
-            yield {DREAMCACHE: lambda: self._combined(injected, 3), **steps}
+            yield {name: step for name, step in steps.items() if name in names}
 
     def _combined(self, unet: Any, predictions: int) -> Tensor:
         """Call a U-Net once for all predictions, and combine them."""
@@ -136,6 +147,15 @@ class GuidedSteps:
         ids = torch.tensor([[side, side, 0, 0, side, side]] * rows).to(self.device, dtype)
         pooled = torch.zeros(rows, 1280, device=self.device, dtype=dtype)
         return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
+
+
+def _masked(cache: ReferenceCache, coverage: float) -> ReferenceCache:
+    """Keep the tokens of the upper rows of every picture."""
+    masks: dict[str, Tensor] = {}
+    for layer, maps in cache.features.items():
+        masks[layer] = torch.zeros(len(maps), *maps.shape[2:], dtype=torch.bool)
+        masks[layer][:, : max(1, round(coverage * maps.shape[2]))] = True
+    return dataclasses.replace(cache, masks=masks)
 
 
 def twin(module: nn.Module) -> Any:

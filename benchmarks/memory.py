@@ -15,7 +15,7 @@ from dreamcache_core.injection import prepare_layer
 
 from .arguments import add_common, settings_of
 from .guided import DREAMCACHE, DTYPES, THREE_ROWS, GuidedSteps
-from .report import Bar, Report, machine, publish, table
+from .report import Bar, Report, machine, table
 
 MB = 1e6
 MOST_AT_PEAK_MB = 10.0
@@ -31,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=1)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure and print.
+def measure(arguments: argparse.Namespace) -> Report:
+    """Measure.
 
     Args:
         arguments: As declared by ``add_arguments``.
 
     Returns:
-        Exit status: 0 where all bars hold.
+        Tables, figures and bars.
 
     Raises:
         InputError: The device is not there.
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             Bar("keys and values in half precision, MB", 2 * keys_values / MB, KEYS_VALUES_MB),
         ]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    report = Report(
+    return Report(
         name="memory",
         title=(
             f"memory: {settings.size} size, {settings.latent} x {settings.latent} latents, {settings.dtype}, "
@@ -92,7 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
         },
         bars=bars,
     )
-    return publish(report, arguments.out)
 
 
 def peak_bytes(action: Callable[[], Any], device: torch.device) -> int:

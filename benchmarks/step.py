@@ -8,7 +8,7 @@ from dataclasses import asdict
 from .arguments import add_common, settings_of
 from .flops import count_flops
 from .guided import DREAMCACHE, TEXTBOOK, THREE_ROWS, TWO_ROWS, GuidedSteps
-from .report import Bar, Report, machine, publish, table
+from .report import Bar, Report, machine, table
 from .timing import alternate, ratios
 
 MOST_OVER_THREE_ROWS = 1.08
@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, rounds=5)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure and print.
+def measure(arguments: argparse.Namespace) -> Report:
+    """Measure.
 
     Args:
         arguments: As declared by ``add_arguments``.
 
     Returns:
-        Exit status: 0 where all bars hold.
+        Tables, figures and bars.
 
     Raises:
         InputError: The device is not there.
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             "multiply-adds are saved, attention counted."
         )
         bars.append(Bar("textbook step / guided step", textbook.median, 1.0, at_most=False))
-    report = Report(
+    return Report(
         name="step",
         title=(
             f"step: {settings.size} size, {settings.latent} x {settings.latent} latents, {settings.dtype}, "
@@ -84,4 +84,3 @@ def run(arguments: argparse.Namespace) -> int:
         },
         plot_label="time of a step, three plain rows = 1",
     )
-    return publish(report, arguments.out)

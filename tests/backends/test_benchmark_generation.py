@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import __main__ as command
+from benchmarks import memory, step
 from benchmarks.__main__ import main
 from benchmarks.guided import (
     DREAMCACHE,
@@ -62,7 +64,7 @@ def test_peak_is_what_lives_at_once_of_what_was_made():
     assert peak_bytes(action, CPU) == 4_040_000
 
 
-@pytest.mark.parametrize("name", ["step", "encode", "memory"])
+@pytest.mark.parametrize("name", ["step", "encode", "memory", "growth", "load"])
 def test_commands_print_tables_and_write_figures(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -75,7 +77,36 @@ def test_commands_print_tables_and_write_figures(
     assert status == bool(missed)
     held = len(figures["bars"]) - len(missed)
     assert out.splitlines()[-1] == f"{name}: {held} of {len(figures['bars'])} bars hold."
-    assert (tmp_path / f"{name}.png").is_file() == (name != "memory")
+    assert (tmp_path / f"{name}.png").is_file() == (name not in ("memory", "load"))
+
+
+def test_all_of_them_end_with_what_was_missed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(command, "MEASURES", {"step": step, "memory": memory})
+    monkeypatch.setattr(command, "FULL_SIZE", ("memory",))
+    monkeypatch.setattr(memory, "MOST_AT_PEAK_MB", -1.0)
+    assert main(["all", "--size", "tiny", "--full", "tiny"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("All benchmarks: ")
+    assert last.count("memory (tiny): peak of a step beyond the plain three rows, MB") == 2
+
+
+def test_growth_is_linear_in_the_reference_tokens(tmp_path: Path):
+    main(["growth", "--size", "tiny", "--rounds", "1", "--out", str(tmp_path)])
+    points = json.loads((tmp_path / "growth.json").read_text(encoding="utf-8"))["points"]
+    by_name = {point["name"]: point for point in points}
+    added = [
+        by_name[f"{count} references"]["flops"] - by_name[f"{count} references"]["plain_flops"]
+        for count in (1, 2, 4, 8)
+    ]
+    assert added[2] - added[1] == 2 * (added[1] - added[0])
+    assert added[3] - added[2] == 4 * (added[1] - added[0])
+    masked, whole = by_name["subject mask, 40%"], by_name["1 references"]
+    assert masked["attention_flops"] < 0.5 * whole["attention_flops"]
+    assert whole["flops"] - masked["flops"] == (
+        whole["attention_flops"] - masked["attention_flops"]
+    )
 
 
 def test_operations_of_a_step_are_ordered(tmp_path: Path):

@@ -1,0 +1,138 @@
+"""A whole image in ComfyUI with and without DreamCache: time, our own Python, waits for the device, and loading the pack."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamcache_core.errors import InputError
+
+from .arguments import add_common, positive, settings_of
+from .inside_comfyui import OURS, PLAIN, READ_STEPS, THREE
+from .models import SIZES
+from .report import Bar, Report, machine, table
+from .timing import ratios
+
+INSIDE = Path(__file__).with_name("inside_comfyui.py")
+LONGEST_LOADING_S, MOST_PYTHON_MS, MOST_READS = 0.3, 1.0, 0.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the benchmark's arguments."""
+    add_common(parser, rounds=3)
+    parser.add_argument("--steps", type=positive, default=50, help="sampling steps of an image")
+    parser.add_argument(
+        "--comfyui", type=Path, help="ComfyUI's folder; else COMFYUI_PATH's first, else ~/ComfyUI"
+    )
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    """Measure.
+
+    Args:
+        arguments: As declared by ``add_arguments``.
+
+    Returns:
+        Tables, figures and bars.
+
+    Raises:
+        InputError: There is no ComfyUI or no device, or ComfyUI cannot have this size.
+    """
+    settings = settings_of(arguments)
+    comfyui = _find_comfyui(arguments.comfyui)
+    if settings.size not in SIZES or min(SIZES[settings.size].unet) < 32:
+        raise InputError(f"--size {settings.size} cannot be built in ComfyUI here. Use small.")
+    found = _measure(comfyui, arguments, settings.latent)
+    seconds, steps = found["seconds"], arguments.steps
+    against = {name: ratios(values, seconds[THREE]) for name, values in seconds.items()}
+    python_ms = 1e3 * found["own_python_s"] / steps
+    reads = _reads_a_step(found["reads"])
+    return Report(
+        name="run",
+        title=(
+            f"run: {settings.size} size, {settings.latent} x {settings.latent} latents, {steps} steps in ComfyUI "
+            f"({comfyui.name}), {machine(torch.device(settings.device))}; median (low - high) of {arguments.rounds} "
+            "rounds in turn"
+        ),
+        tables=[
+            table(
+                ("an image", "three plain rows = 1", "s"),
+                [
+                    (name, f"{against[name]:.3f}", f"{sum(values) / len(values):.2f}")
+                    for name, values in seconds.items()
+                ],
+            ),
+            table(
+                ("", ""),
+                [
+                    ("time in our own Python, ms a step", f"{python_ms:.3f}"),
+                    (
+                        "reads that a GPU would have to finish for, more than plain, a step",
+                        f"{reads:g}",
+                    ),
+                    ("loading the pack, s", f"{found['loading_s']:.3f}"),
+                ],
+            ),
+        ],
+        figures={
+            "settings": asdict(settings),
+            "machine": machine(torch.device(settings.device)),
+            **found,
+        },
+        bars=[
+            Bar("time in our own Python, ms a step", python_ms, MOST_PYTHON_MS),
+            Bar("reads of the device a step, more than plain", reads, MOST_READS),
+            Bar("loading the pack, s", found["loading_s"], LONGEST_LOADING_S),
+        ],
+        plotted=against,
+        plot_label="time of an image in ComfyUI, three plain rows = 1",
+    )
+
+
+def _reads_a_step(reads: Mapping[str, Mapping[str, int]]) -> float:
+    """Reads of each step beyond those of the plain run; what happens once a run is left out."""
+    few, many = READ_STEPS
+    more = {count: reads[str(count)][OURS] - reads[str(count)][PLAIN] for count in READ_STEPS}
+    return (more[many] - more[few]) / (many - few)
+
+
+def _find_comfyui(given: Path | None) -> Path:
+    named = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)[0]
+    folder = given or Path(named or Path.home() / "ComfyUI")
+    if not (folder / "comfyui_version.py").is_file():
+        raise InputError(
+            f"There is no ComfyUI in {folder}. Give its folder by --comfyui or COMFYUI_PATH."
+        )
+    return folder
+
+
+def _measure(comfyui: Path, arguments: argparse.Namespace, latent: int) -> Mapping[str, Any]:
+    size = SIZES[arguments.size]
+    request = {
+        "comfyui": str(comfyui),
+        "device": arguments.device,
+        "widths": size.unet,
+        "heads": size.heads,
+        "text_width": size.text_width,
+        "latent": latent,
+        "steps": arguments.steps,
+        "rounds": arguments.rounds,
+    }
+    own = comfyui / ".venv" / "bin" / "python"
+    python = str(own) if own.exists() else "python3"
+    done = subprocess.run(
+        [python, str(INSIDE), json.dumps(request)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+        raise InputError(f"The measurement inside {comfyui} ended with {done.returncode}.")
+    return json.loads(done.stdout.strip().splitlines()[-1])
