@@ -21,8 +21,8 @@ from .tensor_file import (
     is_torch_file,
     kind_of_weights,
     read_safetensors,
-    read_tensor_file,
     refuse_non_weights,
+    verify_tensor_file,
     write_tensor_file,
 )
 
@@ -108,8 +108,7 @@ def load_adapters(path: str | os.PathLike[str], *, family: str | None = None) ->
     file = Path(path)
     tensors, entries = read_weights(file)
     if FORMAT_KEY in entries:
-        tensors, metadata = read_tensor_file(file, FORMAT)
-        return _from_own(file, tensors, metadata)
+        return _from_own(file, tensors, verify_tensor_file(file, tensors, entries, FORMAT))
     return adapters_from_released(tensors, family=family, source=str(file))
 
 

@@ -68,6 +68,29 @@ def read_tensor_file(
         FileFormatError: The file is damaged, of another kind or of another format.
     """
     tensors, entries = read_safetensors(path)
+    return tensors, verify_tensor_file(path, tensors, entries, expected)
+
+
+def verify_tensor_file(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    entries: Mapping[str, str],
+    expected: str,
+) -> dict[str, str]:
+    """Verify what was read of a file written by ``write_tensor_file``.
+
+    Args:
+        path: The file, for messages.
+        tensors: All its tensors.
+        entries: Its metadata as stored.
+        expected: See ``read_tensor_file``.
+
+    Returns:
+        Metadata without the ``dreamcache.`` prefix.
+
+    Raises:
+        FileFormatError: The file is damaged, of another kind or of another format.
+    """
     found = entries.get(FORMAT_KEY)
     if found != expected:
         raise FileFormatError(
@@ -77,8 +100,7 @@ def read_tensor_file(
         raise FileFormatError(
             f"{path} is damaged: its contents do not match its checksum. Copy or download it again."
         )
-    metadata = {key.removeprefix(PREFIX): value for key, value in entries.items()}
-    return tensors, metadata
+    return {key.removeprefix(PREFIX): value for key, value in entries.items()}
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
