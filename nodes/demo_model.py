@@ -53,6 +53,16 @@ class DemoConfig(comfy.supported_models.SD20):
         return MODEL_TYPES[self.prediction]
 
 
+class Multiple(float):
+    """How many times as wide as the first a level is; ComfyUI multiplies by whole numbers alone, and 1.5 times 64 is 96."""
+
+    def __mul__(self, channels: int) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the level's channels."""
+        return round(float(self) * channels)
+
+    __rmul__ = __mul__  # pyright: ignore[reportAssignmentType]
+
+
 class DemoTextModel(comfy.clip_model.CLIPTextModel):
     """CLIP's text model with as many tokens as its settings say; ComfyUI's always has CLIP's own."""
 
@@ -161,7 +171,7 @@ def _ldm_unet(settings: dict[str, Any]) -> dict[str, Any]:
         "in_channels": settings["in_channels"],
         "out_channels": settings["out_channels"],
         "model_channels": widths[0],
-        "channel_mult": [width // widths[0] for width in widths],
+        "channel_mult": [Multiple(width / widths[0]) for width in widths],
         "num_res_blocks": [layers] * len(widths),
         "transformer_depth": [depth for depth in attends for _ in range(layers)],
         "transformer_depth_middle": 1,

@@ -20,7 +20,7 @@ NORM_GROUPS = 8
 """Groups of every GroupNorm: four channels each at the narrowest, where 32 groups of one would erase all colour."""
 
 AUTOENCODER_CHANNELS = (32, 32, 64, 128)
-UNET_CHANNELS = (32, 64, 128, 128)
+UNET_CHANNELS = (64, 96, 96, 96)
 HEAD_WIDTH = 32
 
 
@@ -40,7 +40,7 @@ def make_autoencoder() -> Any:
 
 
 def make_unet() -> Any:
-    """Build a ``UNet2DConditionModel`` with random weights: Stable Diffusion 2's blocks, a tenth as wide."""
+    """Build a ``UNet2DConditionModel`` with random weights: Stable Diffusion 2's blocks, narrow."""
     return require_diffusers().UNet2DConditionModel(
         sample_size=PICTURE_SIZE // 8,
         block_out_channels=UNET_CHANNELS,

@@ -89,7 +89,9 @@ def _draw_chunk(start: int, *, out: Path, count: int, seed: int) -> list[str]:
         names = {"image": f"{index:06d}.png", "subject": f"{index:06d}_subject.png"}
         _save(target, out / names["image"])
         _save(render_cutout(subject, random), out / names["subject"])
-        lines.append(json.dumps({**names, "caption": write_caption(subject, scene, random)}))
+        # neither colours nor pattern: what the caption tells, adapters need not look for in the reference
+        caption = write_caption(subject, scene, random, name_pattern=False)
+        lines.append(json.dumps({**names, "caption": caption}))
     return lines
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+STRIPE, CHECK, DOT_SPACING = 0.5, 2 / 3, 0.7
+"""Sizes in the subject's square: coarse enough for latents that each stand for 8 x 8 pixels."""
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -27,11 +30,11 @@ def _solid(x: np.ndarray, _y: np.ndarray, _colours: int) -> np.ndarray:
 
 
 def _stripes(_x: np.ndarray, y: np.ndarray, colours: int) -> np.ndarray:
-    return np.floor((y + 1.0) / 0.36).astype(np.intp) % colours
+    return np.floor((y + 1.0) / STRIPE).astype(np.intp) % colours
 
 
 def _bars(x: np.ndarray, _y: np.ndarray, colours: int) -> np.ndarray:
-    return np.floor((x + 1.0) / 0.36).astype(np.intp) % colours
+    return np.floor((x + 1.0) / STRIPE).astype(np.intp) % colours
 
 
 def _halves(x: np.ndarray, y: np.ndarray, colours: int) -> np.ndarray:
@@ -39,15 +42,15 @@ def _halves(x: np.ndarray, y: np.ndarray, colours: int) -> np.ndarray:
 
 
 def _dots(x: np.ndarray, y: np.ndarray, colours: int) -> np.ndarray:
-    row = np.floor((y + 1.1) / 0.52)
-    column = (x + 1.1 + 0.26 * (row % 2)) / 0.52
-    away = np.hypot(column % 1.0 - 0.5, ((y + 1.1) / 0.52) % 1.0 - 0.5)
+    row = np.floor((y + 1.5 * DOT_SPACING) / DOT_SPACING)
+    column = (x + 1.5 * DOT_SPACING + DOT_SPACING / 2 * (row % 2)) / DOT_SPACING
+    away = np.hypot(column % 1.0 - 0.5, ((y + 1.5 * DOT_SPACING) / DOT_SPACING) % 1.0 - 0.5)
     colour = 1 if colours == 2 else 1 + (np.floor(column) + row).astype(np.intp) % 2
     return np.where(away < 0.33, colour, 0)
 
 
 def _checks(x: np.ndarray, y: np.ndarray, colours: int) -> np.ndarray:
-    return (np.floor((x + 1.0) / 0.5) + np.floor((y + 1.0) / 0.5)).astype(np.intp) % colours
+    return (np.floor((x + 1.0) / CHECK) + np.floor((y + 1.0) / CHECK)).astype(np.intp) % colours
 
 
 def _ring(x: np.ndarray, y: np.ndarray, colours: int) -> np.ndarray:

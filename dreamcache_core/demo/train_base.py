@@ -20,6 +20,7 @@ from ..errors import StateError
 from ..training.objective import NoiseSchedule
 from .architecture import (
     SCALING_FACTOR,
+    UNET_CHANNELS,
     make_autoencoder,
     make_text_encoder,
     make_unet,
@@ -229,7 +230,11 @@ def _starting_point(config: BaseConfig, pool: PicturePool) -> tuple[Any, Any, An
     """Tokenizer, text encoder and U-Net: those of another model, or new ones."""
     if config.start_from:
         pipeline = load_diffusers_pipeline(Path(config.start_from))
-        return pipeline.tokenizer, pipeline.text_encoder.train(), pipeline.unet.train()
+        unet = pipeline.unet
+        if tuple(unet.config.block_out_channels) != UNET_CHANNELS:
+            logger.info("%s has a U-Net of other widths: a new one is trained.", config.start_from)
+            unet = make_unet()
+        return pipeline.tokenizer, pipeline.text_encoder.train(), unet.train()
     tokenizer = train_tokenizer(text for wordings in pool.captions for text in wordings)
     return tokenizer, make_text_encoder(tokenizer), make_unet()
 

@@ -47,13 +47,13 @@ OUTLINE: Colour = (30, 25, 35)
 OUTLINE_WIDTH = 0.016
 OVERSAMPLING = 2
 CENTRE = 0.5
-HALF_SIZES = {"": 0.26, "tiny": 0.15, "large": 0.37}
+HALF_SIZES = {"": 0.29, "tiny": 0.19, "large": 0.39}
 PLACES = {
     "": (0.5, 0.53),
-    "left": (0.27, 0.53),
-    "right": (0.73, 0.53),
-    "top": (0.5, 0.29),
-    "bottom": (0.5, 0.72),
+    "left": (0.32, 0.53),
+    "right": (0.68, 0.53),
+    "top": (0.5, 0.32),
+    "bottom": (0.5, 0.69),
 }
 SIZE_WORDS = {"": ("",), "tiny": ("tiny", "small"), "large": ("large", "big")}
 PLACE_WORDS = {
@@ -64,7 +64,7 @@ PLACE_WORDS = {
     "bottom": ("bottom", "at the bottom"),
 }
 UNSEEN_SHARE = 8
-PATTERN_WORD_RATE = 0.25
+PATTERN_WORD_RATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,14 @@ def draw_scene(
 
 
 def draw_pose(random: np.random.Generator, scene: Scene) -> Pose:
-    """Draw where the subject of a scene is."""
+    """Draw where the subject of a scene is; only references are mirrored."""
     x, y = PLACES[scene.place] + random.uniform(-0.025, 0.025, size=2)
     half_size = HALF_SIZES[scene.size] * random.uniform(0.93, 1.07)
     return Pose(
         float(x),
         float(y),
         float(half_size),
-        float(random.uniform(-12, 12)),
-        bool(random.random() < 0.5),
+        float(random.uniform(-8, 8)),
     )
 
 
@@ -192,7 +191,7 @@ def draw_reference_pose(random: np.random.Generator) -> Pose:
         float(x),
         float(y),
         float(half_size),
-        float(random.uniform(-20, 20)),
+        float(random.uniform(-15, 15)),
         bool(random.random() < 0.5),
     )
 

@@ -66,6 +66,17 @@ def test_the_unet_predicts_what_it_predicts_in_diffusers(loaded, expected):
     assert difference(prediction, expected["plain"]) < TOLERANCE
 
 
+def test_levels_may_be_one_and_a_half_times_as_wide(files):
+    widths = [64, 96, 96, 96]
+    settings = files.config("unet")
+    settings |= {"block_out_channels": widths, "attention_head_dim": [w // 32 for w in widths]}
+    config = DEMO.DemoConfig(settings, "v_prediction", files.preview())
+    config.set_inference_dtype(torch.float32, None)
+    unet = config.get_model({}, "", device=torch.device("cpu")).diffusion_model
+    ends = [unet.input_blocks[index][0] for index in (2, 5, 8, 11)]
+    assert [block.out_layers[-1].out_channels for block in ends] == widths
+
+
 def test_the_prediction_is_taken_as_v_at_diffusers_noise_levels(loaded, expected):
     model, x, v = loaded[0].model, expected["x"], expected["plain"]
     abar = expected["alphas_cumprod"][expected["times"].long()][:, None, None, None]
