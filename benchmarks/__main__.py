@@ -8,6 +8,7 @@ from pathlib import Path
 from dreamcache_core import DreamCacheError
 
 from . import encode, growth, load, memory, run, step, training
+from .arguments import add_common
 from .models import UNETS
 from .report import Report, publish
 
@@ -19,7 +20,7 @@ MEASURES = {
     "load": load,
     "run": run,
 }
-"""Modules with ``add_arguments(parser)`` and ``measure(arguments) -> Report``."""
+"""Modules with ``ROUNDS`` and ``measure(arguments) -> Report``, which raises ``InputError`` on what cannot be measured."""
 
 FULL_SIZE = ("step", "encode", "memory")
 """What ``all`` also measures at SD 2.1 size on the CPU; the others take a GPU there."""
@@ -51,7 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, module in (*MEASURES.items(), ("training", training)):
         summary = (module.__doc__ or "").splitlines()[0]
-        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+        command = commands.add_parser(name, help=summary, description=summary)
+        if hasattr(module, "ROUNDS"):
+            add_common(command, module.ROUNDS)
+        if hasattr(module, "add_arguments"):
+            module.add_arguments(command)
     summary = "All of them but training, small; step, encode and memory at SD 2.1 size too."
     everything = commands.add_parser("all", help=summary, description=summary)
     everything.add_argument("--out", type=Path, metavar="DIR", help="folder for JSON and plots")

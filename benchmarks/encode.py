@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreamcache_core import capture_features, capture_reference
 
-from .arguments import add_common, settings_of
+from .arguments import settings_of
 from .flops import count_flops
 from .guided import TIMESTEP, GuidedSteps
 from .report import Bar, Report, machine, table
@@ -23,23 +23,12 @@ MOST_OVER_PLAIN = 0.93
 """The pass over the reference, in times of one plain call of one row; counted operations allow 0.873 at SD 2.1 size."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the benchmark's arguments."""
-    add_common(parser, rounds=5)
+ROUNDS = 5
+"""Timed rounds, unless told otherwise."""
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """Measure.
-
-    Args:
-        arguments: As declared by ``add_arguments``.
-
-    Returns:
-        Tables, figures and bars.
-
-    Raises:
-        InputError: The device is not there.
-    """
+    """Measure what ``arguments`` ask for; see ``MEASURES``."""
     settings = settings_of(arguments)
     steps = GuidedSteps(settings)
     actions = _actions(steps)

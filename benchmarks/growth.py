@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from .arguments import add_common, settings_of
+from .arguments import settings_of
 from .flops import count_flops
 from .guided import DREAMCACHE, THREE_ROWS, GuidedSteps, Settings
 from .report import Bar, Report, machine, table
@@ -54,23 +54,12 @@ class Point:
         return self.flops - self.plain_flops
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the benchmark's arguments."""
-    add_common(parser, rounds=3)
+ROUNDS = 3
+"""Timed rounds, unless told otherwise."""
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """Measure.
-
-    Args:
-        arguments: As declared by ``add_arguments``.
-
-    Returns:
-        Tables, figures and bars.
-
-    Raises:
-        InputError: The device is not there.
-    """
+    """Measure what ``arguments`` ask for; see ``MEASURES``."""
     base = settings_of(arguments)
     references = [
         _measure(f"{count} references", replace(base, references=count), arguments.rounds)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dreamcache_core import ReferenceCache, load_adapters, save_adapters
 
-from .arguments import add_common, settings_of
+from .arguments import settings_of
 from .guided import GuidedSteps
 from .report import Report, machine, table
 from .timing import alternate, ratios
@@ -21,23 +21,12 @@ from .timing import alternate, ratios
 OURS, PLAIN, COPY = "DreamCache", "safetensors, unchecked", "read through Python"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the benchmark's arguments."""
-    add_common(parser, rounds=5)
+ROUNDS = 5
+"""Timed rounds, unless told otherwise."""
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """Measure.
-
-    Args:
-        arguments: As declared by ``add_arguments``.
-
-    Returns:
-        Tables, figures and bars.
-
-    Raises:
-        InputError: The device is not there.
-    """
+    """Measure what ``arguments`` ask for; see ``MEASURES``."""
     settings = settings_of(arguments)
     steps = GuidedSteps(settings)
     rows: list[tuple[str, ...]] = []

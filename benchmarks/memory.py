@@ -13,7 +13,7 @@ import torch
 from dreamcache_core import ReferenceUse
 from dreamcache_core.injection import prepare_layer
 
-from .arguments import add_common, settings_of
+from .arguments import settings_of
 from .guided import DREAMCACHE, DTYPES, THREE_ROWS, GuidedSteps
 from .report import Bar, Report, machine, table
 
@@ -26,23 +26,12 @@ ADAPTERS_MB, KEYS_VALUES_MB = 42.1, 12.2
 """Fused adapters, and keys and values of a reference of 512 x 512, in half precision, for Stable Diffusion 1 and 2."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the benchmark's arguments."""
-    add_common(parser, rounds=1)
+ROUNDS = 1
+"""Timed rounds, unless told otherwise."""
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """Measure.
-
-    Args:
-        arguments: As declared by ``add_arguments``.
-
-    Returns:
-        Tables, figures and bars.
-
-    Raises:
-        InputError: The device is not there.
-    """
+    """Measure what ``arguments`` ask for; see ``MEASURES``."""
     settings = settings_of(arguments)
     steps = GuidedSteps(settings)
     with steps.ready() as actions:

@@ -16,7 +16,7 @@ import torch
 
 from dreamcache_core.errors import InputError
 
-from .arguments import add_common, positive, settings_of
+from .arguments import positive, settings_of
 from .inside_comfyui import OURS, PLAIN, READ_STEPS, THREE
 from .models import SIZES
 from .report import Bar, Report, machine, table
@@ -26,9 +26,12 @@ INSIDE = Path(__file__).with_name("inside_comfyui.py")
 LONGEST_LOADING_S, MOST_PYTHON_MS, MOST_READS = 0.3, 1.0, 0.0
 
 
+ROUNDS = 3
+"""Timed rounds, unless told otherwise."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the benchmark's arguments."""
-    add_common(parser, rounds=3)
+    """Declare what this benchmark takes besides ``add_common``'s."""
     parser.add_argument("--steps", type=positive, default=50, help="sampling steps of an image")
     parser.add_argument(
         "--comfyui", type=Path, help="ComfyUI's folder; else COMFYUI_PATH's first, else ~/ComfyUI"
@@ -36,17 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """Measure.
-
-    Args:
-        arguments: As declared by ``add_arguments``.
-
-    Returns:
-        Tables, figures and bars.
-
-    Raises:
-        InputError: There is no ComfyUI or no device, or ComfyUI cannot have this size.
-    """
+    """Measure what ``arguments`` ask for; see ``MEASURES``."""
     settings = settings_of(arguments)
     comfyui = _find_comfyui(arguments.comfyui)
     if settings.size not in SIZES or min(SIZES[settings.size].unet) < 32:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from .arguments import add_common, settings_of
+from .arguments import settings_of
 from .flops import count_flops
 from .guided import DREAMCACHE, TEXTBOOK, THREE_ROWS, TWO_ROWS, GuidedSteps
 from .report import Bar, Report, machine, table
@@ -18,23 +18,12 @@ MOST_OVER_BOUND = 1.02
 """The same on a GPU, in times of what counted operations allow."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the benchmark's arguments."""
-    add_common(parser, rounds=5)
+ROUNDS = 5
+"""Timed rounds, unless told otherwise."""
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """Measure.
-
-    Args:
-        arguments: As declared by ``add_arguments``.
-
-    Returns:
-        Tables, figures and bars.
-
-    Raises:
-        InputError: The device is not there.
-    """
+    """Measure what ``arguments`` ask for; see ``MEASURES``."""
     settings = settings_of(arguments)
     steps = GuidedSteps(settings)
     with steps.ready() as actions:

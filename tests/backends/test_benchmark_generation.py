@@ -124,8 +124,9 @@ def test_a_missed_bar_is_said_and_fails(capsys: pytest.CaptureFixture[str]):
     assert out.splitlines()[-1] == "name: 2 of 3 bars hold."
 
 
-def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]):
-    if torch.cuda.is_available():
-        pytest.skip("there is one here")
+def test_a_device_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["step", "--size", "tiny", "--device", "cuda"]) == 2
     assert "Use --device cpu" in capsys.readouterr().err
