@@ -15,9 +15,11 @@ from ..whole_files import whole_file
 from .backgrounds import BACKGROUNDS
 from .world import (
     PICTURE_SIZE,
+    Scene,
     draw_pose,
     draw_scene,
     draw_subject,
+    draw_twin_poses,
     render,
     subject_masks,
     write_caption,
@@ -25,6 +27,9 @@ from .world import (
 
 WORDINGS = 4
 CHUNK = 500
+TWIN_RATE = 0.4
+"""Share of pictures with the subject twice: to draw two alike, self-attention must find what is where on a subject."""
+
 PATCH = 8
 """Side in pixels of what one latent stands for."""
 
@@ -98,9 +103,16 @@ def _draw_chunk(
     for index in range(start, min(start + CHUNK, count)):
         random = np.random.default_rng((seed, index))
         subject, scene = draw_subject(random), draw_scene(random, list(BACKGROUNDS))
-        pose = draw_pose(random, scene)
-        pictures.append(np.asarray(render(subject, scene, pose, random)))
-        subjects.append(_reached_patches(subject_masks(subject, pose)[0]))
+        if random.random() < TWIN_RATE:
+            scene = Scene(scene.background, has_twin=True)
+            pose, twin = draw_twin_poses(random)
+        else:
+            pose, twin = draw_pose(random, scene), None
+        pictures.append(np.asarray(render(subject, scene, pose, random, twin=twin)))
+        mask = subject_masks(subject, pose)[0]
+        if twin:
+            mask = mask | subject_masks(subject, twin)[0]
+        subjects.append(_reached_patches(mask))
         captions.append([write_caption(subject, scene, random) for _ in range(WORDINGS)])
     return np.stack(pictures), np.stack(subjects), captions
 

@@ -65,6 +65,7 @@ PLACE_WORDS = {
 }
 UNSEEN_SHARE = 8
 PATTERN_WORD_RATE = 0.5
+TWIN_HALF_SIZES = (0.17, 0.24)
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,13 @@ class Scene:
         background: A key of ``BACKGROUNDS``.
         size: How large the subject is; empty means middling.
         place: Where the subject is; empty means the middle.
+        has_twin: Whether the subject is there twice, side by side; such scenes have neither size nor place.
     """
 
     background: str
     size: Size = ""
     place: Place = ""
+    has_twin: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,20 @@ def draw_pose(random: np.random.Generator, scene: Scene) -> Pose:
     )
 
 
+def draw_twin_poses(random: np.random.Generator) -> tuple[Pose, Pose]:
+    """Draw where a subject and its twin are: left and right, each with a size and a turn of its own."""
+    left, right = (
+        Pose(
+            float(x + random.uniform(-0.015, 0.015)),
+            float(random.uniform(0.46, 0.6)),
+            float(random.uniform(*TWIN_HALF_SIZES)),
+            float(random.uniform(-15, 15)),
+        )
+        for x in (0.26, 0.74)
+    )
+    return left, right
+
+
 def draw_reference_pose(random: np.random.Generator) -> Pose:
     """Draw a pose that fills the square as references should (METHOD.md section 7): about 70 to 90 %."""
     half_size = random.uniform(0.33, 0.41)
@@ -252,6 +269,8 @@ def render(
     pose: Pose,
     random: np.random.Generator,
     size: int = PICTURE_SIZE,
+    *,
+    twin: Pose | None = None,
 ) -> Image.Image:
     """Draw a subject in a scene.
 
@@ -261,15 +280,17 @@ def render(
         pose: Where the subject is.
         random: Source of what varies in the background.
         size: Side of the picture in pixels.
+        twin: Where the subject is once more, if it is.
 
     Returns:
         RGB picture of size x size.
     """
     large = size * OVERSAMPLING
     picture = np.array(paint_background(scene.background, large, random))
-    whole, inner = subject_masks(subject, pose, large)
-    picture[whole] = OUTLINE
-    picture[inner] = pattern_colours(subject, pose, large)[inner]
+    for place in (pose, twin) if twin else (pose,):
+        whole, inner = subject_masks(subject, place, large)
+        picture[whole] = OUTLINE
+        picture[inner] = pattern_colours(subject, place, large)[inner]
     return Image.fromarray(picture).reduce(OVERSAMPLING)
 
 
@@ -316,7 +337,7 @@ def write_caption(
 
     Args:
         subject: Its shape, and now and then its pattern, are named.
-        scene: Background, size and place are named.
+        scene: Background, size, place and twin are named.
         random: Chooses the wording.
         name_pattern: Whether the pattern is named; None leaves it to chance.
 
@@ -334,7 +355,8 @@ def write_caption(
     place = str(random.choice(PLACE_WORDS[scene.place]))
     thing = " ".join(word for word in words if word)
     article = "an" if thing[0] in "aeiou" else "a"
-    described = f"{article} {thing} {phrase}"
+    twin = " and its twin" if scene.has_twin else ""
+    described = f"{article} {thing}{twin} {phrase}"
     if place:
         described += f", {place}"
     opening = str(random.choice(["", "", "a picture of ", "a drawing of "]))

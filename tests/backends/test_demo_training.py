@@ -29,7 +29,7 @@ from dreamcache_core.demo.denoiser_stage import DenoiserStage
 from dreamcache_core.demo.draw_pairs import PairsConfig, draw_pairs
 from dreamcache_core.demo.model_files import DemoFiles
 from dreamcache_core.demo.patterns import PATTERNS
-from dreamcache_core.demo.picture_pool import open_pool
+from dreamcache_core.demo.picture_pool import PATCH, open_pool
 from dreamcache_core.demo.stages import Schedule, train_stage
 from dreamcache_core.demo.train_base import main
 from dreamcache_core.demo.world import PAPER
@@ -203,13 +203,24 @@ def test_pool_knows_which_patches_the_subject_reaches(tmp_path: Path):
     ]
     assert plain
     for index in plain:
-        ink = (pool.pictures[index].min(axis=-1) < 160).reshape(16, 8, 16, 8).any(axis=(1, 3))
+        dark = (pool.pictures[index].min(axis=-1) < 160).reshape(16, 8, 16, 8)
+        ink = dark.sum(axis=(1, 3)) > PATCH  # an outline may graze a patch by a row of pixels
         reached = pool.subjects[index]
         assert (ink & ~reached).mean() < 0.01
+        assert (dark.any(axis=(1, 3)) & ~reached).mean() < 0.05
         # colours near white leave no ink inside, but there is an outline all around
         for axis in (0, 1):
             assert (ink.any(axis) != reached.any(axis)).sum() <= 1
         assert 0.02 < reached.mean() < 0.9
+
+
+def test_pool_shows_some_subjects_twice_and_says_so(tmp_path: Path):
+    pool = open_pool(tmp_path, 40, seed=0)
+    twins = np.array(["and its twin" in wordings[0] for wordings in pool.captions])
+    assert 0.2 < twins.mean() < 0.6
+    sides = pool.subjects[:, :, :6].any(axis=(1, 2)) & pool.subjects[:, :, -6:].any(axis=(1, 2))
+    assert sides[twins].all()
+    assert not sides[~twins].all()
 
 
 def test_errors_count_by_their_weights():

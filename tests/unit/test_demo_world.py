@@ -18,6 +18,7 @@ from dreamcache_core.demo.world import (
     draw_pose,
     draw_scene,
     draw_subject,
+    draw_twin_poses,
     is_unseen_combination,
     render,
     render_cutout,
@@ -73,6 +74,27 @@ def test_caption_reads_as_english():
     }
     assert "an umbrella on the grass, left" in captions
     assert "a picture of an umbrella in a meadow, on the left" in captions
+
+
+def test_caption_of_twins_keeps_the_shape_in_the_singular():
+    subject = Subject("mug", "stripes", ((0, 0, 0), (9, 9, 9)), (0, 1))
+    captions = {
+        write_caption(subject, Scene("grass", has_twin=True), random(seed)) for seed in range(40)
+    }
+    assert "a striped mug and its twin on the grass" in captions
+    assert all(" and its twin " in caption for caption in captions)
+
+
+def test_twins_stand_apart_and_look_alike():
+    source = random()
+    for _ in range(20):
+        left, right = draw_twin_poses(source)
+        masks = [subject_masks(HALVES, pose)[0] for pose in (left, right)]
+        assert not (masks[0] & masks[1]).any()
+        twins = np.asarray(render(HALVES, Scene("paper"), left, random(), twin=right))
+        for pose, mask in zip((left, right), masks, strict=True):
+            alone = np.asarray(render(HALVES, Scene("paper"), pose, random()))
+            assert np.array_equal(twins[mask], alone[mask])
 
 
 def test_pattern_is_named_only_on_request():
