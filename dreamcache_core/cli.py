@@ -153,6 +153,14 @@ def _add_generate(commands: Any) -> None:
         default="separate",
         help="joint: text and reference as one",
     )
+    add(
+        "--image-range",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("START", "END"),
+        help="part of the run in which --image-guidance holds; outside it is 1, which is faster",
+    )
     add("--scheduler", choices=("ddim", "model"), default="ddim", help="ddim: as in the paper")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="float type of the model")

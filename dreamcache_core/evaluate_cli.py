@@ -46,7 +46,8 @@ def _demo(argv: Sequence[str]) -> None:
     bounds: dict[Group, MatchBounds] = {
         group: measure_bounds(by_group[group]) for group in GROUPS if by_group[group]
     }
-    evidence = Evidence(rows, bounds, f"python -m dreamcache_core evaluate demo {' '.join(argv)}")
+    command = f"python -m dreamcache_core evaluate demo {' '.join(argv)}"
+    evidence = Evidence(rows, bounds, command, options.steps)
     print("\n".join(summary_lines(evidence)))
     out = Path(options.out)
     report = write_report(evidence, triples, picture_folders(options), out)

@@ -60,6 +60,7 @@ class GenerateOptions(Config):
     size: int | None = None
     fill: float = 0.85
     guidance: GuidanceMode = "separate"
+    image_range: Sequence[float] = (0.0, 1.0)
     scale: float = 1.0
     scheduler: str = "ddim"
     device: str = "auto"
@@ -71,7 +72,8 @@ class GenerateOptions(Config):
         Raises:
             InputError: A number is out of range, or masks and references differ in number.
         """
-        Guidance(self.image_guidance, self.guidance)
+        start, end = self.image_range
+        Guidance(self.image_guidance, self.guidance, (start, end))
         if not math.isfinite(self.cfg) or not math.isfinite(self.scale):
             raise InputError(
                 f"--cfg and --scale must be finite; given {self.cfg} and {self.scale}."
@@ -242,6 +244,7 @@ def _sample(
         num_inference_steps=options.steps,
         generator=torch.Generator("cpu").manual_seed(seed),
         guidance=options.guidance,
+        image_range=(options.image_range[0], options.image_range[1]),
         height=size,
         width=size,
         callback=advance,

@@ -1,7 +1,7 @@
 """The three-term guidance rule and its cheaper forms (METHOD.md section 5). Knows tensors only."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -22,27 +22,56 @@ class Guidance(Config):
             beyond.
         mode: ``separate``: the three-term rule. ``joint``: text and reference are one condition with one scale, the
             text's; two predictions, and ``image_scale`` has no effect.
+        image_range: Part of the run, from (inclusive) and to (exclusive) as shares of its noise levels, 0 to 1, in
+            which ``image_scale`` holds. Outside it counts as 1, which needs two predictions instead of three.
     """
 
     image_scale: float = 0.4
     mode: GuidanceMode = "separate"
+    image_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
-            InputError: ``mode`` is unknown or ``image_scale`` no finite number.
+            InputError: ``mode`` is unknown, ``image_scale`` no finite number or ``image_range`` no part of the run.
         """
         if self.mode not in ("separate", "joint"):
             raise InputError(f"guidance must be 'separate' or 'joint'; given {self.mode!r}.")
         scale = self.image_scale
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise InputError(f"image_guidance must be a finite number; given {scale!r}.")
+        start, end = self.image_range
+        if not 0 <= start < end <= 1:
+            raise InputError(
+                f"The range of image_guidance must be from 0 to 1 with its start before its end; given {start} to {end}. "
+                "To do without it, set image_guidance to 1."
+            )
 
     @property
     def needs_unconditional(self) -> bool:
         """Whether the prediction without a reference takes part as a third term."""
         return self.mode == "separate" and self.image_scale != 1.0
+
+    @property
+    def is_always_on(self) -> bool:
+        """Whether the range is the whole run, so that nobody has to know the progress."""
+        return self.image_range == (0.0, 1.0)
+
+    def at(self, progress: float) -> "Guidance":
+        """Return the guidance of one step.
+
+        Args:
+            progress: Share of the training timesteps that lies behind, 0 at pure noise to 1.
+        """
+        start, end = self.image_range
+        # both ends of the run belong to it, wherever a scheduler puts its first and last step
+        return self.step((start <= progress or start == 0) and (progress < end or end == 1))
+
+    def step(self, is_in_range: bool) -> "Guidance":
+        """Return the guidance of one step, given whether the step is in the range."""
+        scale = self.image_scale if is_in_range else 1.0
+        return replace(self, image_scale=scale, image_range=(0.0, 1.0))
 
 
 def needed_predictions(guidance: Guidance, text_scale: float) -> tuple[Prediction, ...]:

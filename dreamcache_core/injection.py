@@ -39,7 +39,8 @@ class ReferenceUse:
         scale: Strength, unitless: 0 is exactly the plain model, 1 as trained.
         mask: Region of the new image that the reference acts on, (height, width) or (images, height, width) in
             [0, 1], any size; ``None`` is everywhere.
-        per_row: Reference r serves batch row r (training) instead of all serving every row.
+        per_row: Of R references, reference r serves the batch rows r, r + R, r + 2R and so on, instead of all
+            serving every row.
     """
 
     reference: ReferenceCache
@@ -96,9 +97,9 @@ class LayerReference:
     Attributes:
         adapter: Adapter of the layer.
         dtype: Float type that the adapter computes in.
-        key: (1 or rows, reference_tokens, channels).
+        key: (references, reference_tokens, channels); reference r serves the rows r, r + references and so on.
         value: Likewise.
-        key_mask: Added to the logits, (rows, 1, 1, reference_tokens), or ``None``.
+        key_mask: Added to the logits, (references, 1, 1, reference_tokens), or ``None``.
         scale: Strength.
         region: Weight of the reference by place, (images, height, width); row r has that of image r % images.
             ``None``: 1 everywhere.
@@ -185,7 +186,9 @@ def blend_references(
         x, base = x.index_select(0, rows), base.index_select(0, rows)
     blended = base
     for ref in references:
-        key, value, key_mask = (_rows_of(t, rows) for t in (ref.key, ref.value, ref.key_mask))
+        key, value, key_mask = (
+            _rows_of(t, rows, len(self_attention)) for t in (ref.key, ref.value, ref.key_mask)
+        )
         states = x.to(ref.dtype), base.to(ref.dtype)
         merged = ref.adapter(
             *states, key, value, heads=heads, attention=attention, key_mask=key_mask
@@ -201,10 +204,12 @@ def blend_references(
     return self_attention.index_copy(0, rows, blended)
 
 
-def _rows_of(tensor: Any, rows: Tensor | None) -> Any:
-    if tensor is None or rows is None or tensor.shape[0] == 1:
+def _rows_of(tensor: Any, rows: Tensor | None, num_rows: int) -> Any:
+    """Give each row that sees a reference the one that serves it."""
+    if tensor is None or tensor.shape[0] == 1 or (rows is None and tensor.shape[0] == num_rows):
         return tensor
-    return tensor.index_select(0, rows)
+    index = torch.arange(num_rows, device=tensor.device) if rows is None else rows
+    return tensor.index_select(0, index % tensor.shape[0])
 
 
 def _region_weights(
@@ -231,7 +236,7 @@ def inject(
     uses: ReferenceUse | Sequence[ReferenceUse],
     *,
     rows: Sequence[bool] | Tensor | None = None,
-) -> Iterator[None]:
+) -> Iterator["Injection"]:
     """Run a U-Net with references: inside the context ``unet(...)`` sees them.
 
     Leaves nothing behind, also on exceptions. Keys and values are computed once per context while gradients are off.
@@ -242,6 +247,9 @@ def inject(
         uses: One or several uses.
         rows: Which batch rows see the references, bool (batch,); ``None``: all. Rows that are off equal the plain
             U-Net on the same batch bit for bit.
+
+    Yields:
+        What can choose other rows for the calls to come.
 
     Raises:
         InputError: ``rows`` is no list of bools, or of another length than the batch.
@@ -258,19 +266,46 @@ def inject(
             "This U-Net already has references injected. Leave the other inject context first, or give all uses "
             "to one call."
         )
-    active = [use for use in uses if use.is_active]
-    row_index = None if rows is None else _row_index(rows)
+    injection = Injection(rows)
     handles: list[Any] = []
     _injected.add(unet)
     try:
-        if active and (row_index is None or len(row_index)):
-            num_rows = None if rows is None else len(rows)
-            handles += _install(unet, active, row_index, num_rows)
-        yield
+        if active := [use for use in uses if use.is_active]:
+            handles += _install(unet, active, injection)
+        yield injection
     finally:
         for handle in handles:
             handle.remove()
         _injected.discard(unet)
+
+
+class Injection:
+    """Which batch rows see the references while ``inject`` is open.
+
+    Args:
+        rows: As ``inject`` takes them.
+    """
+
+    def __init__(self, rows: Sequence[bool] | Tensor | None = None) -> None:
+        self.choose_rows(rows)
+
+    def choose_rows(self, rows: Sequence[bool] | Tensor | None) -> None:
+        """Choose the rows of the calls to come; keys and values stay as they are.
+
+        Args:
+            rows: Bool (batch,), or ``None`` for all.
+
+        Raises:
+            InputError: It is no list of bools.
+        """
+        self._index = None if rows is None else _row_index(rows)
+        self.num_rows = None if rows is None else len(rows)
+
+    def index_on(self, device: torch.device) -> Tensor | None:
+        """Indices of the rows that see the references, int64; ``None`` for all. Copied to a device once."""
+        if self._index is not None:
+            self._index = self._index.to(device)
+        return self._index
 
 
 def _row_index(rows: Sequence[bool] | Tensor) -> Tensor:
@@ -282,16 +317,12 @@ def _row_index(rows: Sequence[bool] | Tensor) -> Tensor:
     return rows.nonzero().flatten()
 
 
-def _install(
-    unet: nn.Module, uses: Sequence[ReferenceUse], rows: Tensor | None, num_rows: int | None
-) -> list[Any]:
+def _install(unet: nn.Module, uses: Sequence[ReferenceUse], injection: Injection) -> list[Any]:
     layers = dict.fromkeys(layer for use in uses for layer in use.adapters.layers)
     handles: list[Any] = []
     for name, site in select_sites(unet, tuple(layers)).items():
-        injection = _SiteInjection(
-            site, [u for u in uses if name in u.adapters.layers], rows, num_rows
-        )
-        handles += injection.install()
+        there = [use for use in uses if name in use.adapters.layers]
+        handles += _SiteInjection(site, there, injection).install()
     return handles
 
 
@@ -299,13 +330,9 @@ class _SiteInjection:
     """The hooks at one attention module, and what they hand to each other within one forward pass."""
 
     def __init__(
-        self,
-        site: AttentionSite,
-        uses: Sequence[ReferenceUse],
-        rows: Tensor | None,
-        num_rows: int | None,
+        self, site: AttentionSite, uses: Sequence[ReferenceUse], injection: Injection
     ) -> None:
-        self.site, self.uses, self.rows, self.num_rows = site, uses, rows, num_rows
+        self.site, self.uses, self.injection = site, uses, injection
         self.heads = site.heads
         self.size = (0, 0)
         self.hidden_states: Tensor | None = None
@@ -330,25 +357,29 @@ class _SiteInjection:
         x, self.hidden_states = self.hidden_states, None
         assert x is not None
         self.check_rows(x)
+        rows = self.injection.index_on(x.device)
+        if rows is not None and not len(rows):
+            return output
         return blend_references(
             x,
             output,
             self.references(x),
             heads=self.heads,
             size=self.size,
-            rows=None if self.rows is None else self.rows.to(x.device),
+            rows=rows,
         )
 
     def check_rows(self, x: Tensor) -> None:
-        if self.num_rows not in (None, x.shape[0]):
+        num_rows = self.injection.num_rows
+        if num_rows not in (None, x.shape[0]):
             raise InputError(
-                f"rows must have one entry per batch row: the batch has {x.shape[0]}, rows {self.num_rows}."
+                f"rows must have one entry per batch row: the batch has {x.shape[0]}, rows {num_rows}."
             )
         for use in self.uses:
-            if use.per_row and use.reference.num_references != x.shape[0]:
+            if use.per_row and x.shape[0] % use.reference.num_references:
                 raise InputError(
-                    f"With per_row each batch row needs a reference of its own: {x.shape[0]} rows, "
-                    f"{use.reference.num_references} references."
+                    "With per_row the batch must have one row for each reference, or a multiple of that: "
+                    f"{x.shape[0]} rows, {use.reference.num_references} references."
                 )
 
     def references(self, x: Tensor) -> list[LayerReference]:

@@ -42,6 +42,11 @@ class Text:
         pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, dim=0)
         return Text(self.states.repeat_interleave(times, dim=0), pooled)
 
+    def rows_from(self, first: int) -> "Text":
+        """Leave out the rows before one."""
+        pooled = None if self.pooled is None else self.pooled[first:]
+        return Text(self.states[first:], pooled)
+
     @staticmethod
     def join(texts: Sequence["Text"]) -> "Text":
         """Put the rows of several one below the other."""
@@ -58,6 +63,11 @@ class _Batch:
     predictions: tuple[Prediction, ...]
     text: Text
     num_images: int
+
+    def last(self, count: int) -> "_Batch":
+        """Keep the last predictions only."""
+        first_row = (len(self.predictions) - count) * self.num_images
+        return _Batch(self.predictions[-count:], self.text.rows_from(first_row), self.num_images)
 
     @property
     def rows(self) -> list[bool]:
@@ -174,6 +184,7 @@ class DreamCachePipeline:
         num_inference_steps: int = 50,
         generator: Generators = None,
         guidance: GuidanceMode = "separate",
+        image_range: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -197,6 +208,8 @@ class DreamCachePipeline:
             generator: One random generator, or one per image: then an image does not depend on the batch size.
                 ``None`` uses the global random state.
             guidance: ``separate`` (three-term rule) or ``joint``; see ``Guidance``.
+            image_range: Part of the run in which ``image_scale`` holds; outside it is 1, and steps are a third
+                cheaper. See ``Guidance``.
             height: Of the new images in pixels, a multiple of 8; ``None``: that of ``latents``, else the model's own.
             width: Likewise.
             num_images_per_prompt: Images for each prompt.
@@ -212,13 +225,14 @@ class DreamCachePipeline:
             InputError: An argument is out of range, or the result is not finite.
             MismatchError: A reference or its adapters were made for another model.
         """
-        rule = Guidance(image_scale=image_scale, mode=guidance)
+        rule = Guidance(image_scale=image_scale, mode=guidance, image_range=image_range)
         _check_settings(text_scale, num_images_per_prompt, output_type)
         self._check_steps(num_inference_steps)
         ready = [self._ready(use) for use in _list_of_uses(uses)]
-        is_active = any(use.is_active for use in ready)
-        # without an active reference, joint guidance is ordinary classifier-free guidance
-        wanted = needed_predictions(rule if is_active else Guidance(mode="joint"), text_scale)
+        if not any(use.is_active for use in ready):
+            # without an active reference, joint guidance is ordinary classifier-free guidance
+            rule = Guidance(mode="joint")
+        wanted = needed_predictions(rule, text_scale)
         batch = self._make_batch(prompt, negative_prompt, wanted, num_images_per_prompt)
         _check_regions(ready, batch.num_images)
         generators = _check_generators(generator, batch.num_images)
@@ -228,7 +242,8 @@ class DreamCachePipeline:
             noise,
             batch,
             ready,
-            combine=lambda terms: _combine(terms, text_scale, image_scale),
+            rule=rule,
+            text_scale=text_scale,
             step_options=self._step_options(generators),
             callback=callback,
         )
@@ -242,7 +257,8 @@ class DreamCachePipeline:
         batch: _Batch,
         uses: Sequence[ReferenceUse],
         *,
-        combine: Callable[[Sequence[Tensor]], Tensor],
+        rule: Guidance,
+        text_scale: float,
         step_options: dict[str, Any],
         callback: Callback | None,
     ) -> Tensor:
@@ -250,20 +266,28 @@ class DreamCachePipeline:
         unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
         factor = self.pipeline.vae_scale_factor
         height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
-        num_terms = len(batch.predictions)
-        conditions = self.conditions(batch.text, height, width)
+        progress = 1 - scheduler.timesteps.cpu().double() / (
+            scheduler.config.num_train_timesteps - 1
+        )
+        parts = {count: batch.last(count) for count in range(1, len(batch.predictions) + 1)}
+        conditions = {n: self.conditions(part.text, height, width) for n, part in parts.items()}
+        num_terms = 0
         latents = latents * scheduler.init_noise_sigma
-        with inject(unet, uses, rows=batch.rows):
+        with inject(unet, uses) as injection:
             for index, timestep in enumerate(scheduler.timesteps):
+                at_step = rule.at(float(progress[index]))
+                if num_terms != (wanted := len(needed_predictions(at_step, text_scale))):
+                    num_terms = wanted
+                    injection.choose_rows(parts[num_terms].rows)
                 scaled = scheduler.scale_model_input(latents, timestep)
                 output = unet(
                     scaled.repeat(num_terms, 1, 1, 1),
                     timestep,
-                    encoder_hidden_states=batch.text.states,
+                    encoder_hidden_states=parts[num_terms].text.states,
                     return_dict=False,
-                    **conditions,
+                    **conditions[num_terms],
                 )[0]
-                guided = combine(output.chunk(num_terms))
+                guided = _combine(output.chunk(num_terms), text_scale, rule.image_scale)
                 latents = scheduler.step(
                     guided, timestep, latents, return_dict=False, **step_options
                 )[0]

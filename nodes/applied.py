@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from comfy.conds import CONDNoiseShape
@@ -51,15 +52,23 @@ class Applied:
         """The adapters' ModelPatchers, each once."""
         return list(dict.fromkeys(applied.patcher for applied in self.uses))
 
-    def sigma_ranges(self, sampling: Any) -> tuple[tuple[float, float], ...]:
-        """Noise levels from which on (inclusive) and down to which (exclusive) each use acts, for a ``model_sampling``."""
-        return tuple(
-            (
-                _float32(sampling.percent_to_sigma(use.start_percent)),
-                _float32(sampling.percent_to_sigma(use.end_percent)),
-            )
-            for use in self.uses
-        )
+
+class SigmaRange:
+    """Noise levels from one (inclusive) down to another (exclusive).
+
+    Args:
+        sampling: A ``model_sampling``.
+        start_percent: Progress at which the range starts, 0 to 1.
+        end_percent: Progress at which it ends.
+    """
+
+    def __init__(self, sampling: Any, start_percent: float, end_percent: float) -> None:
+        self.start = _float32(sampling.percent_to_sigma(start_percent))
+        self.end = _float32(sampling.percent_to_sigma(end_percent))
+
+    def __contains__(self, sigma: float) -> bool:
+        """Whether a noise level is in it."""
+        return self.end < sigma <= self.start
 
 
 class RunStore:
@@ -72,8 +81,12 @@ class RunStore:
 
     def __init__(self, applied: Applied, sampling: Any) -> None:
         self.uses = applied.uses
+        self.sampling = sampling
         self.is_ranged = not all(use.is_always_on for use in applied.uses)
-        self.ranges = applied.sigma_ranges(sampling) if self.is_ranged else ()
+        self.ranges = [
+            SigmaRange(sampling, use.start_percent, use.end_percent) for use in applied.uses
+        ]
+        self.last_sigma: tuple[Tensor, float] | None = None
         self.prepared: dict[tuple[Any, ...], LayerReference] = {}
         self.rows: dict[tuple[Any, ...], Tensor] = {}
         self.regions: dict[tuple[Any, ...], Tensor] = {}
@@ -94,8 +107,22 @@ class RunStore:
         """
         if not self.is_ranged:
             return tuple(range(len(self.uses)))
-        sigma = float(timestep.flatten()[0])
-        return tuple(i for i, (start, end) in enumerate(self.ranges) if end < sigma <= start)
+        sigma = self.sigma_of(timestep)
+        return tuple(i for i, sigmas in enumerate(self.ranges) if sigma in sigmas)
+
+    def guidance_at(self, guidance: Guidance, timestep: Tensor) -> Guidance:
+        """Guidance of one step, see ``Guidance.image_range``; the noise level is read back only where a range needs it."""
+        if guidance.is_always_on:
+            return guidance
+        return guidance.step(
+            self.sigma_of(timestep) in SigmaRange(self.sampling, *guidance.image_range)
+        )
+
+    def sigma_of(self, timestep: Tensor) -> float:
+        """Read a noise level back from the device, once however often it is asked for."""
+        if self.last_sigma is None or self.last_sigma[0] is not timestep:
+            self.last_sigma = timestep, float(timestep.flatten()[0])
+        return self.last_sigma[1]
 
     def row_index(self, is_on: tuple[bool, ...], device: torch.device) -> Tensor | None:
         """Indices of the rows that are on, int64; ``None`` where all are."""
@@ -127,6 +154,7 @@ class RunStore:
     def begin_step(self) -> None:
         """Forget what belongs to the step before."""
         self.offsets.clear()
+        self.last_sigma = None
         self.num_nested = 0
         self.is_unfolded = False
 
@@ -158,4 +186,4 @@ def compute_dtype(model: Any) -> torch.dtype:
 
 def _float32(value: float) -> float:
     # sigmas arrive as float32: a bound that was rounded elsewhere would be off by one step
-    return float(torch.tensor(value, dtype=torch.float32))
+    return float(np.float32(value))

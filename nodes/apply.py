@@ -12,7 +12,6 @@ from ..dreamcache_core import (
     Guidance,
     ReferenceCache,
     ReferenceUse,
-    StateError,
 )
 from ..dreamcache_core.backends import require_fit
 from ..dreamcache_core.layers import require_same_layout
@@ -20,8 +19,8 @@ from ..dreamcache_core.reference_image import is_placeholder_mask
 from .comfy_bridge import (
     DreamCacheCFGGuider,
     adapter_patcher,
-    applied_to,
     apply_reference,
+    limit_guidance,
     unet_of,
 )
 from .gates import gate_conditioning
@@ -223,15 +222,54 @@ class Guider(io.ComfyNode):
         unconditional: list[Any] | None = None,
     ) -> io.NodeOutput:
         """Make the guider."""
-        if applied_to(model) is None:
-            raise StateError(
-                "DreamCache Guider needs a model with a reference on it; this one has none. Connect the model output of Apply "
-                "DreamCache."
-            )
         guider = DreamCacheCFGGuider(model)
         guider.set_dreamcache(positive, negative, unconditional, image_guidance)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)
+
+
+class GuidanceRange(io.ComfyNode):
+    """Let image guidance hold for a part of the run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheGuidanceRange",
+            display_name="DreamCache Guidance Range",
+            category="DreamCache/advanced",
+            description="Saves time: image_guidance holds for a part of the run only; in the rest it counts as 1, and a step "
+            "needs two predictions instead of three. The reference itself acts throughout.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Apply DreamCache."),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Progress from which on image_guidance holds: 0 from the first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Progress up to which image_guidance holds: 1 to the last step, which saves nothing.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="For the sampler or DreamCache Guider."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, start_percent: float, end_percent: float) -> io.NodeOutput:
+        """Set the range on a clone."""
+        return io.NodeOutput(limit_guidance(model, start_percent, end_percent))
 
 
 def _warn_of_prediction(model: Any, adapters: AdapterSet) -> None:
@@ -249,4 +287,4 @@ def _warn_of_prediction(model: Any, adapters: AdapterSet) -> None:
         )
 
 
-NODES: list[type[io.ComfyNode]] = [Apply, Conditioning, Guider]
+NODES: list[type[io.ComfyNode]] = [Apply, Conditioning, Guider, GuidanceRange]

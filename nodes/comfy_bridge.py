@@ -15,7 +15,14 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..dreamcache_core import AdapterSet, FusedAdapterSet, Guidance, Layout, ReferenceUse
+from ..dreamcache_core import (
+    AdapterSet,
+    FusedAdapterSet,
+    Guidance,
+    Layout,
+    ReferenceUse,
+    StateError,
+)
 from ..dreamcache_core.backends import layout_of
 from .applied import KEY, Applied, AppliedUse, compute_dtype
 from .wrappers import UNCONDITIONAL, WRAPPER_TYPES, Wrappers
@@ -84,7 +91,7 @@ def apply_reference(
         model: The MODEL; left as it is.
         use: The reference, with the fused adapters of ``patcher``.
         patcher: From ``adapter_patcher``.
-        guidance: Holds for all references of the clone from now on.
+        guidance: Holds for all references of the clone from now on, in the range that was chosen before.
         start_percent: Progress from which on the reference acts, 0 to 1.
         end_percent: Progress up to which it acts, 0 to 1.
 
@@ -93,7 +100,46 @@ def apply_reference(
     """
     before = applied_to(model)
     applied_use = AppliedUse(use, patcher, start_percent, end_percent)
-    applied = Applied((*(before.uses if before else ()), applied_use), guidance)
+    if before:
+        guidance = replace(guidance, image_range=before.guidance.image_range)
+    return _with_applied(model, Applied((*(before.uses if before else ()), applied_use), guidance))
+
+
+def limit_guidance(model: ModelPatcher, start_percent: float, end_percent: float) -> ModelPatcher:
+    """Let image guidance hold for a part of the run only, on a clone of a MODEL.
+
+    Args:
+        model: A MODEL with references; left as it is.
+        start_percent: Progress from which on it holds, 0 to 1.
+        end_percent: Progress up to which it holds.
+
+    Returns:
+        The clone.
+
+    Raises:
+        InputError: The range is no part of the run.
+        StateError: There is no reference on the MODEL.
+    """
+    applied = require_applied(model, "DreamCache Guidance Range")
+    guidance = replace(applied.guidance, image_range=(start_percent, end_percent))
+    return _with_applied(model, replace(applied, guidance=guidance))
+
+
+def require_applied(model: ModelPatcher, node: str) -> Applied:
+    """What the Apply nodes before have put on a MODEL.
+
+    Raises:
+        StateError: Nothing; the message names the node that needs it.
+    """
+    applied = applied_to(model)
+    if applied is None:
+        raise StateError(
+            f"{node} needs a model with a reference on it; this one has none. Connect the model output of Apply DreamCache."
+        )
+    return applied
+
+
+def _with_applied(model: ModelPatcher, applied: Applied) -> ModelPatcher:
     clone = model.clone()
     remove_references(clone)
     clone.set_attachments(KEY, applied)
@@ -124,6 +170,9 @@ class DreamCacheCFGGuider(comfy.samplers.CFGGuider):
             negative: Negative text, with the reference.
             unconditional: Text of the prediction without reference, or ``None`` for the negative.
             image_scale: s_image of METHOD.md section 5.
+
+        Raises:
+            StateError: There is no reference on the MODEL.
         """
         conds = {"positive": positive, "negative": negative}
         if unconditional is not None:
@@ -132,4 +181,5 @@ class DreamCacheCFGGuider(comfy.samplers.CFGGuider):
                 [text, {**options, "prompt_type": "negative"}] for text, options in unconditional
             ]
         self.inner_set_conds(conds)
-        self.dreamcache_guidance = Guidance(image_scale=image_scale, mode="separate")
+        image_range = require_applied(self.model_patcher, "DreamCache Guider").guidance.image_range
+        self.dreamcache_guidance = Guidance(image_scale, "separate", image_range)

@@ -96,7 +96,11 @@ class Wrappers:
         store.begin_step()
         active = store.active_at(timestep)
         options = _with_transformer_options(model_options, {RUN: store, ACTIVE: active})
-        needs_third = active and options.get(GUIDANCE, self.applied.guidance).needs_unconditional
+        needs_third = False
+        if active:
+            guidance = options.get(GUIDANCE, self.applied.guidance)
+            options[GUIDANCE] = store.guidance_at(guidance, timestep)
+            needs_third = options[GUIDANCE].needs_unconditional
         if needs_third:
             options[UNCONDITIONAL] = getattr(guider, "conds", {}).get(UNCONDITIONAL)
             options["disable_cfg1_optimization"] = True
@@ -121,7 +125,7 @@ class Wrappers:
             active = store.active_at(timestep)
         if not active:
             return executor(model, without_gates(conds), x, timestep, model_options)
-        guidance = model_options.get(GUIDANCE, self.applied.guidance)
+        guidance = store.guidance_at(model_options.get(GUIDANCE, self.applied.guidance), timestep)
         options = _with_transformer_options(model_options, {RUN: store, ACTIVE: active})
         regions = store.region_conds(active, x)
         negative_is_off = len(conds) == 2 and guidance.mode == "joint"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..demo.gallery import IMAGE_GUIDANCE, TEXT_GUIDANCE
-from ..guidance import GuidanceMode
+from ..guidance import Guidance, GuidanceMode, needed_predictions
 
 SHIPPED = "adapters"
 """Variant that comes with the package."""
@@ -26,6 +26,7 @@ class Condition:
         text_guidance: s_text (METHOD.md section 5).
         image_guidance: s_image.
         mode: ``separate`` or ``joint``.
+        image_range: Part of the run in which ``image_guidance`` holds.
         references: Pictures of the subject, their tokens concatenated.
         captioned: Whether the reference pass sees the subject's word; else the empty prompt.
     """
@@ -36,8 +37,20 @@ class Condition:
     text_guidance: float = TEXT_GUIDANCE
     image_guidance: float = IMAGE_GUIDANCE
     mode: GuidanceMode = "separate"
+    image_range: tuple[float, float] = (0.0, 1.0)
     references: int = 1
     captioned: bool = False
+
+    def predictions_a_step(self, steps: int) -> float:
+        """How many rows of the U-Net a picture's step takes on average: what the condition costs."""
+        guidance = Guidance(self.image_guidance, self.mode, self.image_range)
+        if self.adapters is None:
+            guidance = Guidance(mode="joint")
+        counts = [
+            len(needed_predictions(guidance.at(i / steps), self.text_guidance))
+            for i in range(steps)
+        ]
+        return sum(counts) / steps
 
     @property
     def drawing(self) -> Condition:
@@ -67,6 +80,26 @@ def guidance_sweeps() -> list[Condition]:
     return [*image, *text, *joint]
 
 
+def range_sweep() -> list[Condition]:
+    """The shipped image guidance in parts of the run."""
+    return [
+        replace(
+            CHOSEN,
+            name=f"guidance range {start:g} to {end:g}",
+            sweep="guidance range",
+            image_range=(start, end),
+        )
+        for start, end in (
+            (0.0, 0.25),
+            (0.0, 0.5),
+            (0.0, 0.75),
+            (0.25, 0.75),
+            (0.25, 1.0),
+            (0.5, 1.0),
+        )
+    ]
+
+
 def reference_sweep() -> list[Condition]:
     """One, two and four pictures of the subject."""
     return [
@@ -92,4 +125,12 @@ def all_conditions(variants: Sequence[str] = ()) -> list[Condition]:
         )
         for name in variants
     ]
-    return [NO_REFERENCE, CHOSEN, *guidance_sweeps(), *reference_sweep(), captioned, *trained]
+    return [
+        NO_REFERENCE,
+        CHOSEN,
+        *guidance_sweeps(),
+        *range_sweep(),
+        *reference_sweep(),
+        captioned,
+        *trained,
+    ]

@@ -16,14 +16,16 @@ from .demo_results import Judgement
 from .demo_statistics import Interval, difference_interval, gap_interval, mean_interval
 from .demo_triples import GROUPS, Group
 
-PAGE, PARETO, BARS = "README.md", "pareto.png", "ablations.png"
+PAGE, PARETO, COST, BARS = "README.md", "pareto.png", "cost.png", "ablations.png"
 PARETO_SWEEPS = ("image guidance", "text guidance", "joint", "baseline")
+COST_SWEEPS = ("image guidance", "guidance range", "joint", "baseline")
 GROUP_TITLES: Mapping[Group, str] = {
     "combination": "Known shapes in unseen patterns and colours",
     "shape": "Unseen shapes",
 }
 TITLES = (
     "condition",
+    "predictions a step",
     "subject match",
     "gap closed",
     "colour error",
@@ -43,11 +45,13 @@ class Evidence:
         rows: Rows of each condition, in the triples' order.
         bounds: True renders of the same triples, by group.
         command: What was called.
+        steps: Sampling steps of every picture.
     """
 
     rows: Mapping[Condition, Sequence[Judgement]]
     bounds: Mapping[Group, MatchBounds]
     command: str
+    steps: int
 
     def of(self, condition: Condition, group: Group) -> list[Judgement]:
         """Rows of one group under one condition."""
@@ -74,13 +78,16 @@ def write_pages(evidence: Evidence, out: Path) -> list[Path]:
     """
     out.mkdir(parents=True, exist_ok=True)
     files = [out / PAGE]
-    sweeps = _sweeps(evidence)
-    if sweeps:
-        plot_pareto(sweeps, out / PARETO, title=GROUP_TITLES["combination"])
+    title = GROUP_TITLES["combination"]
+    if sweeps := _sweeps(evidence, PARETO_SWEEPS, _obedience_of):
+        plot_pareto(sweeps, out / PARETO, title=title)
         files.append(out / PARETO)
+    if sweeps := _sweeps(evidence, COST_SWEEPS, _cost_of):
+        plot_pareto(sweeps, out / COST, xlabel=TITLES[1], title=title)
+        files.append(out / COST)
     bars = _bars(evidence)
     if bars:
-        plot_bars(bars, out / BARS, ylabel="subject match", title=GROUP_TITLES["combination"])
+        plot_bars(bars, out / BARS, ylabel="subject match", title=title)
         files.append(out / BARS)
     with whole_file(out / PAGE) as unfinished:
         unfinished.write_text("\n".join(_lines(evidence, files)) + "\n", encoding="utf-8")
@@ -108,6 +115,9 @@ def _lines(evidence: Evidence, files: Iterable[Path]) -> Iterable[str]:
         yield from _group_lines(evidence, group)
     if PARETO in names:
         yield f"![Subject match against scene obedience]({PARETO})"
+        yield ""
+    if COST in names:
+        yield f"![Subject match against predictions a step]({COST})"
         yield ""
     if BARS in names:
         yield f"![Ablations]({BARS})"
@@ -166,6 +176,7 @@ def table_cells(evidence: Evidence, condition: Condition, group: Group) -> list[
     rows = evidence.of(condition, group)
     return [
         condition.name,
+        f"{condition.predictions_a_step(evidence.steps):.2f}",
         str(_match(rows)),
         str(_gap(evidence, condition, group)),
         f"{_mean(rows, lambda row: row.colour_error):.1f}",
@@ -190,14 +201,16 @@ def _row(cells: Sequence[str]) -> Iterable[str]:
     yield f"| {' | '.join(cells)} |"
 
 
-def _sweeps(evidence: Evidence) -> list[Sweep]:
+def _sweeps(
+    evidence: Evidence, names: Sequence[str], cost: Callable[[Evidence, Condition], Interval]
+) -> list[Sweep]:
     group = evidence.groups[0]
     sweeps: list[Sweep] = []
-    for name in PARETO_SWEEPS:
+    for name in names:
         points = [
             SweepPoint(
                 condition.name.removeprefix(name).strip(),
-                _obedience(evidence.of(condition, group)),
+                cost(evidence, condition),
                 _match(evidence.of(condition, group)),
                 condition == CHOSEN,
             )
@@ -209,10 +222,19 @@ def _sweeps(evidence: Evidence) -> list[Sweep]:
     return sweeps
 
 
+def _obedience_of(evidence: Evidence, condition: Condition) -> Interval:
+    return _obedience(evidence.of(condition, evidence.groups[0]))
+
+
+def _cost_of(evidence: Evidence, condition: Condition) -> Interval:
+    predictions = condition.predictions_a_step(evidence.steps)
+    return Interval(predictions, predictions, predictions)
+
+
 def _bars(evidence: Evidence) -> list[tuple[str, list[Bar]]]:
     group, groups = evidence.groups[0], dict[str, list[Bar]]()
     for condition in evidence.rows:
-        if condition.sweep not in PARETO_SWEEPS:
+        if condition.sweep not in (*PARETO_SWEEPS, *COST_SWEEPS):
             bar = Bar(condition.name, _match(evidence.of(condition, group)), condition == CHOSEN)
             groups.setdefault(condition.sweep, []).append(bar)
     return list(groups.items())

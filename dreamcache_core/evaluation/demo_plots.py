@@ -21,14 +21,14 @@ class SweepPoint:
 
     Attributes:
         label: The setting, as it stands beside the point.
-        obedience: Share of scenes obeyed, across.
-        match: Subject match, upwards.
+        across: What it costs.
+        up: What it gives.
         is_chosen: Whether it is the setting that is shipped.
     """
 
     label: str
-    obedience: Interval
-    match: Interval
+    across: Interval
+    up: Interval
     is_chosen: bool = False
 
 
@@ -60,12 +60,21 @@ class Bar:
     is_chosen: bool = False
 
 
-def plot_pareto(sweeps: Sequence[Sweep], path: str | Path, *, title: str = "") -> None:
-    """Plot subject match against scene obedience, a line for each sweep.
+def plot_pareto(
+    sweeps: Sequence[Sweep],
+    path: str | Path,
+    *,
+    xlabel: str = "scene obedience (share)",
+    ylabel: str = "subject match",
+    title: str = "",
+) -> None:
+    """Plot what settings give against what they cost, a line for each sweep.
 
     Args:
         sweeps: At least one.
         path: The file to write, ``.png`` or ``.svg``.
+        xlabel: What it costs.
+        ylabel: What it gives.
         title: Above the plot.
 
     Raises:
@@ -75,9 +84,7 @@ def plot_pareto(sweeps: Sequence[Sweep], path: str | Path, *, title: str = "") -
     if not any(sweep.points for sweep in sweeps):
         raise InputError("Expected at least one point to plot, got none. Measure a sweep first.")
     with _figure(path, (7.5, 5.5)) as figure:
-        axes = figure.add_subplot(
-            title=title, xlabel="scene obedience (share)", ylabel="subject match"
-        )
+        axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
         for number, sweep in enumerate(sweeps):
             _draw_sweep(axes, sweep, f"C{number}")
         axes.grid(alpha=0.3)
@@ -114,15 +121,15 @@ def plot_bars(
 def _draw_sweep(axes: Any, sweep: Sweep, colour: str) -> None:
     if not sweep.points:
         return
-    across = [point.obedience for point in sweep.points]
-    up = [point.match for point in sweep.points]
+    across = [point.across for point in sweep.points]
+    up = [point.up for point in sweep.points]
     x, y = [each.value for each in across], [each.value for each in up]
     axes.plot(x, y, "o-", color=colour, markersize=4, label=sweep.name)
     axes.errorbar(
         x, y, _errors(up), _errors(across), fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.5
     )
     for point in sweep.points:
-        place = (point.obedience.value, point.match.value)
+        place = (point.across.value, point.up.value)
         axes.annotate(point.label, place, (5, 4), textcoords="offset points", fontsize=8)
         if point.is_chosen:
             axes.plot(*place, "*", color=colour, markersize=17, markeredgecolor="black")

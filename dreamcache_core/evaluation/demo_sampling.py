@@ -11,7 +11,6 @@ from torch import Tensor
 from ..adapter import AdapterSet
 from ..cache import ReferenceCache
 from ..demo.gallery import STEPS
-from ..guidance import Guidance, needed_predictions
 from ..injection import ReferenceUse
 from ..picture_tensors import picture_to_tensor
 from ..pipeline import DreamCachePipeline
@@ -49,6 +48,7 @@ def generate_pictures(
         text_scale=condition.text_guidance,
         image_scale=condition.image_guidance,
         guidance=condition.mode,
+        image_range=condition.image_range,
         num_inference_steps=steps,
         generator=[torch.Generator().manual_seed(triple.seed) for triple in triples],
         output_type="pt",
@@ -68,10 +68,8 @@ def _encode(
     triples: Sequence[Triple],
     condition: Condition,
 ) -> ReferenceCache:
-    """Cache each triple's pictures, and lay them out as the rows of a step: prediction by prediction."""
+    """Cache each triple's pictures as one row."""
     caches = [_encode_subject(pipeline, adapters, triple, condition) for triple in triples]
-    guidance = Guidance(condition.image_guidance, condition.mode)
-    repeats = len(needed_predictions(guidance, condition.text_guidance))
     features = {
         # the pictures of one subject side by side: their order does not matter to attention
         layer: torch.cat([torch.cat(cache.features[layer].split(1), dim=3) for cache in caches])
@@ -79,11 +77,7 @@ def _encode(
     }
     first = caches[0]
     return ReferenceCache(
-        {layer: rows.repeat(repeats, 1, 1, 1) for layer, rows in features.items()},
-        first.context_width,
-        first.latent_size,
-        first.timestep,
-        first.seed,
+        features, first.context_width, first.latent_size, first.timestep, first.seed
     )
 
 

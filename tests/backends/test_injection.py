@@ -317,6 +317,15 @@ def test_per_row_references_follow_the_chosen_rows(states):
     assert torch.equal(some[[0, 2]], states[1][[0, 2]])
 
 
+@pytest.mark.parametrize("rows", [None, [1, 2, 3]])
+def test_per_row_references_serve_the_rows_in_turn(states, subject_masks, rows):
+    index = None if rows is None else torch.tensor(rows)
+    two = tiny_use(2, masks={MIDDLE: subject_masks[MIDDLE][:2]}, per_row=True)
+    in_turn = ReferenceCache.concatenate([two.reference] * 2)
+    spelt_out = ReferenceUse(in_turn, two.adapters, per_row=True)
+    assert torch.equal(blend(states, two, rows=index), blend(states, spelt_out, rows=index))
+
+
 @pytest.fixture
 def subject_masks():
     masks = torch.zeros(4, 2, 5, dtype=torch.bool)
@@ -422,6 +431,19 @@ def test_adapters_of_two_precisions_work_side_by_side(unet, use):
     half = changed(use, adapters=use.adapters.fuse(dtype=torch.float16))
     both, expected = injected(unet, [half, use]), injected(unet, [use, use])
     torch.testing.assert_close(both, expected, rtol=0, atol=5e-2)
+
+
+@torch.no_grad()
+def test_rows_chosen_anew_give_what_a_context_of_their_own_gives(unet, use):
+    choices = ([True, False, True], [True, True, True], [False, True], [False, False], [True])
+    apart = [injected(unet, use, rows=rows, batch=len(rows)) for rows in choices]
+    injected_whole = injected(unet, use)
+    with inject(unet, use) as injection:
+        for rows, expected in zip(choices, apart, strict=True):
+            injection.choose_rows(rows)
+            assert torch.equal(call(unet, batch=len(rows)), expected)
+        injection.choose_rows(None)
+        assert torch.equal(call(unet), injected_whole)
 
 
 def test_per_row_equals_each_row_alone(unet, use):
@@ -709,8 +731,9 @@ def test_rows_that_are_no_list_of_bools_are_refused(unet, use, rows):
 
 
 def test_per_row_with_another_number_of_references_is_refused(unet, use):
-    with pytest.raises(InputError, match="3 rows, 1 references"):
-        injected(unet, changed(use, per_row=True), batch=3)
+    two = changed(use, reference=ReferenceCache.concatenate([use.reference] * 2), per_row=True)
+    with pytest.raises(InputError, match="3 rows, 2 references"):
+        injected(unet, two, batch=3)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None])

@@ -111,10 +111,12 @@ def conditions_by_hand(pooled, height, width):
 
 
 @torch.no_grad()
-def loop_by_hand(pipe, use, latents, size, text_scale=7.5, image_scale=0.4):
+def loop_by_hand(
+    pipe, use, latents, size, text_scale=7.5, image_scale=0.4, guided_steps=None, steps=STEPS
+):
     unet, scheduler = pipe.pipeline.unet, ddim()
     texts = {text: encode_by_hand(pipe, text) for text in ("a cat", "bad")}
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(steps)
 
     def predict(text, uses, x, t):
         states, pooled = texts[text]
@@ -122,12 +124,13 @@ def loop_by_hand(pipe, use, latents, size, text_scale=7.5, image_scale=0.4):
         with inject(unet, uses):
             return unet(x, t, encoder_hidden_states=states, **extra).sample
 
-    for t in scheduler.timesteps:
+    for index, t in enumerate(scheduler.timesteps):
         terms = [
             predict(text, uses, latents, t)
             for text, uses in (("bad", []), ("bad", use), ("a cat", use))
         ]
-        guided = combine_guidance(*terms, text_scale=text_scale, image_scale=image_scale)
+        step_scale = image_scale if guided_steps is None or index in guided_steps else 1.0
+        guided = combine_guidance(*terms, text_scale=text_scale, image_scale=step_scale)
         latents = scheduler.step(guided, t, latents).prev_sample
     return latents
 
@@ -147,6 +150,27 @@ def test_cheaper_forms_equal_the_three_term_loop(pipe, text_scale, image_scale):
 
 
 @torch.no_grad()
+# five DDIM steps are at 0.2, 0.4, 0.6, 0.8 and 1.0 of the run
+@pytest.mark.parametrize(
+    ("image_range", "guided_steps"),
+    [((0.0, 0.5), {0, 1}), ((0.3, 0.7), {1, 2}), ((0.5, 1.0), {2, 3, 4}), ((0.0, 0.1), set())],
+)
+@pytest.mark.parametrize("text_scale", [7.5, 1.0])
+def test_outside_its_range_image_guidance_is_one_and_saves_a_row(
+    any_pipe, image_range, guided_steps, text_scale
+):
+    use, start = make_use(any_pipe), noise(1, 8, 10)
+    options = {"text_scale": text_scale, "num_inference_steps": 5, "image_range": image_range}
+    with Calls(any_pipe.pipeline.unet) as rows:
+        ours = run(any_pipe, use, latents=start, **options)
+    fewest = 1 if text_scale == 1 else 2
+    assert rows == [3 if step in guided_steps else fewest for step in range(5)]
+    by_hand = loop_by_hand(
+        any_pipe, use, start, (64, 80), text_scale, guided_steps=guided_steps, steps=5
+    )
+    assert relative(ours, by_hand) < 1e-5
+
+
 def test_reference_equals_the_specification_by_hand(any_pipe):
     image = pictures(1, 64, 80)
     cache = any_pipe.encode_reference(image, seed=11)
@@ -445,6 +469,7 @@ def test_a_v_prediction_model_under_epsilon_adapters_is_warned_of_once(tmp_path,
         ({"num_inference_steps": 0}, "num_inference_steps must be in 1"),
         ({"output_type": "np"}, "output_type"),
         ({"guidance": "both"}, "guidance"),
+        ({"image_range": (0.6, 0.5)}, "start before its end; given 0.6 to 0.5"),
         ({"text_scale": float("nan")}, "text_scale"),
         ({"negative_prompt": ["a", "b"]}, "negative"),
         ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "half precision"),

@@ -105,6 +105,26 @@ def test_predictions_that_are_not_needed_do_not_matter(image_scale: float, text_
     torch.testing.assert_close(guided, combine(text_scale, image_scale))
 
 
+@pytest.mark.parametrize(
+    ("progress", "scale"), [(0.0, 1.0), (0.2, 0.4), (0.5, 0.4), (0.6, 1.0), (1.0, 1.0)]
+)
+def test_image_scale_holds_from_the_start_of_its_range_to_before_its_end(
+    progress: float, scale: float
+):
+    assert Guidance(0.4, image_range=(0.2, 0.6)).at(progress).image_scale == scale
+
+
+@pytest.mark.parametrize("progress", [-0.01, 0.0, 0.5, 1.0, 1.01])
+def test_the_whole_run_holds_every_step_of_any_scheduler(progress: float):
+    assert Guidance(0.4).at(progress) == Guidance(0.4)
+
+
+@pytest.mark.parametrize("bad", [(0.5, 0.5), (0.6, 0.5), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)])
+def test_range_that_is_no_part_of_the_run_is_refused(bad: tuple[float, float]):
+    with pytest.raises(InputError, match="start before its end"):
+        Guidance(image_range=bad)
+
+
 def test_defaults_are_those_of_the_paper():
     assert Guidance() == Guidance(image_scale=0.4, mode="separate")
 

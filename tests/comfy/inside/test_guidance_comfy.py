@@ -5,6 +5,7 @@ import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
 from tiny import (
+    CORE,
     PATCHES,
     CallCounter,
     apply,
@@ -200,6 +201,75 @@ def test_rows_per_step_of_dreamcache_guider(setup, cfg, image_guidance, rows):
     with CallCounter(model) as counter:
         predict(dreamcache_guider(applied, cfg, image_guidance), batch=1)
     assert counter.rows == rows
+
+
+def limited(model, start, end):
+    return run("DreamCacheGuidanceRange", model=model, start_percent=start, end_percent=end)[0]
+
+
+# sigma 3 of the schedule is at about 0.3 of the run
+@pytest.mark.parametrize(("start", "end", "is_in"), [(0, 0.6, True), (0.6, 1, False)])
+@pytest.mark.parametrize("make_guider", [cfg_guider, dreamcache_guider])
+@pytest.mark.parametrize("cfg", [CFG, 1.0])
+def test_outside_its_range_image_guidance_is_one_and_saves_a_row(
+    setup, start, end, is_in, make_guider, cfg
+):
+    model, adapters, reference = setup
+    applied = apply(model, adapters, reference)
+    with CallCounter(model) as counter:
+        ours = predict(make_guider(limited(applied, start, end), cfg=cfg))
+    fewest = 2 if cfg == 1 else 4
+    assert counter.rows == [6 if is_in else fewest]
+    expected = three_terms(model, applied, cfg, IMAGE if is_in else 1.0)
+    assert_close(ours, expected)
+
+
+def test_a_guidance_range_that_covers_the_run_changes_nothing(setup):
+    model, adapters, reference = setup
+    applied = apply(model, adapters, reference)
+    assert torch.equal(sample(limited(applied, 0.0, 1.0)), sample(applied))
+
+
+def test_a_guidance_range_counts_rows_down_over_a_run_and_outlives_a_second_apply(setup):
+    model, adapters, reference = setup
+    once = limited(apply(model, adapters, reference), 0.0, 0.5)
+    twice = apply(once, adapters, encode(model, seed=4))
+    for applied in (once, twice):
+        with CallCounter(model) as counter:
+            sample(applied, steps=6)
+        assert counter.rows == sorted(counter.rows, reverse=True)
+        assert set(counter.rows) == {3, 2}
+
+
+@pytest.mark.parametrize("guidance", ["joint", "separate"])
+def test_a_guidance_range_has_no_effect_where_two_predictions_are_enough(setup, guidance):
+    model, adapters, reference = setup
+    applied = apply(model, adapters, reference, image_guidance=1.0, guidance=guidance)
+    assert torch.equal(sample(limited(applied, 0.0, 0.5)), sample(applied))
+
+
+def test_a_guidance_range_reads_the_noise_level_once_a_step(setup, monkeypatch):
+    model, adapters, reference = setup
+    both = apply(model, adapters, reference, end_percent=0.9)
+    reads, original = [], torch.Tensor.__float__
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda t: reads.append(1) or original(t))
+    predict(cfg_guider(both))
+    with_one_range = len(reads)
+    reads.clear()
+    predict(cfg_guider(limited(both, 0.0, 0.6)))
+    assert with_one_range
+    assert len(reads) == with_one_range
+
+
+def test_a_guidance_range_needs_a_model_with_a_reference(setup):
+    with pytest.raises(CORE.StateError, match=r"DreamCache Guidance Range needs.*Apply DreamCache"):
+        limited(setup[0], 0.0, 0.5)
+
+
+def test_a_guidance_range_that_holds_nothing_is_refused(setup):
+    model, adapters, reference = setup
+    with pytest.raises(CORE.InputError, match=r"start before its end; given 0\.5 to 0\.5"):
+        limited(apply(model, adapters, reference), 0.5, 0.5)
 
 
 def test_basic_guider_needs_one_row(setup):
