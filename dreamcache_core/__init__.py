@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .adapter import AdapterInfo, AdapterSet, FusedAdapterSet
+from .blending import ReferenceUse
 from .cache import ReferenceCache
 from .capture import capture_features, capture_reference
 from .checkpoints import load_adapters, save_adapters
@@ -16,7 +17,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .guidance import Guidance, combine_guidance
-from .injection import ReferenceUse, inject
+from .injection import inject, prepare_for_compile
 from .layers import Layout, family_of
 from .reference_image import prepare_reference_image
 
@@ -47,6 +48,7 @@ __all__ = [
     "family_of",
     "inject",
     "load_adapters",
+    "prepare_for_compile",
     "prepare_reference_image",
     "save_adapters",
 ]

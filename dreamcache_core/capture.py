@@ -1,7 +1,7 @@
 """Read features out of a U-Net: one pass over the reference becomes a ``ReferenceCache``."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .backends import backend_for, layout_of, select_sites
 from .cache import ReferenceCache
+from .compiling import is_compiled, plain_module, uncompiled
 from .errors import InputError, StateError
 from .layers import AttentionSite
 from .reference_image import resize_mask
@@ -28,7 +29,8 @@ def capture_features(
     exit, whatever happens.
 
     Args:
-        unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``, not compiled.
+        unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``. A compiled one runs uncompiled inside
+            the context, as compiled code would ignore the hooks.
         layers: Canonical names; ``None`` takes METHOD.md's rule.
         stop_early: End the forward pass at the last cached layer. The call then does not return: the context is left
             at that point, and the statements after the call inside it are skipped.
@@ -41,8 +43,7 @@ def capture_features(
         MismatchError: The U-Net has no layer of that name.
         UnsupportedModelError: The model is not a supported U-Net.
     """
-    refuse_compiled(unet)
-    sites = select_sites(unet, layers)
+    sites = select_sites(plain_module(unet), layers)
     features: dict[str, Tensor] = {}
     ended = _ForwardEnded()
     last = list(sites)[-1]
@@ -54,7 +55,8 @@ def capture_features(
         for site in sites.values()
     ]
     try:
-        yield features
+        with uncompiled if is_compiled(unet) else nullcontext():
+            yield features
     except _ForwardEnded as signal:
         if signal is not ended:  # that of a capture around this one
             raise
@@ -194,25 +196,6 @@ def subject_tokens(mask: Tensor, height: int, width: int) -> Tensor:
             "The mask of a reference is empty: it must mark the subject with 1. Paint it or leave it out."
         )
     return cover >= fullest.clamp(max=0.5)
-
-
-def refuse_compiled(unet: nn.Module) -> None:
-    """Refuse a compiled module: hooks put on it later would be ignored silently.
-
-    Args:
-        unet: The U-Net.
-
-    Raises:
-        StateError: The module is the result of ``torch.compile``.
-    """
-    parts = unet.modules() if isinstance(unet, nn.Module) else ()
-    if hasattr(unet, "_orig_mod") or any(
-        getattr(part, "_compiled_call_impl", None) is not None for part in parts
-    ):
-        raise StateError(
-            "Expected the plain U-Net, given one compiled by torch.compile (or holding compiled blocks), which would "
-            "ignore hooks. Pass the original module (unet._orig_mod), or compile inside the context."
-        )
 
 
 def _row(value: Any, index: int, count: int) -> Any:

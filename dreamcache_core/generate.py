@@ -18,13 +18,13 @@ from tqdm import tqdm
 from . import __version__
 from .adapter import AdapterSet
 from .backends import require_fit
+from .blending import ReferenceUse
 from .checkpoints import load_adapters
 from .config import Config
 from .diffusers_loading import load_diffusers_pipeline, require_diffusers
 from .errors import InputError
 from .guidance import Guidance, GuidanceMode
 from .image_files import contact_sheet, read_image, read_mask, save_png
-from .injection import ReferenceUse
 from .pipeline import DreamCachePipeline
 from .reference_image import check_mask_aspect, check_placement, prepare_reference_image
 

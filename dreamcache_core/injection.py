@@ -1,233 +1,21 @@
-"""Put adapters into a U-Net and take them out again.
+"""Put adapters into a U-Net and take them out again, by hooks; the mathematics is in ``blending``."""
 
-``blend_references`` is the mathematics, shared by all hosts; ``inject`` brings it into a U-Net by hooks.
-"""
-
-import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import AdapterModules, Attention, LayerAdapter, torch_attention
 from .backends import require_fit, select_sites
-from .cache import ReferenceCache
-from .capture import refuse_compiled
+from .blending import LayerReference, ReferenceUse, blend_references, prepare_layer
+from .compiling import is_compiled, plain_module
 from .errors import InputError, StateError
-from .layers import AttentionSite, require_same_layout
-from .reference_image import check_mask
-
-logger = logging.getLogger(__name__)
+from .layers import AttentionSite
 
 _injected: "WeakSet[nn.Module]" = WeakSet()
-
-
-@dataclass(frozen=True, eq=False)
-class ReferenceUse:
-    """One reference, put to use by one set of adapters.
-
-    Attributes:
-        reference: The cache. Its pictures are of one subject: every image sees the tokens of all of them.
-        adapters: Adapters for the same model: fused to generate, unfused to train.
-        scale: Strength, unitless: 0 is exactly the plain model, 1 as trained.
-        mask: Region of the new image that the reference acts on, (height, width) or (images, height, width) in
-            [0, 1], any size; ``None`` is everywhere.
-        per_row: Of R references, reference r serves the batch rows r, r + R, r + 2R and so on, instead of all
-            serving every row.
-    """
-
-    reference: ReferenceCache
-    adapters: AdapterModules
-    scale: float = 1.0
-    mask: Tensor | None = None
-    per_row: bool = False
-
-    def __post_init__(self) -> None:
-        """Check that the parts fit.
-
-        Raises:
-            InputError: The scale is no finite number, or the mask is misshapen or outside [0, 1].
-            MismatchError: Reference and adapters were made for different models.
-        """
-        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
-            raise InputError(f"scale must be a finite number; given {self.scale!r}.")
-        if self.mask is not None:
-            check_mask(self.mask)
-        if not isinstance(self.reference, ReferenceCache) or not isinstance(
-            self.adapters, AdapterModules
-        ):
-            raise InputError(
-                f"Expected ReferenceUse(reference, adapters); given a {type(self.reference).__name__} and a "
-                f"{type(self.adapters).__name__}."
-            )
-        info = self.adapters.info
-        require_same_layout(self.reference.layout, "The reference", info.layout, "the adapters")
-        if self.reference.timestep != info.timestep:
-            logger.warning(
-                "The reference was encoded at timestep %d, the adapters were trained with timestep %d: expect a "
-                "weaker likeness.",
-                self.reference.timestep,
-                info.timestep,
-            )
-
-    @cached_property
-    def is_active(self) -> bool:
-        """Whether it changes anything: a scale that is not 0 and a mask that is not empty."""
-        return self.scale != 0 and (self.mask is None or bool(self.mask.any()))
-
-    @cached_property
-    def regions(self) -> Tensor | None:
-        """The mask as (images, height, width) float32, or ``None`` for everywhere (a mask of ones is that too)."""
-        if self.mask is None or bool((self.mask == 1).all()):
-            return None
-        return check_mask(self.mask)
-
-
-@dataclass(frozen=True, eq=False)
-class LayerReference:
-    """One use at one layer, ready to attend to.
-
-    Attributes:
-        adapter: Adapter of the layer.
-        dtype: Float type that the adapter computes in.
-        key: (references, reference_tokens, channels); reference r serves the rows r, r + references and so on.
-        value: Likewise.
-        key_mask: Added to the logits, (references, 1, 1, reference_tokens), or ``None``.
-        scale: Strength.
-        region: Weight of the reference by place, (images, height, width); row r has that of image r % images.
-            ``None``: 1 everywhere.
-    """
-
-    adapter: LayerAdapter
-    dtype: torch.dtype
-    key: Tensor
-    value: Tensor
-    key_mask: Tensor | None
-    scale: float
-    region: Tensor | None
-
-
-def prepare_layer(
-    use: ReferenceUse,
-    layer: str,
-    adapter: LayerAdapter,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> LayerReference:
-    """Project a reference to keys and values at one layer.
-
-    Source: METHOD.md section 4: the map flattened row-major, un-normalised; tokens of several pictures concatenated.
-    With subject masks only the subject's tokens are kept.
-
-    Args:
-        use: The use.
-        layer: Canonical layer name.
-        adapter: The layer's adapter; ``use.adapters[layer]`` or its copy on another device.
-        device: Where to compute.
-        dtype: Float type to compute in.
-
-    Returns:
-        Keys and values, everything else as in ``use``.
-    """
-    features = use.reference.features[layer].to(device=device, dtype=dtype)
-    tokens = features.flatten(2).transpose(1, 2)  # -> (references, tokens, channels)
-    masks, key_mask = use.reference.masks, None
-    chosen = None if masks is None else masks[layer].flatten(1).to(device)
-    if use.per_row and chosen is not None:
-        key_mask = torch.zeros_like(chosen, dtype=dtype).masked_fill(~chosen, -math.inf)[
-            :, None, None
-        ]
-    elif not use.per_row:
-        tokens = tokens.flatten(0, 1)[None] if chosen is None else tokens[chosen][None]
-    key, value = adapter.project_reference(tokens)
-    region = None if use.regions is None else use.regions.to(device)
-    return LayerReference(adapter, dtype, key, value, key_mask, use.scale, region)
-
-
-def blend_references(
-    hidden_states: Tensor,
-    self_attention: Tensor,
-    references: Sequence[LayerReference],
-    *,
-    heads: int,
-    size: tuple[int, int],
-    rows: Tensor | None = None,
-    attention: Attention = torch_attention,
-) -> Tensor:
-    """Compute what a block adds to its hidden states in place of the self-attention output.
-
-    Source: METHOD.md section 4, for several references DESIGN: ``self + sum_k scale_k * mask_k * (linear_cat([self,
-    ref_k]) - self)``.
-
-    Args:
-        hidden_states: Hidden states entering the block, (batch, tokens, channels).
-        self_attention: Output of its self-attention, same shape.
-        references: The uses at this layer.
-        heads: Number of heads of the self-attention.
-        size: Height and width of the layer's feature map; region masks apply where their product is the number of
-            tokens, and are left out where something else has changed the tokens.
-        rows: Indices of the batch rows that see the references, int64; ``None``: all. Other rows come out as
-            ``self_attention``, bit for bit.
-        attention: The attention kernel.
-
-    Returns:
-        Same shape and dtype as ``self_attention``.
-    """
-    x, base = hidden_states, self_attention
-    if rows is not None:
-        x, base = x.index_select(0, rows), base.index_select(0, rows)
-    blended = base
-    for ref in references:
-        key, value, key_mask = (
-            _rows_of(t, rows, len(self_attention)) for t in (ref.key, ref.value, ref.key_mask)
-        )
-        states = x.to(ref.dtype), base.to(ref.dtype)
-        merged = ref.adapter(
-            *states, key, value, heads=heads, attention=attention, key_mask=key_mask
-        ).to(base.dtype)
-        region = _region_weights(ref.region, size, self_attention, rows)
-        if region is None and ref.scale == 1 and len(references) == 1:
-            blended = merged
-        else:
-            weight = ref.scale if region is None else ref.scale * region
-            blended = blended + weight * (merged - base)
-    if rows is None:
-        return blended
-    return self_attention.index_copy(0, rows, blended)
-
-
-def _rows_of(tensor: Any, rows: Tensor | None, num_rows: int) -> Any:
-    """Give each row that sees a reference the one that serves it."""
-    if tensor is None or tensor.shape[0] == 1 or (rows is None and tensor.shape[0] == num_rows):
-        return tensor
-    index = torch.arange(num_rows, device=tensor.device) if rows is None else rows
-    return tensor.index_select(0, index % tensor.shape[0])
-
-
-def _region_weights(
-    region: Tensor | None,
-    size: tuple[int, int],
-    like: Tensor,
-    rows: Tensor | None,
-) -> Tensor | None:
-    """Weight of each token, (rows, tokens, 1), or ``None`` for all ones."""
-    if region is None or size[0] * size[1] != like.shape[1]:
-        return None
-    # not resize_mask: its checks would wait for the device in every block
-    weights = F.interpolate(region[:, None], size=size, mode="area")
-    weights = weights.flatten(1)[..., None].to(like.dtype)  # -> (images, tokens, 1)
-    if weights.shape[0] == 1:
-        return weights
-    index = torch.arange(like.shape[0], device=like.device) if rows is None else rows
-    return weights.index_select(0, index % weights.shape[0])
+_compilable: "WeakKeyDictionary[nn.Module, dict[str, _Site]]" = WeakKeyDictionary()
 
 
 @contextmanager
@@ -257,7 +45,7 @@ def inject(
         StateError: The U-Net already has references injected, or is compiled.
         UnsupportedModelError: The model is not a supported U-Net.
     """
-    refuse_compiled(unet)
+    unet = _usable(unet)
     uses = (uses,) if isinstance(uses, ReferenceUse) else tuple(uses)
     for use in uses:
         require_fit(unet, use.adapters.info.layout, "the adapters")
@@ -266,17 +54,74 @@ def inject(
             "This U-Net already has references injected. Leave the other inject context first, or give all uses "
             "to one call."
         )
+    active = [use for use in uses if use.is_active]
+    layers = tuple(dict.fromkeys(layer for use in active for layer in use.adapters.layers))
+    sites = _sites(unet, layers)
     injection = Injection(rows)
-    handles: list[Any] = []
     _injected.add(unet)
     try:
-        if active := [use for use in uses if use.is_active]:
-            handles += _install(unet, active, injection)
+        for site in sites:
+            site.open(active, injection)
         yield injection
     finally:
-        for handle in handles:
-            handle.remove()
+        for site in sites:
+            site.close()
         _injected.discard(unet)
+
+
+def prepare_for_compile(unet: nn.Module, layers: Sequence[str] | None = None) -> None:
+    """Let ``inject`` work on a U-Net that is compiled afterwards by ``torch.compile``.
+
+    Hooks that come after compiling are ignored, so these come before it and stay; they do nothing while no reference
+    is injected. Other references, adapters and scales of the same shapes need no compiling anew.
+
+    Args:
+        unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``, not compiled yet.
+        layers: Canonical names of the adapters' layers; ``None`` takes METHOD.md's rule.
+
+    Raises:
+        MismatchError: The U-Net has no layer of that name.
+        StateError: The U-Net is compiled already, or has references injected.
+        UnsupportedModelError: The model is not a supported U-Net.
+    """
+    if is_compiled(unet) or unet in _injected:
+        raise StateError(
+            "Expected a U-Net that is not compiled and has no references injected. Call prepare_for_compile first, "
+            "then torch.compile, then inject."
+        )
+    for site in _compilable.pop(unet, {}).values():
+        site.remove()
+    sites = {name: _Site(site) for name, site in select_sites(unet, layers).items()}
+    for site in sites.values():
+        site.install()
+    _compilable[unet] = sites
+
+
+def _usable(unet: nn.Module) -> nn.Module:
+    """Return the module that is to get hooks, or has got them before it was compiled."""
+    plain = plain_module(unet)
+    if is_compiled(unet) and plain not in _compilable:
+        raise StateError(
+            "Expected the plain U-Net, given one compiled by torch.compile (or holding compiled blocks), which would "
+            "ignore hooks. Call prepare_for_compile(unet) before you compile it, or pass the original module "
+            "(unet._orig_mod)."
+        )
+    return plain
+
+
+def _sites(unet: nn.Module, layers: tuple[str, ...]) -> list["_Site"]:
+    """Where to inject: new places, or those that a U-Net was compiled with."""
+    if not layers:
+        return []
+    known = _compilable.get(unet)
+    if known is None:
+        return [_Site(site, is_lasting=False) for site in select_sites(unet, layers).values()]
+    if missing := [layer for layer in layers if layer not in known]:
+        raise StateError(
+            f"The U-Net was prepared for compiling with the layers {', '.join(known)}; these adapters need "
+            f"{', '.join(missing)}. Give prepare_for_compile the adapters' layers."
+        )
+    return [known[layer] for layer in layers]
 
 
 class Injection:
@@ -317,34 +162,54 @@ def _row_index(rows: Sequence[bool] | Tensor) -> Tensor:
     return rows.nonzero().flatten()
 
 
-def _install(unet: nn.Module, uses: Sequence[ReferenceUse], injection: Injection) -> list[Any]:
-    layers = dict.fromkeys(layer for use in uses for layer in use.adapters.layers)
-    handles: list[Any] = []
-    for name, site in select_sites(unet, tuple(layers)).items():
-        there = [use for use in uses if name in use.adapters.layers]
-        handles += _SiteInjection(site, there, injection).install()
-    return handles
+class _Site:
+    """The hooks at one attention module, and what they hand to each other within one forward pass.
 
+    Args:
+        site: Where.
+        is_lasting: Whether the hooks stay when an injection ends, for a U-Net that is compiled with them.
+    """
 
-class _SiteInjection:
-    """The hooks at one attention module, and what they hand to each other within one forward pass."""
-
-    def __init__(
-        self, site: AttentionSite, uses: Sequence[ReferenceUse], injection: Injection
-    ) -> None:
-        self.site, self.uses, self.injection = site, uses, injection
+    def __init__(self, site: AttentionSite, *, is_lasting: bool = True) -> None:
+        self.site, self.is_lasting = site, is_lasting
         self.heads = site.heads
         self.size = (0, 0)
         self.hidden_states: Tensor | None = None
-        self.prepared: dict[tuple[Any, ...], list[LayerReference]] = {}
+        self.handles: list[Any] = []
+        self.close()
 
-    def install(self) -> list[Any]:
+    def open(self, uses: Sequence[ReferenceUse], injection: "Injection") -> None:
+        """Begin to use references."""
+        self.uses = [use for use in uses if self.site.name in use.adapters.layers]
+        self.injection = injection
+        if not self.is_lasting:
+            self.install()
+        elif (
+            not torch.is_grad_enabled()
+        ):  # compiled code shall find keys and values, not compute them
+            parameter = next(self.site.module.parameters())
+            self.references(parameter)
+            injection.index_on(parameter.device)
+
+    def close(self) -> None:
+        """End it, and forget everything."""
+        self.uses: list[ReferenceUse] = []
+        self.injection: Injection | None = None
+        self.prepared: dict[tuple[Any, ...], list[LayerReference]] = {}
+        if self.handles and not self.is_lasting:
+            self.remove()
+
+    def install(self) -> None:
         block: Any = self.site.block
-        return [
+        self.handles = [
             self.site.module.register_forward_pre_hook(self.read_size, with_kwargs=True),
             block.norm1.register_forward_pre_hook(self.read_hidden_states),
             block.attn1.register_forward_hook(self.replace_output),
         ]
+
+    def remove(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
 
     def read_size(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
@@ -355,23 +220,19 @@ class _SiteInjection:
 
     def replace_output(self, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         x, self.hidden_states = self.hidden_states, None
+        if self.injection is None:
+            return output
         assert x is not None
-        self.check_rows(x)
+        self.check_rows(x, self.injection.num_rows)
         rows = self.injection.index_on(x.device)
         if rows is not None and not len(rows):
             return output
         return blend_references(
-            x,
-            output,
-            self.references(x),
-            heads=self.heads,
-            size=self.size,
-            rows=rows,
+            x, output, self.references(x), heads=self.heads, size=self.size, rows=rows
         )
 
-    def check_rows(self, x: Tensor) -> None:
-        num_rows = self.injection.num_rows
-        if num_rows not in (None, x.shape[0]):
+    def check_rows(self, x: Tensor, num_rows: int | None) -> None:
+        if num_rows is not None and num_rows != x.shape[0]:
             raise InputError(
                 f"rows must have one entry per batch row: the batch has {x.shape[0]}, rows {num_rows}."
             )

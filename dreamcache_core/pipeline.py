@@ -14,12 +14,13 @@ from torch import Tensor
 
 from .adapter import AdapterModules, AdapterSet
 from .backends import layout_of
+from .blending import ReferenceUse
 from .cache import ReferenceCache
 from .capture import capture_reference, subject_tokens
 from .diffusers_loading import is_sdxl, require_diffusers
 from .errors import InputError, UnsupportedModelError
 from .guidance import Guidance, GuidanceMode, Prediction, combine_guidance, needed_predictions
-from .injection import ReferenceUse, inject
+from .injection import inject, prepare_for_compile
 from .latents import LatentCodec
 from .reference_image import check_image, check_mask_aspect
 
@@ -115,6 +116,21 @@ class DreamCachePipeline:
         sample = self.pipeline.unet.config.sample_size
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
+
+    def compile(self, layers: Sequence[str] | None = None, **options: Any) -> None:
+        """Compile the U-Net in place; references may change afterwards without compiling anew.
+
+        Pictures of another size, or another number of images or of reference pictures, are compiled once more each.
+
+        Args:
+            layers: Layers of the adapters that will be used; ``None`` takes METHOD.md's rule.
+            options: Of ``torch.compile``: ``mode="max-autotune"``, ``backend``, ...
+
+        Raises:
+            StateError: The U-Net is compiled already.
+        """
+        prepare_for_compile(self.pipeline.unet, layers)
+        self.pipeline.unet.compile(**options)
 
     @torch.no_grad()
     def encode_reference(

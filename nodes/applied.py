@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..dreamcache_core import Guidance, ReferenceUse
-from ..dreamcache_core.injection import LayerReference
+from ..dreamcache_core.blending import LayerReference
 
 KEY = "dreamcache"
 REGION = "dreamcache_region_"

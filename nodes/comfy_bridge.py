@@ -24,6 +24,7 @@ from ..dreamcache_core import (
     StateError,
 )
 from ..dreamcache_core.backends import layout_of
+from ..dreamcache_core.compiling import plain_module
 from .applied import KEY, Applied, AppliedUse, compute_dtype
 from .wrappers import UNCONDITIONAL, WRAPPER_TYPES, Wrappers
 
@@ -32,8 +33,7 @@ _fused: "WeakKeyDictionary[AdapterSet, dict[tuple[Any, ...], ModelPatcher]]" = W
 
 def unet_of(model: ModelPatcher) -> Any:
     """The U-Net inside a MODEL, not compiled."""
-    unet = model.model.diffusion_model
-    return getattr(unet, "_orig_mod", unet)
+    return plain_module(model.model.diffusion_model)
 
 
 def model_layout(model: ModelPatcher, layers: Sequence[str] | None = None) -> Layout:

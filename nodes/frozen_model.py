@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..dreamcache_core import InputError, UnsupportedModelError
+from ..dreamcache_core.compiling import plain_module
 from ..dreamcache_core.layers import Layout
 from ..dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule
 
@@ -98,7 +99,7 @@ class FrozenModel:
         self.model, self.device, self.texts, self.schedule = model, device, texts, schedule
         # not every kernel that users choose for speed has a gradient
         self.options = {**options, "optimized_attention_override": _differentiable_attention}
-        self.unet: Any = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
+        self.unet: Any = plain_module(model.diffusion_model)
         self._conds: dict[tuple[int, int, int], dict[str, Any]] = {}
 
     def predict(

@@ -8,7 +8,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ..dreamcache_core.injection import LayerReference, blend_references, prepare_layer
+from ..dreamcache_core.blending import LayerReference, blend_references, prepare_layer
 from .applied import KEY, Applied, RunStore, compute_dtype
 
 

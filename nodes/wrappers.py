@@ -2,16 +2,15 @@
 
 import logging
 import math
-import threading
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..dreamcache_core import Guidance, InputError
+from ..dreamcache_core.compiling import uncompiled
 from ..dreamcache_core.guidance import fold_guidance
 from ..dreamcache_core.reference_image import check_mask_aspect
 from .applied import KEY, REGION, Applied, AppliedUse, RunStore, compute_dtype
@@ -178,7 +177,9 @@ class Wrappers:
             active, self.applied, executor.class_obj, store, x.device, regions
         )
         add_patches(options, references, store.row_index(is_on, x.device))
-        with _uncompiled:
+        # TorchCompileModel drops the guards on transformer_options: a graph made without our patches, or with other
+        # scales, would be taken for a call with them, and the reverse
+        with uncompiled:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def _store(self, model_options: dict[str, Any], base_model: Any) -> RunStore:
@@ -234,32 +235,3 @@ def _shape_to_reserve(
     two_rows = model.model.memory_required([2 * shape[0], *shape[1:]])
     share = (1.5 if guidance.needs_unconditional else 1.0) + kv_bytes / max(two_rows, 1.0)
     return [*shape[:-1], math.ceil(shape[-1] * share)]
-
-
-class _Uncompiled:
-    """Sets ``torch.compile`` aside while any thread is inside.
-
-    ComfyUI's TorchCompileModel drops the guards on ``transformer_options``, so that a graph made without our patches
-    (or with other scales) would be taken for a call with them, and the reverse.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._depth = 0
-        self._stance: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            # torch before 2.6 has no stances, and no dropped guards either
-            if self._depth == 0 and hasattr(torch.compiler, "set_stance"):
-                self._stance = torch.compiler.set_stance("force_eager")
-            self._depth += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._depth -= 1
-            if self._depth == 0 and self._stance is not None:
-                self._stance.__exit__(*error)
-
-
-_uncompiled = _Uncompiled()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..adapter import AdapterSet
+from ..blending import ReferenceUse
 from ..image_files import contact_sheet
-from ..injection import ReferenceUse
 from ..picture_tensors import picture_to_tensor
 from ..pipeline import DreamCachePipeline
 from .world import Scene, Subject, draw_subject, render_reference, write_caption

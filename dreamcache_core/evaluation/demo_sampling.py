@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import AdapterSet
+from ..blending import ReferenceUse
 from ..cache import ReferenceCache
 from ..demo.gallery import STEPS
-from ..injection import ReferenceUse
 from ..picture_tensors import picture_to_tensor
 from ..pipeline import DreamCachePipeline
 from .demo_conditions import Condition

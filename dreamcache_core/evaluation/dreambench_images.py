@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..blending import ReferenceUse
 from ..checkpoints import load_adapters
 from ..data.order import sample_seed
 from ..errors import InputError
@@ -23,7 +24,6 @@ from ..generate import (
     _versions,
 )
 from ..image_files import open_picture, save_png
-from ..injection import ReferenceUse
 from ..reference_image import prepare_reference_image
 from .dreambench_dataset import Item
 from .dreambench_options import DreamBenchOptions

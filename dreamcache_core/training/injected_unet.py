@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..adapter import AdapterSet
 from ..backends import backend_for, layout_of, require_fit
+from ..blending import ReferenceUse
 from ..cache import ReferenceCache
 from ..capture import capture_features
-from ..injection import ReferenceUse, inject
+from ..injection import inject
 
 
 class InjectedUNet(nn.Module):

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..adapter import AdapterSet
 from ..base_model import BaseModel
+from ..blending import ReferenceUse
 from ..data.opening import open_source
 from ..data.source import PairSource
 from ..errors import InputError
 from ..image_files import contact_sheet, save_png
-from ..injection import ReferenceUse
 from ..reference_image import prepare_reference_image
 from .config import TrainConfig
 

@@ -21,7 +21,7 @@ from dreamcache_core import (
     inject,
 )
 from dreamcache_core.backends import layout_of, select_sites
-from dreamcache_core.injection import LayerReference, blend_references, prepare_layer
+from dreamcache_core.blending import LayerReference, blend_references, prepare_layer
 
 LAYERS = 5
 MIDDLE = "middle_block.1"

@@ -16,7 +16,7 @@ ENTRY = [path for path in [ROOT / "__init__.py"] if path.exists()]
 PUBLISHED = [*ENTRY, *NODES, *CORE]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # Modules that run inside the U-Net or beside it: no synchronisation with the device, any device.
-HOT = [*NODES, *(path for path in CORE if path.stem in ("adapter", "injection"))]
+HOT = [*NODES, *(path for path in CORE if path.stem in ("adapter", "blending", "injection"))]
 
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "subprocess"}
@@ -127,7 +127,8 @@ def test_hot_modules_read_nothing_back_and_name_no_device(path: Path) -> None:
 READS_BACK = {"item", "tolist", "cpu", "numpy", "nonzero", "isfinite", "aminmax", "any", "all"}
 IN_EVERY_BLOCK = {
     "dreamcache_core/adapter.py": {"attend", "merge_attention", "forward", "torch_attention"},
-    "dreamcache_core/injection.py": {"blend_references", "_rows_of", "_region_weights"},
+    "dreamcache_core/blending.py": {"blend_references", "_rows_of", "_region_weights"},
+    "dreamcache_core/injection.py": {"replace_output", "index_on", "check_rows"},
     "nodes/patches.py": {"add_patches"},
 }
 
