@@ -126,6 +126,32 @@ class ReferenceCache:
         features = {n: f.to(device=device, dtype=dtype) for n, f in self.features.items()}
         return replace(self, features=features, masks=masks)
 
+    def split(self) -> list[ReferenceCache]:
+        """Return a cache for each picture, in order; ``concatenate`` puts them together again."""
+        return [
+            replace(
+                self,
+                features={n: f[i : i + 1] for n, f in self.features.items()},
+                masks=self.masks and {n: m[i : i + 1] for n, m in self.masks.items()},
+            )
+            for i in range(self.num_references)
+        ]
+
+    def rounding_error(self, dtype: torch.dtype) -> float:
+        """Say what another float type would lose: root mean square of the rounding, in shares of the features' own.
+
+        Args:
+            dtype: The float type.
+
+        Returns:
+            The largest of all layers; infinite where a feature is beyond the type's range.
+        """
+        errors = [
+            (f.to(dtype).double() - f.double()).norm() / f.double().norm()
+            for f in self.features.values()
+        ]
+        return float(torch.stack(errors).nan_to_num(torch.inf, torch.inf).max())
+
     @staticmethod
     def concatenate(caches: Sequence[ReferenceCache]) -> ReferenceCache:
         """Join several pictures of one subject: every image attends to the tokens of all of them.

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..dreamcache_core import InputError, ReferenceCache, UnsupportedModelError, capture_features
 from ..dreamcache_core.capture import cache_from_features
-from ..dreamcache_core.compiling import plain_module
 from .comfy_bridge import model_layout, remove_references
 
 logger = logging.getLogger(__name__)
@@ -175,7 +174,7 @@ class _CaptureSampler(comfy.samplers.Sampler):
         sampling = model_wrap.inner_model.model_sampling
         noised = sampling.noise_scaling(sigmas[:1], noise, latent_image, False)
         unet = model_wrap.inner_model.diffusion_model
-        with capture_features(plain_module(unet), stop_early=True) as features:
+        with capture_features(unet, stop_early=True) as features:
             model_wrap(noised, sigmas[:1], **extra_args)
         self.features = {name: feature.cpu() for name, feature in features.items()}
         return noised

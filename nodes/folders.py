@@ -12,6 +12,8 @@ FOLDER = "dreamcache"
 EXTENSIONS = {".safetensors", ".pt"}
 REFERENCES = "references"
 PLACEHOLDER = "no adapter file found: put one into models/dreamcache and press R"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+NO_FOLDER = "no folder with pictures found: make one below ComfyUI's input folder"
 NO_REFERENCE = "no saved reference found: make one with Save Reference"
 
 
@@ -93,6 +95,42 @@ def reference_path(choice: str) -> str:
         f"There is no saved reference {choice!r}. Expected 'name [output]', 'name [input]' or 'name [references]' below "
         f"{searched}. Make one with Save Reference and press R."
     )
+
+
+def list_picture_folders() -> list[str]:
+    """List folders with pictures below ComfyUI's input folder for the combo; a hint where there is none."""
+    root = folder_paths.get_input_directory()
+    names = {
+        os.path.dirname(name).replace("\\", "/")
+        for name in folder_paths.recursive_search(root, [".git"])[0]
+        if name.lower().endswith(PICTURES)
+    }
+    return sorted(names - {""}) or [NO_FOLDER]
+
+
+def picture_paths(name: str) -> list[str]:
+    """Find the pictures of a folder below ComfyUI's input folder, sorted by name; not those of its subfolders.
+
+    Args:
+        name: Entry of the combo.
+
+    Returns:
+        Their full paths, at least one.
+
+    Raises:
+        InputError: There is no such folder with pictures, or it is outside the input folder.
+    """
+    root = os.path.abspath(folder_paths.get_input_directory())
+    folder = os.path.abspath(os.path.join(root, name))
+    is_inside = os.path.commonpath([folder, root]) == root
+    files = sorted(os.listdir(folder)) if is_inside and os.path.isdir(folder) else []
+    paths = [os.path.join(folder, file) for file in files if file.lower().endswith(PICTURES)]
+    if not paths:
+        raise InputError(
+            f"There is no folder {name!r} with pictures below {root}. Expected {', '.join(PICTURES)} files in it. Make one, "
+            "and press R."
+        )
+    return paths
 
 
 def new_adapter_path(prefix: str) -> str:

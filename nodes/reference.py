@@ -1,5 +1,6 @@
 """Nodes that make, combine, save and load references."""
 
+import os
 from typing import Any
 
 import torch
@@ -7,13 +8,28 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..dreamcache_core import InputError, ReferenceCache, prepare_reference_image
+from ..dreamcache_core.image_files import read_image
 from ..dreamcache_core.reference_image import check_mask_aspect, is_placeholder_mask, resize_mask
 from .encoding import encode_reference, plain_text
-from .folders import file_state, list_reference_files, new_reference_path, reference_path
+from .folders import (
+    file_state,
+    list_picture_folders,
+    list_reference_files,
+    new_reference_path,
+    picture_paths,
+    reference_path,
+)
 from .report import report
 from .types import Reference
 
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
+AS_ENCODED = "as encoded"
+DTYPES = {
+    AS_ENCODED: None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 class ReferenceImage(io.ComfyNode):
@@ -192,6 +208,107 @@ class Encode(io.ComfyNode):
         return io.NodeOutput(reference, ui=report(cls, reference.describe()))
 
 
+class EncodeFolder(io.ComfyNode):
+    """Read the features of all pictures of a folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheEncodeFolder",
+            display_name="Encode Reference Folder",
+            category="DreamCache",
+            description="Prepares and encodes every picture of a folder below ComfyUI's input folder. The nodes after it run "
+            "once for each reference. Transparent pictures are cut out by their alpha channel.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that you generate with."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The model's CLIP: it encodes the empty prompt that each pass uses.",
+                ),
+                io.Combo.Input(
+                    "folder",
+                    options=list_picture_folders(),
+                    tooltip="Folder below ComfyUI's input folder. Press R after making a new one.",
+                ),
+                io.Boolean.Input(
+                    "one_subject",
+                    default=False,
+                    tooltip="Off: each picture is a subject of its own. On: all show ONE subject and become one reference.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=8,
+                    tooltip="Side in pixels that pictures are prepared at: 512 for Stable Diffusion, 1024 for SDXL.",
+                ),
+                io.Float.Input(
+                    "fill",
+                    default=0.85,
+                    min=0.05,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the square that the subject's longer side takes.",
+                ),
+            ],
+            outputs=[
+                Reference.Output(
+                    display_name="reference",
+                    is_output_list=True,
+                    tooltip="For Apply DreamCache, or Save Reference.",
+                ),
+                io.String.Output(
+                    display_name="name",
+                    is_output_list=True,
+                    tooltip="Name of each picture without its ending, for filename_prefix.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
+        """Run again when a picture comes, goes or changes."""
+        return "\n".join(file_state(path) for path in picture_paths(folder))
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        vae: Any,
+        clip: Any,
+        folder: str,
+        one_subject: bool,
+        size: int,
+        fill: float,
+    ) -> io.NodeOutput:
+        """Encode the pictures."""
+        paths = picture_paths(folder)
+        text = _empty_prompt(clip)
+        latents: list[Tensor] = []
+        for path in paths:
+            image, alpha = read_image(path)
+            prepared, _ = prepare_reference_image(image, alpha, size=size, fill=fill)
+            latents.append(vae.encode(prepared))
+        together = encode_reference(
+            model,
+            torch.cat(latents),
+            text,
+            seed=0,
+            timestep=1,
+            mask=None,
+            node_id=getattr(cls.hidden, "unique_id", None),
+        )
+        references = [together] if one_subject else together.split()
+        names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
+        if one_subject:
+            names = [os.path.basename(folder)]
+        return io.NodeOutput(references, names, ui=report(cls, together.describe()))
+
+
 class CombineReferences(io.ComfyNode):
     """Join several pictures of one subject."""
 
@@ -249,6 +366,14 @@ class SaveReference(io.ComfyNode):
                     default="dreamcache/reference",
                     tooltip="Name of the file, subfolders allowed; a number is added, nothing is overwritten.",
                 ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default=AS_ENCODED,
+                    optional=True,
+                    tooltip="Float type in the file. float16 and bfloat16 halve what a float32 model encoded; the node says "
+                    "how much is lost.",
+                ),
             ],
             outputs=[],
             hidden=[io.Hidden.unique_id],
@@ -256,11 +381,14 @@ class SaveReference(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, reference: ReferenceCache, filename_prefix: str) -> io.NodeOutput:
+    def execute(
+        cls, reference: ReferenceCache, filename_prefix: str, dtype: str = AS_ENCODED
+    ) -> io.NodeOutput:
         """Save it under a new name."""
+        rounded, loss = _round(reference, dtype)
         path = new_reference_path(filename_prefix)
-        reference.save(path)
-        return io.NodeOutput(ui=report(cls, f"{path}: {reference.describe()}"))
+        rounded.save(path)
+        return io.NodeOutput(ui=report(cls, f"{path}: {loss}{rounded.describe()}"))
 
 
 class LoadReference(io.ComfyNode):
@@ -296,6 +424,19 @@ class LoadReference(io.ComfyNode):
         """Load the file."""
         loaded = ReferenceCache.load(reference_path(reference))
         return io.NodeOutput(loaded, ui=report(cls, loaded.describe()))
+
+
+def _round(reference: ReferenceCache, name: str) -> tuple[ReferenceCache, str]:
+    """Change the float type, and say what that loses."""
+    dtype = DTYPES[name]
+    if dtype is None:
+        return reference, ""
+    error = reference.rounding_error(dtype)
+    if error == float("inf"):
+        raise InputError(
+            f"This reference has features beyond the range of {name}. Save it as bfloat16 or float32."
+        )
+    return reference.to(dtype=dtype), f"rounding error {error:.1e} of the features, "
 
 
 def _empty_prompt(clip: Any) -> list[Any]:
@@ -342,6 +483,7 @@ def _crop_to_latent_grid(
 NODES: list[type[io.ComfyNode]] = [
     ReferenceImage,
     Encode,
+    EncodeFolder,
     CombineReferences,
     SaveReference,
     LoadReference,

@@ -216,6 +216,32 @@ def test_seed_of_a_concatenation_is_that_of_all_or_none(other: int | None, joint
     assert ReferenceCache.concatenate([make_cache(), changed]).seed == joint
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_splitting_undoes_concatenation(masked: bool):
+    one, two = (make_cache(1, noise, masks=make_masks(1) if masked else None) for noise in (1, 2))
+    parts = ReferenceCache.concatenate([one, two]).split()
+    assert len(parts) == 2
+    for part, whole in zip(parts, (one, two), strict=True):
+        assert_same(part, whole)
+
+
+def test_rounding_error_is_that_of_the_worst_layer_by_hand():
+    cache = make_cache()
+    by_hand = [
+        ((f.bfloat16().float() - f).square().mean() / f.square().mean()).sqrt().item()
+        for f in cache.features.values()
+    ]
+    assert cache.rounding_error(torch.bfloat16) == pytest.approx(max(by_hand), rel=1e-4)
+    assert cache.rounding_error(torch.float32) == 0
+    assert 1e-4 < cache.rounding_error(torch.float16) < 4e-4
+
+
+def test_rounding_beyond_a_types_range_is_infinite():
+    cache = make_cache(features={"middle_block.1": torch.full((1, 4, 2, 2), 1e6)})
+    assert cache.rounding_error(torch.float16) == float("inf")
+    assert cache.rounding_error(torch.bfloat16) < 1e-2
+
+
 def test_concatenation_of_nothing_is_refused():
     with pytest.raises(InputError, match="at least one reference"):
         ReferenceCache.concatenate([])

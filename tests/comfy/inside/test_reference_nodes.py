@@ -1,12 +1,15 @@
 """The nodes that prepare, encode, combine, save and load references."""
 
+import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import folder_paths
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import (
     CORE,
     CallCounter,
@@ -31,6 +34,12 @@ def model():
 def equal(a, b):
     same = a.layers == b.layers and all(torch.equal(a.features[n], b.features[n]) for n in a.layers)
     return same and (a.timestep, a.latent_size, a.seed) == (b.timestep, b.latent_size, b.seed)
+
+
+def run_options(node_id, name="reference"):
+    """What a node's combo lists now."""
+    node = __import__("nodes").NODE_CLASS_MAPPINGS[node_id]
+    return next(item for item in node.define_schema().inputs if item.id == name).options
 
 
 def test_the_same_seed_gives_the_same_reference_whatever_is_encoded_with_it(model):
@@ -89,19 +98,24 @@ def test_encoding_sees_the_loras_of_the_model(model):
     assert equal(encode(model), encode(model))
 
 
+class Clip:
+    """A CLIP whose every text is the one that ``encode`` uses, and that keeps what it was asked."""
+
+    def __init__(self, model):
+        self.model, self.asked = model, []
+
+    def tokenize(self, text):
+        self.asked.append(text)
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return make_text(self.model, 100)
+
+
 def test_clip_encodes_the_empty_prompt(model):
-    asked = []
-
-    class Clip:
-        def tokenize(self, text):
-            asked.append(text)
-            return text
-
-        def encode_from_tokens_scheduled(self, tokens):
-            return make_text(model, 100)
-
-    ours = run("DreamCacheEncode", model=model, vae=FlatVAE(), image=make_image(0), clip=Clip())[0]
-    assert asked == [""]
+    clip = Clip(model)
+    ours = run("DreamCacheEncode", model=model, vae=FlatVAE(), image=make_image(0), clip=clip)[0]
+    assert clip.asked == [""]
     assert equal(ours, encode(model))
 
 
@@ -265,6 +279,91 @@ def test_a_saved_reference_is_listed_and_loads_equal(model):
     for option in mine:
         assert option.endswith("[output]")
         assert equal(run("DreamCacheLoadReference", reference=option)[0], reference)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("float32", 0.0), ("float16", 4e-4), ("bfloat16", 3e-3)]
+)
+def test_a_reference_is_saved_in_another_float_type_and_the_loss_is_said(model, dtype, most):
+    reference = encode(model)
+    node = __import__("nodes").NODE_CLASS_MAPPINGS["DreamCacheSaveReference"]
+    prefix = f"dreamcache/as_{dtype}"
+    text = node.execute(reference, prefix, dtype).ui.as_dict()["text"][0]
+    (name,) = (o for o in run_options("DreamCacheLoadReference") if f"as_{dtype}" in o)
+    loaded = run("DreamCacheLoadReference", reference=name)[0]
+    layer = reference.layers[0]
+    assert loaded.features[layer].dtype == getattr(torch, dtype)
+    error = float(text.split("rounding error ")[1].split()[0])
+    assert error == pytest.approx(reference.rounding_error(getattr(torch, dtype)), rel=0.05)
+    assert error <= most
+    assert (error > 0) == (dtype != "float32")
+
+
+def test_features_beyond_float16_are_not_saved_as_it(model):
+    reference = encode(model)
+    beyond = {name: 1e6 * feature for name, feature in reference.features.items()}
+    with pytest.raises(CORE.InputError, match="beyond the range of float16"):
+        run(
+            "DreamCacheSaveReference",
+            reference=dataclasses.replace(reference, features=beyond),
+            filename_prefix="dreamcache/beyond",
+            dtype="float16",
+        )
+    assert not list(Path(folder_paths.get_output_directory()).rglob("beyond*"))
+
+
+@pytest.fixture
+def picture_folder():
+    """Two cut-out pictures and a file that is none, below ComfyUI's input folder."""
+    folder = Path(folder_paths.get_input_directory()) / "subjects" / "toys"
+    folder.mkdir(parents=True)
+    for seed, name in enumerate(("b.png", "a.PNG")):
+        pixels = np.full((80, 60, 4), 90 * (seed + 1), dtype=np.uint8)
+        pixels[:20, :, 3] = 0
+        Image.fromarray(pixels).save(folder / name, format="png")
+    (folder / "notes.txt").write_text("no picture")
+    yield "subjects/toys"
+    shutil.rmtree(folder.parent)
+
+
+def test_a_folder_gives_a_reference_for_each_picture_as_the_single_nodes_do(model, picture_folder):
+    assert picture_folder in run_options("DreamCacheEncodeFolder", "folder")
+    inputs = {"model": model, "vae": FlatVAE(), "clip": Clip(model), "size": 64}
+    with CallCounter(model) as counter:
+        references, names = run("DreamCacheEncodeFolder", folder=picture_folder, **inputs)
+    assert counter.rows == [1, 1]
+    assert names == ["a", "b"]
+    for reference, file in zip(references, ("a.PNG", "b.png"), strict=True):
+        path = Path(folder_paths.get_input_directory()) / picture_folder / file
+        pixels = torch.from_numpy(np.asarray(Image.open(path)).astype(np.float32) / 255)[None]
+        image, _ = run("DreamCacheReferenceImage", image=pixels, size=64)
+        assert equal(reference, encode(model, image=image))
+
+
+def test_a_folder_of_one_subject_gives_one_reference(model, picture_folder):
+    inputs = {"model": model, "vae": FlatVAE(), "clip": Clip(model), "size": 64}
+    (reference,), names = run(
+        "DreamCacheEncodeFolder", folder=picture_folder, one_subject=True, **inputs
+    )
+    assert reference.num_references == 2
+    assert names == ["toys"]
+    apart, _ = run("DreamCacheEncodeFolder", folder=picture_folder, **inputs)
+    assert equal(CORE.ReferenceCache.concatenate(apart), reference)
+
+
+def test_a_changed_picture_runs_the_folder_again(picture_folder):
+    node = __import__("nodes").NODE_CLASS_MAPPINGS["DreamCacheEncodeFolder"]
+    before = node.fingerprint_inputs(folder=picture_folder, size=64)
+    assert node.fingerprint_inputs(folder=picture_folder, size=64) == before
+    path = Path(folder_paths.get_input_directory()) / picture_folder / "b.png"
+    Image.new("RGB", (9, 9)).save(path)
+    assert node.fingerprint_inputs(folder=picture_folder, size=64) != before
+
+
+@pytest.mark.parametrize("name", ["", "missing", "../../etc", "/etc"])
+def test_a_folder_without_pictures_is_refused(model, name):
+    with pytest.raises(CORE.InputError, match="There is no folder"):
+        run("DreamCacheEncodeFolder", model=model, vae=FlatVAE(), clip=Clip(model), folder=name)
 
 
 @pytest.mark.parametrize(
