@@ -29,6 +29,7 @@ class Condition:
         image_range: Part of the run in which ``image_guidance`` holds.
         references: Pictures of the subject, their tokens concatenated.
         captioned: Whether the reference pass sees the subject's word; else the empty prompt.
+        masked: Whether only the subject's tokens of the reference are attended to; else all, as in training.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Condition:
     image_range: tuple[float, float] = (0.0, 1.0)
     references: int = 1
     captioned: bool = False
+    masked: bool = False
 
     def predictions_a_step(self, steps: int) -> float:
         """How many rows of the U-Net a picture's step takes on average: what the condition costs."""
@@ -101,11 +103,11 @@ def range_sweep() -> list[Condition]:
 
 
 def reference_sweep() -> list[Condition]:
-    """One, two and four pictures of the subject."""
+    """One, two and four pictures of the subject, and one without the white around it."""
     return [
         replace(CHOSEN, name=f"{count} references", sweep="references", references=count)
         for count in (1, 2, 4)
-    ]
+    ] + [replace(CHOSEN, name="subject mask", sweep="references", masked=True)]
 
 
 def all_conditions(variants: Sequence[str] = ()) -> list[Condition]:

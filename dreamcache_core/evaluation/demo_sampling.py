@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -71,22 +72,29 @@ def _encode(
     """Cache each triple's pictures as one row."""
     caches = [_encode_subject(pipeline, adapters, triple, condition) for triple in triples]
     features = {
-        # the pictures of one subject side by side: their order does not matter to attention
-        layer: torch.cat([torch.cat(cache.features[layer].split(1), dim=3) for cache in caches])
-        for layer in adapters.layers
+        layer: _side_by_side([c.features[layer] for c in caches]) for layer in adapters.layers
     }
-    first = caches[0]
-    return ReferenceCache(
-        features, first.context_width, first.latent_size, first.timestep, first.seed
-    )
+    masks = {
+        layer: _side_by_side([cache.masks[layer] for cache in caches if cache.masks])
+        for layer in adapters.layers
+        if condition.masked
+    }
+    return replace(caches[0], features=features, masks=masks or None)
+
+
+def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    """Put the pictures of each subject side by side in its row: their order does not matter to attention."""
+    return torch.cat([torch.cat(pictures.split(1), dim=-1) for pictures in rows])
 
 
 def _encode_subject(
     pipeline: DreamCachePipeline, adapters: AdapterSet, triple: Triple, condition: Condition
 ) -> ReferenceCache:
-    pictures = [picture_to_tensor(triple.reference(n)) for n in range(condition.references)]
+    numbers = range(condition.references)
+    masks = np.stack([triple.reference_mask(n) for n in numbers])
     return pipeline.encode_reference(
-        torch.cat(pictures),
+        torch.cat([picture_to_tensor(triple.reference(n)) for n in numbers]),
+        mask=torch.from_numpy(masks) if condition.masked else None,
         prompt=f"a {triple.subject.shape}" if condition.captioned else "",
         timestep=adapters.info.timestep,
         layers=adapters.layers,

@@ -17,6 +17,7 @@ from ..demo.world import (
     draw_scene,
     draw_subject,
     render,
+    render_cutout,
     render_reference,
     write_caption,
 )
@@ -62,6 +63,11 @@ class Triple:
             number: Which; each shows the subject on white in another pose.
         """
         return render_reference(self.subject, self._random(REFERENCE, number))
+
+    def reference_mask(self, number: int = 0) -> np.ndarray:
+        """Say where the subject is in a reference picture: 1 there, 0 beside, float32 (128, 128)."""
+        cutout = render_cutout(self.subject, self._random(REFERENCE, number))
+        return np.asarray(cutout, dtype=np.float32)[..., 3] / 255
 
     def true_picture(self) -> Image.Image:
         """Draw the subject in its scene: what a perfect model might give."""

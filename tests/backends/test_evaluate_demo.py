@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,13 +33,22 @@ def evaluate(tmp_path: Path, *conditions: str) -> int:
     return main(["evaluate", "demo", *flags, *folders, "--conditions", *conditions])
 
 
-@pytest.mark.parametrize("references", [1, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"references": 2},
+        {"references": 2, "masked": True},
+        {"image_range": (0.0, 0.5)},
+    ],
+    ids=str,
+)
 def test_picture_of_a_triple_does_not_depend_on_its_batch(
-    pipeline: DreamCachePipeline, references: int
+    pipeline: DreamCachePipeline, changes: dict[str, Any]
 ):
     adapters = load_adapters(require_demo_files().adapters)
     triples = draw_triples(0, combinations=2, shapes=1)
-    condition = replace(CHOSEN, references=references)
+    condition = replace(CHOSEN, **changes)
     together = generate_pictures(pipeline, adapters, triples, condition, steps=2)
     alone = [generate_pictures(pipeline, adapters, [t], condition, steps=2)[0] for t in triples]
     difference = np.abs(together.astype(int) - np.stack(alone).astype(int))
@@ -56,6 +66,40 @@ def test_reference_changes_the_picture_and_another_subject_changes_it_otherwise(
     other = generate_pictures(pipeline, adapters, [swapped], CHOSEN, steps=2)
     assert not np.array_equal(plain, own)
     assert not np.array_equal(own, other)
+
+
+def test_a_masked_reference_has_the_subjects_tokens_only():
+    triple = draw_triples(0, combinations=1, shapes=0)[0]
+    mask, picture = triple.reference_mask(1), np.asarray(triple.reference(1))
+    assert mask.shape == (128, 128)
+    assert (picture[mask == 0] == 255).all()
+    assert (picture[mask == 1] != 255).any(axis=-1).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("changes", "predictions"),
+    [
+        ({}, 3.0),
+        ({"image_guidance": 1.0}, 2.0),
+        ({"image_range": (0.0, 0.5)}, 2.5),
+        ({"image_range": (0.25, 0.5)}, 2.25),
+        ({"mode": "joint"}, 2.0),
+        ({"adapters": None}, 2.0),
+    ],
+    ids=str,
+)
+def test_predictions_a_step_count_the_rows_of_the_unet(
+    pipeline: DreamCachePipeline, changes: dict[str, Any], predictions: float
+):
+    condition = replace(CHOSEN, **changes)
+    assert condition.predictions_a_step(8) == predictions
+    adapters = load_adapters(require_demo_files().adapters) if condition.adapters else None
+    rows: list[int] = []
+    unet = pipeline.pipeline.unet
+    hook = unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    generate_pictures(pipeline, adapters, draw_triples(0, 1, 0), condition, steps=8)
+    hook.remove()
+    assert sum(rows[-8:]) == 8 * predictions
 
 
 def test_every_condition_has_a_name_of_its_own():
