@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .diffusers_loading import load_diffusers_pipeline, quiet_loading
-from .pipeline import DreamCachePipeline, Text
+from .pipeline import DreamCachePipeline
+from .unet_rows import Text
 
 UNET_PARTS = ("unet", "scheduler")
 """Parts that adapters depend on."""

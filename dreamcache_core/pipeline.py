@@ -4,9 +4,8 @@ import copy
 import dataclasses
 import inspect
 import logging
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -22,58 +21,21 @@ from .errors import InputError, UnsupportedModelError
 from .guidance import Guidance, GuidanceMode, Prediction, combine_guidance, needed_predictions
 from .injection import inject, prepare_for_compile
 from .latents import LatentCodec
+from .pipeline_arguments import (
+    Generators,
+    OutputType,
+    check_generators,
+    check_regions,
+    check_settings,
+    cpu_generator,
+    list_of_uses,
+)
 from .reference_image import check_image, check_mask_aspect
+from .unet_rows import Rows, Text
 
 logger = logging.getLogger(__name__)
 
-OutputType = Literal["pil", "pt", "latent"]
 Callback = Callable[[int, int, Tensor], None]
-Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Text:
-    """Encoded prompts: text states (rows, tokens, width) and, for SDXL, the pooled vectors (rows, width)."""
-
-    states: Tensor
-    pooled: Tensor | None
-
-    def repeat_each(self, times: int) -> "Text":
-        """Repeat every row so many times, one after the other."""
-        pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, dim=0)
-        return Text(self.states.repeat_interleave(times, dim=0), pooled)
-
-    def rows_from(self, first: int) -> "Text":
-        """Leave out the rows before one."""
-        pooled = None if self.pooled is None else self.pooled[first:]
-        return Text(self.states[first:], pooled)
-
-    @staticmethod
-    def join(texts: Sequence["Text"]) -> "Text":
-        """Put the rows of several one below the other."""
-        pooled = [text.pooled for text in texts if text.pooled is not None]
-        return Text(
-            torch.cat([text.states for text in texts]), torch.cat(pooled) if pooled else None
-        )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Batch:
-    """One step's U-Net rows: every needed prediction for every image, prediction by prediction."""
-
-    predictions: tuple[Prediction, ...]
-    text: Text
-    num_images: int
-
-    def last(self, count: int) -> "_Batch":
-        """Keep the last predictions only."""
-        first_row = (len(self.predictions) - count) * self.num_images
-        return _Batch(self.predictions[-count:], self.text.rows_from(first_row), self.num_images)
-
-    @property
-    def rows(self) -> list[bool]:
-        """Which rows see the references."""
-        return [p != "unconditional" for p in self.predictions for _ in range(self.num_images)]
 
 
 class DreamCachePipeline:
@@ -168,7 +130,7 @@ class DreamCachePipeline:
         """
         self._check_reference(image, mask)
         alpha = self._alpha(timestep)
-        noise = torch.randn(self._latent_shape(image), generator=_cpu_generator(seed))
+        noise = torch.randn(self._latent_shape(image), generator=cpu_generator(seed))
         # METHOD.md section 3, point 3: x_1 = sqrt(abar_1) * z + sqrt(1 - abar_1) * noise
         noised = [
             alpha.sqrt() * self.codec.encode(image[i : i + 1]).float().cpu()
@@ -242,16 +204,16 @@ class DreamCachePipeline:
             MismatchError: A reference or its adapters were made for another model.
         """
         rule = Guidance(image_scale=image_scale, mode=guidance, image_range=image_range)
-        _check_settings(text_scale, num_images_per_prompt, output_type)
+        check_settings(text_scale, num_images_per_prompt, output_type)
         self._check_steps(num_inference_steps)
-        ready = [self._ready(use) for use in _list_of_uses(uses)]
+        ready = [self._ready(use) for use in list_of_uses(uses)]
         if not any(use.is_active for use in ready):
             # without an active reference, joint guidance is ordinary classifier-free guidance
             rule = Guidance(mode="joint")
         wanted = needed_predictions(rule, text_scale)
         batch = self._make_batch(prompt, negative_prompt, wanted, num_images_per_prompt)
-        _check_regions(ready, batch.num_images)
-        generators = _check_generators(generator, batch.num_images)
+        check_regions(ready, batch.num_images)
+        generators = check_generators(generator, batch.num_images)
         noise = self._start(latents, (height, width), generators, batch)
         self.pipeline.scheduler.set_timesteps(num_inference_steps, device=self.device)
         result = self._denoise(
@@ -270,7 +232,7 @@ class DreamCachePipeline:
     def _denoise(
         self,
         latents: Tensor,
-        batch: _Batch,
+        batch: Rows,
         uses: Sequence[ReferenceUse],
         *,
         rule: Guidance,
@@ -294,7 +256,7 @@ class DreamCachePipeline:
                 at_step = rule.at(float(progress[index]))
                 if num_terms != (wanted := len(needed_predictions(at_step, text_scale))):
                     num_terms = wanted
-                    injection.choose_rows(parts[num_terms].rows)
+                    injection.choose_rows(parts[num_terms].see_references)
                 scaled = scheduler.scale_model_input(latents, timestep)
                 output = unet(
                     scaled.repeat(num_terms, 1, 1, 1),
@@ -317,7 +279,7 @@ class DreamCachePipeline:
         negative_prompt: str | Sequence[str],
         wanted: tuple[Prediction, ...],
         num_images_per_prompt: int,
-    ) -> _Batch:
+    ) -> Rows:
         if not isinstance(prompt, (str, Sequence)):
             raise InputError(f"Expected a prompt or a list of them; given {type(prompt).__name__}.")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -333,7 +295,7 @@ class DreamCachePipeline:
         if len(wanted) > 1:
             negative = self.encode_text(negatives).repeat_each(num_images_per_prompt)
             texts = [negative] * (len(wanted) - 1) + texts
-        return _Batch(wanted, Text.join(texts), len(prompts) * num_images_per_prompt)
+        return Rows(wanted, Text.join(texts), len(prompts) * num_images_per_prompt)
 
     def encode_text(self, prompts: list[str]) -> Text:
         """Encode prompts with the pipeline's text encoders.
@@ -375,7 +337,7 @@ class DreamCachePipeline:
         latents: Tensor | None,
         size: tuple[int | None, int | None],
         generators: Generators,
-        batch: _Batch,
+        batch: Rows,
     ) -> Tensor:
         """Return unit noise of the wanted size, drawn or as given."""
         from diffusers.utils.torch_utils import randn_tensor
@@ -512,46 +474,3 @@ def _with_masks(cache: ReferenceCache, mask: Tensor) -> ReferenceCache:
     mask = mask.expand(cache.num_references, -1, -1)
     tokens = {n: subject_tokens(mask, *f.shape[-2:]) for n, f in cache.features.items()}
     return dataclasses.replace(cache, masks=tokens)
-
-
-def _cpu_generator(seed: int) -> torch.Generator:
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise InputError(f"A seed is a whole number in 0 ... 2^64 - 1; given {seed!r}.")
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def _list_of_uses(uses: Any) -> list[ReferenceUse]:
-    listed = [uses] if isinstance(uses, ReferenceUse) else uses
-    if not isinstance(listed, Sequence) or not all(isinstance(u, ReferenceUse) for u in listed):
-        raise InputError(
-            f"Expected uses to be a ReferenceUse or a list of them; given {type(uses).__name__}. Build one with "
-            "ReferenceUse(reference, adapters)."
-        )
-    return list(listed)
-
-
-def _check_settings(text_scale: float, num_images: int, output_type: str) -> None:
-    if not math.isfinite(text_scale):
-        raise InputError(f"text_scale must be a finite number; given {text_scale}.")
-    if num_images < 1:
-        raise InputError(f"Expected at least one image; given {num_images}.")
-    if output_type not in ("pil", "pt", "latent"):
-        raise InputError(f"output_type must be 'pil', 'pt' or 'latent'; given {output_type!r}.")
-
-
-def _check_regions(uses: Sequence[ReferenceUse], num_images: int) -> None:
-    for use in uses:
-        if use.regions is not None and len(use.regions) not in (1, num_images):
-            raise InputError(
-                f"Expected one region mask, or one for each of the {num_images} images; given {len(use.regions)}."
-            )
-
-
-def _check_generators(generator: Generators, num_images: int) -> Generators:
-    if generator is None or isinstance(generator, torch.Generator):
-        return generator
-    if len(generator) != num_images:
-        raise InputError(
-            f"Expected one generator, or one for each of the {num_images} images; given {len(generator)}."
-        )
-    return list(generator)

@@ -17,7 +17,7 @@ from ..adapter import AdapterInfo, AdapterSet
 from ..checkpoints import save_adapters
 from ..errors import InputError, StateError
 from ..latents import LATENT_FACTOR
-from ..pipeline import Text
+from ..unet_rows import Text
 from .interruption import Interruption
 from .meter import Meter, TakenStep
 from .moving_average import MovingAverage
