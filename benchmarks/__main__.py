@@ -7,9 +7,9 @@ from pathlib import Path
 
 from dreamcache_core import DreamCacheError
 
-from . import encode, growth, load, memory, run, step, training
+from . import encode, growth, load, memory, paper, run, step, training
 from .arguments import add_common
-from .models import UNETS
+from .models import SDXL, UNETS
 from .report import Report, publish
 
 MEASURES = {
@@ -19,11 +19,15 @@ MEASURES = {
     "growth": growth,
     "load": load,
     "run": run,
+    "paper": paper,
 }
 """Modules with ``ROUNDS`` and ``measure(arguments) -> Report``, which raises ``InputError`` on what cannot be measured."""
 
 FULL_SIZE = ("step", "encode", "memory")
 """What ``all`` also measures at SD 2.1 size on the CPU; the others take a GPU there."""
+
+ON_PAPER = ("paper",)
+"""What ``all`` counts at SDXL's size, as it computes nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
             add_common(command, module.ROUNDS)
         if hasattr(module, "add_arguments"):
             module.add_arguments(command)
-    summary = "All of them but training, small; step, encode and memory at SD 2.1 size too."
+    summary = "All of them but training, small; step, encode and memory at SD 2.1 size too; on paper SDXL's."
     everything = commands.add_parser("all", help=summary, description=summary)
     everything.add_argument("--out", type=Path, metavar="DIR", help="folder for JSON and plots")
     everything.add_argument("--size", choices=UNETS, default="small", help="size of the first part")
@@ -69,13 +73,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_all(arguments: argparse.Namespace) -> int:
     """Run everything, then say which bars were missed."""
-    parts = [(name, arguments.size) for name in MEASURES]
+    parts = [(name, arguments.size, "float32") for name in MEASURES if name not in ON_PAPER]
     if arguments.full:
-        parts += [(name, arguments.full) for name in FULL_SIZE]
+        parts += [(name, arguments.full, "float32") for name in FULL_SIZE]
+        parts += [(name, SDXL, "float16") for name in ON_PAPER]
     reports: list[tuple[str, Report]] = []
-    for name, size in parts:
+    for name, size, dtype in parts:
         flags = ["--out", str(arguments.out / size)] if arguments.out else []
-        chosen = _parser().parse_args([name, "--size", size, *flags])
+        chosen = _parser().parse_args([name, "--size", size, "--dtype", dtype, *flags])
         reports.append((f"{name} ({size})", MEASURES[name].measure(chosen)))
         publish(reports[-1][1], chosen.out)
         print()

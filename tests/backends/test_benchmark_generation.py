@@ -9,6 +9,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import memory, step
 from benchmarks.__main__ import main
+from benchmarks.flops import count_flops
 from benchmarks.guided import (
     DREAMCACHE,
     TEXTBOOK,
@@ -19,6 +20,7 @@ from benchmarks.guided import (
     twin,
 )
 from benchmarks.memory import peak_bytes
+from benchmarks.paper import count_step
 from benchmarks.report import Bar, Report, publish
 
 torch.set_num_threads(1)
@@ -64,7 +66,7 @@ def test_peak_is_what_lives_at_once_of_what_was_made():
     assert peak_bytes(action, CPU) == 4_040_000
 
 
-@pytest.mark.parametrize("name", ["step", "encode", "memory", "growth", "load"])
+@pytest.mark.parametrize("name", ["step", "encode", "memory", "growth", "load", "paper"])
 def test_commands_print_tables_and_write_figures(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -77,7 +79,7 @@ def test_commands_print_tables_and_write_figures(
     assert status == bool(missed)
     held = len(figures["bars"]) - len(missed)
     assert out.splitlines()[-1] == f"{name}: {held} of {len(figures['bars'])} bars hold."
-    assert (tmp_path / f"{name}.png").is_file() == (name not in ("memory", "load"))
+    assert (tmp_path / f"{name}.png").is_file() == (name not in ("memory", "load", "paper"))
 
 
 def test_all_of_them_end_with_what_was_missed(
@@ -85,6 +87,7 @@ def test_all_of_them_end_with_what_was_missed(
 ):
     monkeypatch.setattr(command, "MEASURES", {"step": step, "memory": memory})
     monkeypatch.setattr(command, "FULL_SIZE", ("memory",))
+    monkeypatch.setattr(command, "ON_PAPER", ())
     monkeypatch.setattr(memory, "MOST_AT_PEAK_MB", -1.0)
     assert main(["all", "--size", "tiny", "--full", "tiny"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
@@ -113,6 +116,22 @@ def test_operations_of_a_step_are_ordered(tmp_path: Path):
     main(["step", "--size", "tiny", "--rounds", "1", "--out", str(tmp_path)])
     flops = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["flops"]
     assert flops[TWO_ROWS] < flops[THREE_ROWS] < flops[DREAMCACHE] < flops[TEXTBOOK]
+
+
+def test_paper_counts_what_the_benchmarks_that_compute_count():
+    settings = Settings("tiny", 8, "float32", "cpu", batch=2, references=3)
+    counted = count_step(settings)
+    steps = GuidedSteps(settings)
+    with steps.ready((DREAMCACHE, THREE_ROWS)) as actions:
+        actions[DREAMCACHE]()
+        flops = {name: count_flops(action) for name, action in actions.items()}
+        peak = peak_bytes(actions[DREAMCACHE], CPU)
+    assert counted["flops"] == flops[DREAMCACHE]
+    assert counted["plain_flops"] == flops[THREE_ROWS]
+    assert counted["adapters"] == steps.fused.nbytes
+    assert counted["keys_values"] == 2 * steps.reference.nbytes
+    assert counted["unet"] == sum(weight.nbytes for weight in steps.unet.parameters())
+    assert abs(counted["peak"] / peak - 1) < 0.2
 
 
 def test_a_missed_bar_is_said_and_fails(capsys: pytest.CaptureFixture[str]):
