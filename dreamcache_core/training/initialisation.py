@@ -10,7 +10,7 @@ from ..adapter import AdapterInfo, AdapterSet, ReferenceAdapter
 from ..backends import layout_of
 from ..errors import InputError
 
-Init = Literal["identity", "paper", "sum"]
+Init = Literal["identity", "paper", "sum", "self_attention"]
 
 
 def new_adapters(
@@ -28,7 +28,8 @@ def new_adapters(
     ``paper``: everything random, as PyTorch initialises it. ``identity``: the same, but ``merge`` = [identity | 0], so
     that the U-Net with adapters is at first the plain U-Net, and training starts at the base model's loss. ``sum``: the
     paper's rejected way to merge (METHOD.md section 8, ablations): ``merge`` = [identity | identity], never trained, and
-    ``to_out`` starts at zero, so that here too training starts at the base model's loss.
+    ``to_out`` starts at zero, so that here too training starts at the base model's loss. ``self_attention``: as
+    ``identity``, and a run then takes everything else from the base model (``start_from_self_attention``).
 
     Args:
         unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``.
@@ -60,7 +61,7 @@ def new_adapters(
     for layer in adapters:
         adapter = adapters[layer]
         assert isinstance(adapter, ReferenceAdapter)
-        if init == "identity":
+        if init in ("identity", "self_attention"):
             _pass_self_attention_on(adapter)
         elif init == "sum":
             _add_what_is_attended(adapter)

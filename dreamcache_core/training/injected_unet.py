@@ -78,6 +78,17 @@ class InjectedUNet(nn.Module):
         self._injection.enter_context(inject(self.unet, use))
         return self._backend.call(self.unet, noised, timesteps, text_states, **unet_kwargs)
 
+    def call_plain(
+        self,
+        noised: Tensor,
+        timesteps: Tensor,
+        text_states: Tensor,
+        unet_kwargs: Mapping[str, Any],
+    ) -> Tensor:
+        """Predict without references; shapes as in ``forward``."""
+        self._injection.close()
+        return self._backend.call(self.unet, noised, timesteps, text_states, **unet_kwargs)
+
     @torch.no_grad()
     def capture(
         self,
@@ -97,10 +108,9 @@ class InjectedUNet(nn.Module):
         Returns:
             Features on the device of ``noised``.
         """
-        self._injection.close()  # references are read without adapters
         timestep = self.adapters.info.timestep
         timesteps = torch.full((len(noised),), timestep, device=noised.device)
         with capture_features(self.unet, self.adapters.layers, stop_early=True) as features:
-            self._backend.call(self.unet, noised, timesteps, text_states, **unet_kwargs)
+            self.call_plain(noised, timesteps, text_states, unet_kwargs)
         height, width = noised.shape[-2:]
         return ReferenceCache(features, self._context_width, (height, width), timestep)

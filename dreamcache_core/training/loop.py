@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..adapter import AdapterInfo, AdapterSet
@@ -23,6 +24,11 @@ from .meter import Meter, TakenStep
 from .moving_average import MovingAverage
 from .objective import denoising_loss
 from .samples import FAILURE
+from .self_attention_start import (
+    NUM_PICTURES,
+    observe_self_attention,
+    start_from_self_attention,
+)
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -45,30 +51,59 @@ class Loop:
         if self.config.gradient_checkpointing:
             self.base.unet.enable_gradient_checkpointing()
         self.step = 0 if trainer.checkpoint is None else trainer.checkpoint[0]
+        self.empty = self.base.encode_text([""])
+        if trainer.checkpoint is None and trainer.starts_from_self_attention:
+            self._start_from_self_attention()
         self.model, self.optimizer, self.loader, self.lr_schedule = self._prepare()
         parameters = trainer.module.adapters.parameters
         self.average = MovingAverage.of(parameters, self.config.ema_decay)
         if trainer.checkpoint is not None:
             self._restore(trainer.checkpoint[1])
-        self.empty = self.base.encode_text([""])
         self._losses: list[Tensor] = []
         self._indices: list[Tensor] = []
         self._is_asked_to_stop, self._num_skipped = False, 0
+
+    def _loader(self) -> DataLoader[dict[str, object]]:
+        trainer, channels = self.trainer, int(self.base.unet.config.in_channels)
+        first = self.step * trainer.global_batch
+        return trainer.data.loader(self.config, first, trainer.global_batch, channels)
+
+    @torch.no_grad()
+    def _start_from_self_attention(self) -> None:
+        """Look at the run's first references, in every process at the same ones."""
+        from accelerate.utils import send_to_device
+
+        module, seen = self.trainer.module, 0
+        timestep = module.adapters.info.timestep
+        with observe_self_attention(self.base.unet, module.adapters.layers) as guesses:
+            for batch in self._loader():
+                self._require_readable(batch)
+                noised = self._noised_reference(send_to_device(batch, self.accelerator.device))
+                text = self.empty.repeat_each(len(noised))
+                module.call_plain(
+                    noised.to(self.base.pipeline.dtype),
+                    torch.full((len(noised),), timestep, device=noised.device),
+                    text.states,
+                    self.base.unet_kwargs(text, *self._reference_size_px),
+                )
+                seen += len(noised)
+                if seen >= NUM_PICTURES:
+                    break
+        start_from_self_attention(self.base.unet, module.adapters, guesses)
 
     def _prepare(self) -> tuple[Any, ...]:
         from diffusers.optimization import get_scheduler
 
         config, trainer = self.config, self.trainer
-        channels = int(self.base.unet.config.in_channels)
-        first = self.step * trainer.global_batch
-        loader = trainer.data.loader(config, first, trainer.global_batch, channels)
         lr_schedule = get_scheduler(
             config.lr_schedule,
             trainer.optimizer,
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.steps,
         )
-        return self.accelerator.prepare(trainer.module, trainer.optimizer, loader, lr_schedule)
+        return self.accelerator.prepare(
+            trainer.module, trainer.optimizer, self._loader(), lr_schedule
+        )
 
     def _restore(self, checkpoint: Path) -> None:
         self.accelerator.load_state(str(checkpoint))

@@ -82,6 +82,11 @@ class Trainer:
             self.validation = Validation(self.base, config, self.data.source, self.data.resolution)
 
     @property
+    def starts_from_self_attention(self) -> bool:
+        """Whether untrained adapters take their start values from the base model."""
+        return self.config.adapters is None and self.config.init == "self_attention"
+
+    @property
     def global_batch(self) -> int:
         """Samples of one optimizer step over all processes."""
         config = self.config

@@ -178,7 +178,9 @@ def test_sigterm_saves_and_resume_goes_on(settings, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sdxl"])
-def test_losses_start_at_the_base_models_own_with_identity(settings, tmp_path, kind):
+@pytest.mark.parametrize("init", ["identity", "self_attention"])
+def test_losses_start_at_the_base_models_own(settings, tmp_path, kind, init):
+    settings["init"] = init
     if kind != "epsilon":
         settings["model"] = str(save_base_model(tmp_path / kind, sdxl=kind == "sdxl"))
     if kind == "v_prediction":
@@ -190,6 +192,24 @@ def test_losses_start_at_the_base_models_own_with_identity(settings, tmp_path, k
     train(settings)
     plain = base_model_loss(TrainConfig.from_dict(settings))
     assert losses(settings)[0] == pytest.approx(plain, rel=1e-4)
+
+
+def test_self_attention_start_is_the_same_for_every_batch_size_and_other_than_identity(
+    settings, tmp_path
+):
+    settings |= {"steps": 1, "learning_rate": 1e-12}
+    runs = {
+        "two": {"init": "self_attention", "batch_size": 2},
+        "one": {"init": "self_attention", "batch_size": 1, "gradient_accumulation": 2},
+        "identity": {"init": "identity"},
+    }
+    keys = {}
+    for name, changes in runs.items():
+        out = tmp_path / name
+        train(settings, out=str(out), **changes)
+        keys[name] = load_adapters(out / "adapters.safetensors")["middle_block.1"].to_k.weight
+    torch.testing.assert_close(keys["one"], keys["two"], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(keys["two"], keys["identity"], atol=1e-2)
 
 
 def test_losses_start_elsewhere_with_paper(settings, tmp_path):
