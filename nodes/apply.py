@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 MAX_GUIDANCE = 20.0
 
 
+def _percent(name: str, default: float, tooltip: str) -> io.Float.Input:
+    """Declare a place in the run."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, tooltip=tooltip)
+
+
 class Apply(io.ComfyNode):
     """Let the images of a model see a reference."""
 
@@ -67,21 +72,15 @@ class Apply(io.ComfyNode):
                     "prediction, 1 plain and fastest (two predictions a step instead of three), above 1 more likeness "
                     "and less prompt. The sampler's cfg is the text's part. With several Applies the last one holds.",
                 ),
-                io.Float.Input(
+                _percent(
                     "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Progress from which on the reference acts: 0 from the first step.",
+                    0.0,
+                    "Progress from which on the reference acts: 0 from the first step.",
                 ),
-                io.Float.Input(
+                _percent(
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Progress up to which the reference acts: 1 to the last step.",
+                    1.0,
+                    "Progress up to which the reference acts: 1 to the last step.",
                 ),
                 io.Combo.Input(
                     "guidance",
@@ -242,21 +241,15 @@ class GuidanceRange(io.ComfyNode):
             "needs two predictions instead of three. The reference itself acts throughout.",
             inputs=[
                 io.Model.Input("model", tooltip="From Apply DreamCache."),
-                io.Float.Input(
+                _percent(
                     "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Progress from which on image_guidance holds: 0 from the first step.",
+                    0.0,
+                    "Progress from which on image_guidance holds: 0 from the first step.",
                 ),
-                io.Float.Input(
+                _percent(
                     "end_percent",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Progress up to which image_guidance holds: 1 to the last step, which saves nothing.",
+                    0.5,
+                    "Progress up to which image_guidance holds: 1 to the last step, which saves nothing.",
                 ),
             ],
             outputs=[

@@ -32,6 +32,28 @@ DTYPES = {
 }
 
 
+def _square() -> list[Any]:
+    """Declare the square that pictures are prepared on."""
+    return [
+        io.Int.Input(
+            "size",
+            default=512,
+            min=MIN_SIDE_PX,
+            max=MAX_SIDE_PX,
+            step=8,
+            tooltip="Side of the square in pixels: 512 for Stable Diffusion 1.x and 2.x-base, 1024 for SDXL.",
+        ),
+        io.Float.Input(
+            "fill",
+            default=0.85,
+            min=0.05,
+            max=1.0,
+            step=0.01,
+            tooltip="Share of the square that the subject's longer side takes. 1 touches the border; training used 0.7 to 1.",
+        ),
+    ]
+
+
 class ReferenceImage(io.ComfyNode):
     """Cut the subject out and place it on a plain square."""
 
@@ -63,23 +85,7 @@ class ReferenceImage(io.ComfyNode):
                     tooltip="What 1 in the mask marks. 'subject' for what you painted over it (MaskEditor); 'background' for "
                     "Load Image's mask of a cut-out PNG, which marks what is transparent.",
                 ),
-                io.Int.Input(
-                    "size",
-                    default=512,
-                    min=64,
-                    max=2048,
-                    step=8,
-                    tooltip="Side of the square in pixels: 512 for Stable Diffusion 1.x and 2.x-base, 1024 for SDXL.",
-                ),
-                io.Float.Input(
-                    "fill",
-                    default=0.85,
-                    min=0.05,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the square that the subject's longer side takes. 1 touches the border; training "
-                    "used 0.7 to 1.",
-                ),
+                *_square(),
                 io.Combo.Input(
                     "background",
                     options=["white", "grey", "black"],
@@ -237,22 +243,7 @@ class EncodeFolder(io.ComfyNode):
                     default=False,
                     tooltip="Off: each picture is a subject of its own. On: all show ONE subject and become one reference.",
                 ),
-                io.Int.Input(
-                    "size",
-                    default=512,
-                    min=64,
-                    max=2048,
-                    step=8,
-                    tooltip="Side in pixels that pictures are prepared at: 512 for Stable Diffusion, 1024 for SDXL.",
-                ),
-                io.Float.Input(
-                    "fill",
-                    default=0.85,
-                    min=0.05,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the square that the subject's longer side takes.",
-                ),
+                *_square(),
             ],
             outputs=[
                 Reference.Output(
