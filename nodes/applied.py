@@ -84,7 +84,9 @@ class RunStore:
         self.sampling = sampling
         self.is_ranged = not all(use.is_always_on for use in applied.uses)
         self.ranges = [
-            SigmaRange(sampling, use.start_percent, use.end_percent) for use in applied.uses
+            SigmaRange(sampling, use.start_percent, use.end_percent)
+            for use in applied.uses
+            if self.is_ranged
         ]
         self.last_sigma: tuple[Tensor, float] | None = None
         self.prepared: dict[tuple[Any, ...], LayerReference] = {}
