@@ -11,6 +11,7 @@ from typing import Any
 
 from . import dataset_build_cli
 from .config_flags import parse_config
+from .data.augmentation import Alterations
 from .data.checking import SetReport, check_source, load_token_counter, training_sheet
 from .data.opening import FORMS, open_source
 from .data.shards import write_shards
@@ -67,6 +68,13 @@ def _add_check(commands: Any) -> None:
     add("path", metavar="PATH", help=FORMS)
     add("--size", type=int, default=512, help="side of the pictures in training, pixels")
     add("--buckets", action="store_true", help="training keeps the aspect of targets, as buckets")
+    for name, change in (
+        ("flip", "mirrors"),
+        ("jitter", "recolours"),
+        ("erase", "erases parts of"),
+    ):
+        text = f"training never {change} references"
+        add(f"--no_reference_{name}", dest=name, action="store_false", help=text)
     add("--out", default="check.png", help="PNG of targets and references to write")
     add("--samples", type=int, default=8, help="pairs in that picture; 0: no picture")
     add("--tokenizer", help="folder of a tokenizer or diffusers model: captions in tokens as well")
@@ -80,7 +88,8 @@ def _check(args: argparse.Namespace) -> None:
     report = check_source(source, **seen, count_tokens=count, has_bar=True)
     for line in _report_lines(report, args, limit):
         print(line)
-    sheet = training_sheet(source, **seen, num_samples=args.samples)
+    alterations = Alterations(args.flip, args.jitter, args.erase)
+    sheet = training_sheet(source, **seen, num_samples=args.samples, alterations=alterations)
     if sheet is not None:
         save_png(args.out, sheet)
         print(f"targets and references as training sees them: {args.out}")

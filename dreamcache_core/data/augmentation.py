@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageEnhance
@@ -30,8 +31,36 @@ ERASED_ASPECT = (0.3, 3.3)
 """Height over width."""
 
 
+FLIP_HELP = {"help": "now and then exchange a reference's left and right; not for lettering"}
+JITTER_HELP = {"help": "now and then alter a reference's colours a little"}
+ERASE_HELP = {"help": "now and then paint a part of a reference white"}
+
+
+@dataclass(frozen=True)
+class Alterations:
+    """What may happen to a reference besides its size and place; everything is DreamCache's recipe.
+
+    Attributes:
+        flip: Left and right are exchanged; not for subjects that must not be mirrored, lettering say.
+        jitter: Colours are altered a little; not where the subject's own colours must come back.
+        erase: A rectangle is painted white.
+    """
+
+    flip: bool = True
+    jitter: bool = True
+    erase: bool = True
+
+
+ALL_ALTERATIONS = Alterations()
+
+
 def augment_reference(
-    image: Tensor, mask: Tensor | None, *, size: int, generator: torch.Generator
+    image: Tensor,
+    mask: Tensor | None,
+    *,
+    size: int,
+    generator: torch.Generator,
+    alterations: Alterations = ALL_ALTERATIONS,
 ) -> Tensor:
     """Make a training reference from a picture of the subject.
 
@@ -44,6 +73,7 @@ def augment_reference(
             or where alpha says.
         size: Side of the square, pixels; a multiple of 8 in 64 ... 2048.
         generator: Source of all randomness, on the CPU; the same state gives the same reference.
+        alterations: Which may happen. Leaving one out leaves size, place and the others as they were.
 
     Returns:
         (1, ``size``, ``size``, 3), float32 in [0, 1], on the device of ``image``.
@@ -57,15 +87,17 @@ def augment_reference(
         raise InputError(f"Expected one picture, got a batch of {len(image)}. Give one at a time.")
     opacity = subject_opacity(image, mask)
     colour, subject = cut_out_subject(image[0], None if opacity is None else opacity[0], long_side)
-    if _happens(FLIP_PROBABILITY, generator):
+    if _happens(FLIP_PROBABILITY, generator) and alterations.flip:
         colour, subject = colour.flip(1), subject.flip(1)
     if _happens(JITTER_PROBABILITY, generator):
-        colour = _jitter(colour, subject, generator)
+        # drawn in any case, so that what follows is drawn the same
+        altered = _jitter(colour, subject, generator)
+        colour = altered if alterations.jitter else colour
     height, width = subject.shape
     top, left = (_integer(size - side, generator) for side in (height, width))
     reference = image.new_ones((1, size, size, 3), dtype=torch.float32)
     reference[0, top : top + height, left : left + width] = colour + 1 - subject[..., None]
-    if _happens(ERASE_PROBABILITY, generator):
+    if _happens(ERASE_PROBABILITY, generator) and alterations.erase:
         _erase(reference, generator)
     return reference.clamp_(0, 1)
 

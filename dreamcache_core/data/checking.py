@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..errors import DreamCacheError, FileFormatError, InputError, MissingPackageError
 from ..image_files import contact_sheet
-from .augmentation import augment_reference
+from .augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from .buckets import aspect_buckets, crop_target, nearest_bucket
 from .order import sample_seed
 from .reading import MaskError, located, weak_mask
@@ -131,6 +131,7 @@ def training_sheet(
     num_samples: int,
     has_buckets: bool = False,
     seed: int = 0,
+    alterations: Alterations = ALL_ALTERATIONS,
 ) -> Tensor | None:
     """Show targets and references as training sees them, from the whole length of a set.
 
@@ -140,6 +141,7 @@ def training_sheet(
         num_samples: Most pairs to show; unreadable ones are passed over.
         has_buckets: Whether targets keep their aspect.
         seed: Seed of the augmentation.
+        alterations: What may happen to references.
 
     Returns:
         One row for each pair: target above its caption, reference above the pair's name; ``None`` where no pair can be
@@ -155,7 +157,11 @@ def training_sheet(
         try:
             pair = source.read(index)
             reference = augment_reference(
-                pair.subject, pair.mask, size=resolution, generator=generator
+                pair.subject,
+                pair.mask,
+                size=resolution,
+                generator=generator,
+                alterations=alterations,
             )
         except DreamCacheError:
             continue

@@ -19,6 +19,9 @@ FORMAT = "encoded/1"
 INDEX_FILE = "index.json"
 
 
+ALTERATION_FIELDS = ("reference_flip", "reference_jitter", "reference_erase")
+"""Fields of the index that say what may have happened to the references."""
+
 COMPARED = (
     "data_fingerprint",
     "model_fingerprint",
@@ -28,6 +31,7 @@ COMPARED = (
     "num_variants",
     "dtype",
     "seed",
+    *ALTERATION_FIELDS,
 )
 """Fields of the index in which a set must agree with what is already in its folder."""
 
@@ -51,6 +55,9 @@ class EncodedIndex:
         model_fingerprint: Of the VAE and text encoders.
         dtype: Float type of the tensors.
         seed: Seed of the references' augmentation.
+        reference_flip: Whether references may be mirrored.
+        reference_jitter: Whether their colours may be altered.
+        reference_erase: Whether a part of them may be white.
         format: Version of this layout.
     """
 
@@ -65,6 +72,9 @@ class EncodedIndex:
     model_fingerprint: str
     dtype: str
     seed: int
+    reference_flip: bool = True
+    reference_jitter: bool = True
+    reference_erase: bool = True
     format: str = FORMAT
 
     @property

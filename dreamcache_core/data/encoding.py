@@ -20,7 +20,13 @@ from ..errors import DreamCacheError, InputError
 from ..processes import require_all_processes
 from ..reference_image import check_placement
 from ..whole_files import whole_file
-from .augmentation import augment_reference
+from .augmentation import (
+    ERASE_HELP,
+    FLIP_HELP,
+    JITTER_HELP,
+    Alterations,
+    augment_reference,
+)
 from .buckets import crop_target, target_sizes
 from .encoded import (
     COMPARED,
@@ -57,6 +63,9 @@ class EncodeOptions(Config):
         default=0,
         metadata={"help": "augmented references per picture; 0: augmented and encoded in training"},
     )
+    reference_flip: bool = field(default=True, metadata=FLIP_HELP)
+    reference_jitter: bool = field(default=True, metadata=JITTER_HELP)
+    reference_erase: bool = field(default=True, metadata=ERASE_HELP)
     batch_size: int = field(default=8, metadata={"help": "pictures encoded at a time"})
     samples_per_shard: int = field(default=1000, metadata={"help": "pictures in a file"})
     dtype: Literal["float16", "bfloat16", "float32"] = field(
@@ -76,6 +85,11 @@ class EncodeOptions(Config):
                 raise InputError(f"{name} must be at least {low}; given {getattr(self, name)}.")
         if self.resolution is not None:
             check_placement(self.resolution, 1.0)
+
+    @property
+    def alterations(self) -> Alterations:
+        """What may happen to references."""
+        return Alterations(self.reference_flip, self.reference_jitter, self.reference_erase)
 
 
 def encode_dataset(options: EncodeOptions) -> Path:
@@ -111,6 +125,9 @@ def encode_dataset(options: EncodeOptions) -> Path:
         model_fingerprint=model_fingerprint(options.model, ENCODER_PARTS),
         dtype=options.dtype,
         seed=options.seed,
+        reference_flip=options.reference_flip,
+        reference_jitter=options.reference_jitter,
+        reference_erase=options.reference_erase,
     )
     base.warn_about_long_captions(index.captions[:MAX_CHECKED_CAPTIONS])
     folder = Path(options.out)
@@ -222,4 +239,5 @@ class _Encoder:
             pair.mask,
             size=self.index.resolution,
             generator=torch.Generator().manual_seed(seed),
+            alterations=self.options.alterations,
         )

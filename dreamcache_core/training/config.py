@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Config
+from ..data.augmentation import ERASE_HELP, FLIP_HELP, JITTER_HELP, Alterations
 from ..errors import InputError
 from .initialisation import Init
 
@@ -53,6 +54,9 @@ class TrainConfig(Config):
     buckets: bool = field(
         default=False, metadata={"help": "keep the targets' aspect: buckets of equal area"}
     )
+    reference_flip: bool = field(default=True, metadata=FLIP_HELP)
+    reference_jitter: bool = field(default=True, metadata=JITTER_HELP)
+    reference_erase: bool = field(default=True, metadata=ERASE_HELP)
     steps: int = field(default=25_000, metadata={"help": "optimizer steps of the run"})
     batch_size: int = field(default=4, metadata={"help": "pictures per process and forward pass"})
     gradient_accumulation: int = field(
@@ -170,6 +174,11 @@ class TrainConfig(Config):
                 f"lr_schedule = polynomial ends at {LOWEST_POLYNOMIAL_RATE}: learning_rate must be above; given "
                 f"{self.learning_rate}."
             )
+
+    @property
+    def alterations(self) -> Alterations:
+        """What may happen to references."""
+        return Alterations(self.reference_flip, self.reference_jitter, self.reference_erase)
 
     def without_folders(self) -> dict[str, Any]:
         """Return the fields with files by name only, so that a published adapter gives no folder away."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ..data.augmentation import augment_reference
+from ..data.augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from ..data.buckets import crop_target
 from ..data.encoded import EncodedSet
 from ..data.order import SampleOrder, sample_seed
@@ -33,6 +33,7 @@ class SampleSettings:
         caption_dropout: Share of samples whose caption becomes empty.
         seed: Seed of the run.
         latent_channels: Channels of the VAE's latents.
+        alterations: What may happen to references.
     """
 
     resolution: int
@@ -40,6 +41,7 @@ class SampleSettings:
     caption_dropout: float
     seed: int
     latent_channels: int = 4
+    alterations: Alterations = ALL_ALTERATIONS
 
 
 FAILURE = "failure"
@@ -126,7 +128,11 @@ class TrainingSet(Dataset[dict[str, Any]]):
             target = crop_target(pair.target, *self.settings.sizes[index])
             sample |= {"target": target[0], "caption": pair.caption}
         reference = augment_reference(
-            pair.subject, pair.mask, size=self.settings.resolution, generator=generator
+            pair.subject,
+            pair.mask,
+            size=self.settings.resolution,
+            generator=generator,
+            alterations=self.settings.alterations,
         )
         return sample | {"reference": reference[0]}
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from ..base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
 from ..data.buckets import target_sizes
-from ..data.encoded import EncodedSet, require_same_set
+from ..data.encoded import ALTERATION_FIELDS, EncodedSet, require_same_set
 from ..data.opening import open_source
 from ..data.order import SampleOrder
 from ..data.source import PairSource, fingerprint
@@ -70,7 +70,12 @@ class TrainingData:
         buckets = [numbers[size] for size in self.sizes] if len(numbers) > 1 else None
         order = SampleOrder(len(self), config.seed, buckets=buckets, group=global_batch)
         settings = SampleSettings(
-            self.resolution, self.sizes, config.caption_dropout, config.seed, channels
+            self.resolution,
+            self.sizes,
+            config.caption_dropout,
+            config.seed,
+            channels,
+            config.alterations,
         )
         samples = TrainingSet(
             self.source, self.encoded, order, settings, first, config.steps * global_batch
@@ -124,6 +129,9 @@ def _check_encoded(
     }
     if source is not None:
         wanted["data_fingerprint"] = fingerprint(source)
+    if encoded.num_variants:
+        # what is left as it is may differ: the set decides
+        wanted |= {name: False for name in ALTERATION_FIELDS if not getattr(config, name)}
     require_same_set(encoded.index, wanted)
     if not encoded.num_variants and source is None:
         raise InputError(

@@ -88,6 +88,31 @@ def test_variants_of_references_alternate_by_epoch_and_need_no_pictures(options,
     assert all(bool(weight.isfinite().all()) for weight in trained.values())
 
 
+def test_references_are_altered_as_asked_in_both_ways_of_training(options, tmp_path, model, data):
+    plain = {f"reference_{name}": False for name in ("flip", "jitter", "erase")}
+    encoded = encode({**options, "out": str(tmp_path / "plain")}, reference_variants=8, **plain)
+    altered = encode({**options, "out": str(tmp_path / "altered")}, reference_variants=8)
+
+    def differing(name: str) -> int:
+        pairs = ((index, epoch) for index in range(3) for epoch in range(8))
+        rows = (
+            (encoded.read_reference(*at)[name], altered.read_reference(*at)[name]) for at in pairs
+        )
+        return sum(not torch.equal(*row) for row in rows)
+
+    assert 6 < differing("reference_latent") < 24, (
+        "size and place are the same, 3 in 10 are unaltered"
+    )
+    trained = [
+        train(tmp_path, model, "all", data=str(data)),
+        train(tmp_path, model, "none", data=str(data), **plain),
+        train(tmp_path, model, "set", encoded=str(encoded.folder), **plain),
+    ]
+    assert any(not torch.equal(trained[0][key], trained[1][key]) for key in trained[0])
+    with pytest.raises(InputError, match="another reference flip: True, expected False"):
+        train(tmp_path, model, "run", encoded=str(altered.folder), reference_flip=False)
+
+
 def test_buckets_keep_the_aspect(options, tmp_path):
     narrow = write_pairs(tmp_path / "narrow", 2, size=(80, 160))
     encoded = encode(options, data=str(narrow), buckets=True, resolution=192)

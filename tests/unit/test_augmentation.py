@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamcache_core.data import augmentation
-from dreamcache_core.data.augmentation import augment_reference
+from dreamcache_core.data.augmentation import Alterations, augment_reference
 from dreamcache_core.errors import InputError
 
 SIZE = 64
@@ -225,3 +225,41 @@ def test_batches_and_odd_sizes_are_refused():
         augment_reference(image.repeat(2, 1, 1, 1), mask, size=SIZE, generator=torch.Generator())
     with pytest.raises(InputError, match="multiple of 8"):
         augment_reference(image, mask, size=100, generator=torch.Generator())
+
+
+def altered(seed: int, **alterations: bool) -> Tensor:
+    image, mask = subject_on_blue()
+    return augment_reference(
+        image,
+        mask,
+        size=SIZE,
+        generator=torch.Generator().manual_seed(seed),
+        alterations=Alterations(**alterations),
+    )
+
+
+def test_left_out_alterations_never_happen():
+    image, mask = subject_on_blue()
+    for seed in range(100):
+        picture = altered(seed, flip=False, jitter=False, erase=False)
+        top, bottom, left, right = box_of(picture)
+        assert not is_flipped(picture)
+        assert float(picture[0, (top + bottom) // 2, left + 3, 0]) == pytest.approx(0.5, abs=0.01)
+        size = right - left
+        assert bottom - top == pytest.approx(size / 2, abs=1)
+        assert float((picture[0, top:bottom, left:right] < 1).any(-1).float().mean()) == 1.0
+    assert mask.sum() == 30 * 60
+
+
+@pytest.mark.parametrize("name", ["flip", "jitter", "erase"])
+def test_leaving_one_out_leaves_the_rest(name: str):
+    differ = 0
+    for seed in range(60):
+        with_all, without = reference(seed), altered(seed, **{name: False})
+        differ += not torch.equal(with_all, without)
+        others = {other: False for other in ("flip", "jitter", "erase") if other != name}
+        if torch.equal(
+            altered(seed, **others), altered(seed, flip=False, jitter=False, erase=False)
+        ):
+            assert torch.equal(with_all, without)
+    assert 0 < differ < 60
