@@ -65,6 +65,7 @@ PLACE_WORDS = {
 }
 UNSEEN_SHARE = 8
 PATTERN_WORD_RATE = 0.5
+MIRRORED_RATE = 0.1
 TWIN_HALF_SIZES = (0.17, 0.24)
 
 
@@ -209,7 +210,7 @@ def draw_reference_pose(random: np.random.Generator) -> Pose:
         float(y),
         float(half_size),
         float(random.uniform(-15, 15)),
-        bool(random.random() < 0.5),
+        bool(random.random() < MIRRORED_RATE),
     )
 
 

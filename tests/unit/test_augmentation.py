@@ -239,7 +239,6 @@ def altered(seed: int, **alterations: bool) -> Tensor:
 
 
 def test_left_out_alterations_never_happen():
-    image, mask = subject_on_blue()
     for seed in range(100):
         picture = altered(seed, flip=False, jitter=False, erase=False)
         top, bottom, left, right = box_of(picture)
@@ -248,7 +247,6 @@ def test_left_out_alterations_never_happen():
         size = right - left
         assert bottom - top == pytest.approx(size / 2, abs=1)
         assert float((picture[0, top:bottom, left:right] < 1).any(-1).float().mean()) == 1.0
-    assert mask.sum() == 30 * 60
 
 
 @pytest.mark.parametrize("name", ["flip", "jitter", "erase"])
