@@ -7,7 +7,7 @@ except ImportError as error:
         "DreamCache needs ComfyUI 0.3.64 or newer (nodes of the V3 schema); this ComfyUI is older. Update ComfyUI."
     ) from error
 
-from . import adapters, apply, demo, reference, training
+from . import adapters, apply, demo, reference, reference_files, training
 from .folders import register_folders
 
 
@@ -16,7 +16,7 @@ class DreamCacheExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """List the node classes."""
-        modules = (adapters, reference, apply, training, demo)
+        modules = (adapters, reference, reference_files, apply, training, demo)
         return [node for module in modules for node in module.NODES]
 
 

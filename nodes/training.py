@@ -187,6 +187,13 @@ def _inputs() -> list[io.Input]:
             optional=True,
             tooltip="Advanced: less memory on the GPU for about a fifth more time. Changes nothing else.",
         ),
+        io.Boolean.Input(
+            "mirror_references",
+            default=True,
+            optional=True,
+            tooltip="Advanced: exchange left and right in half of the references, as the paper does. Off for lettering and "
+            "for subjects that must not come out mirrored.",
+        ),
     ]
 
 

@@ -20,6 +20,7 @@ from ..dreamcache_core import (
     save_adapters,
 )
 from ..dreamcache_core.backends import require_fit
+from ..dreamcache_core.data.augmentation import Alterations
 from ..dreamcache_core.image_files import contact_sheet
 from ..dreamcache_core.latents import LATENT_FACTOR
 from ..dreamcache_core.training.initialisation import new_adapters
@@ -71,6 +72,7 @@ class TrainingRun:
     buckets: bool = False
     reference_variants: int = 32
     gradient_checkpointing: bool = False
+    mirror_references: bool = True
 
     def __post_init__(self) -> None:
         self.masks = [mask for mask in self.masks if mask is not None]
@@ -155,6 +157,7 @@ class TrainingRun:
             num_variants=self.num_variants,
             seed=self.seed,
             show=self.show_pair,
+            alterations=Alterations(flip=self.mirror_references),
         )
 
     def show_pair(self, target: Tensor, reference: Tensor) -> None:
@@ -184,6 +187,7 @@ class TrainingRun:
             "resolution": self.resolution,
             "buckets": self.buckets,
             "reference_variants": self.num_variants,
+            "mirror_references": self.mirror_references,
             "pictures": self.num_pictures,
             "masks": self.num_masks,
         }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dreamcache_core import InputError
-from ..dreamcache_core.data.augmentation import augment_reference
+from ..dreamcache_core.data.augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from ..dreamcache_core.data.buckets import aspect_buckets, crop_target, nearest_bucket
 from ..dreamcache_core.data.order import sample_seed
 from ..dreamcache_core.data.source import Pair
@@ -162,6 +162,7 @@ def encode_pairs(
     num_variants: int,
     seed: int,
     show: ShowPair,
+    alterations: Alterations = ALL_ALTERATIONS,
 ) -> TrainingSet:
     """Encode targets once, and of each picture several differently augmented references.
 
@@ -177,6 +178,7 @@ def encode_pairs(
         num_variants: References of each picture.
         seed: Seed of the augmentation.
         show: Called with every target and reference, each (1, height, width, 3), once they are encoded.
+        alterations: What may happen to references.
 
     Returns:
         The set.
@@ -202,7 +204,11 @@ def encode_pairs(
             place = sample_seed(seed + 1, variant * len(pairs) + index)
             generator = torch.Generator().manual_seed(place)
             reference = augment_reference(
-                pair.subject, pair.mask, size=resolution, generator=generator
+                pair.subject,
+                pair.mask,
+                size=resolution,
+                generator=generator,
+                alterations=alterations,
             )
             references[-1].append(_plain(vae.encode(reference)))
             show(target, reference)

@@ -14,6 +14,7 @@ import comfy.model_management
 import comfy.utils
 import comfy_extras.nodes_model_advanced as model_nodes
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from tiny import (
@@ -608,6 +609,24 @@ def test_progress_shows_pairs_then_the_loss_curve(model, monkeypatch):
     assert {total for _, total, _ in hook.calls} == {7}
     kinds = [(kind, picture.size) for _, _, (kind, picture, _) in hook.calls]
     assert kinds == [("JPEG", (512, 256))] * 4 + [("JPEG", (512, 360))] * 3
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_references_are_mirrored_only_where_they_may_be(model, monkeypatch, mirror):
+    picture = torch.zeros(1, 64, 64, 3)
+    picture[:, :, :32, 0] = 1.0
+    picture[:, :, 32:, 1] = 1.0
+    hook = Hook()
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    inputs = {"images": [picture], "captions": ["a flag"], "steps": 6, "reference_variants": 12}
+    adapters = train(model, mirror_references=mirror, **inputs)[0]
+    previews = [picture for _, _, (_, picture, _) in hook.calls[:12]]
+    assert {preview.size for preview in previews} == {(512, 256)}
+    lefts = [np.asarray(preview)[:, 256:384].astype(int) for preview in previews]
+    # more green than red in the left half of the reference
+    mirrored = sum((left[..., 1] - left[..., 0]).sum() > 0 for left in lefts)
+    assert (0 < mirrored < 12) if mirror else mirrored == 0
+    assert record(adapters)["mirror_references"] is mirror
 
 
 def test_an_interrupted_training_keeps_what_it_learned(model, trained, monkeypatch, caplog):

@@ -1,0 +1,150 @@
+"""Nodes that combine, save and load references."""
+
+import torch
+from comfy_api.latest import io
+
+from ..dreamcache_core import InputError, ReferenceCache
+from .folders import file_state, list_reference_files, new_reference_path, reference_path
+from .report import report
+from .types import Reference
+
+AS_ENCODED = "as encoded"
+DTYPES = {
+    AS_ENCODED: None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class CombineReferences(io.ComfyNode):
+    """Join several pictures of one subject."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        more = [
+            Reference.Input(
+                f"reference_{i}", optional=True, tooltip="One more picture of the same subject."
+            )
+            for i in range(3, 9)
+        ]
+        return io.Schema(
+            node_id="DreamCacheCombineReferences",
+            display_name="Combine References",
+            category="DreamCache",
+            description="Joins several pictures of ONE subject into one reference. For several subjects use one Apply "
+            "DreamCache for each instead.",
+            inputs=[
+                Reference.Input("reference_1", tooltip="A picture of the subject."),
+                Reference.Input(
+                    "reference_2", tooltip="Another picture of the same subject, of the same size."
+                ),
+                *more,
+            ],
+            outputs=[Reference.Output(display_name="reference", tooltip="All pictures together.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, **references: ReferenceCache) -> io.NodeOutput:
+        """Concatenate what is connected, in the order of the inputs."""
+        given = [references[name] for name in sorted(references) if references[name] is not None]
+        combined = ReferenceCache.concatenate(given)
+        return io.NodeOutput(combined, ui=report(cls, combined.describe()))
+
+
+class SaveReference(io.ComfyNode):
+    """Write a reference below ComfyUI's output folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheSaveReference",
+            display_name="Save Reference",
+            category="DreamCache",
+            description="Saves an encoded reference below ComfyUI's output folder, where Load Reference finds it.",
+            inputs=[
+                Reference.Input(
+                    "reference", tooltip="From Encode Reference or Combine References."
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="dreamcache/reference",
+                    tooltip="Name of the file, subfolders allowed; a number is added, nothing is overwritten.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default=AS_ENCODED,
+                    optional=True,
+                    tooltip="Float type in the file. float16 and bfloat16 halve what a float32 model encoded; the node says "
+                    "how much is lost.",
+                ),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, reference: ReferenceCache, filename_prefix: str, dtype: str = AS_ENCODED
+    ) -> io.NodeOutput:
+        """Save it under a new name."""
+        rounded, loss = _round(reference, dtype)
+        path = new_reference_path(filename_prefix)
+        rounded.save(path)
+        return io.NodeOutput(ui=report(cls, f"{path}: {loss}{rounded.describe()}"))
+
+
+class LoadReference(io.ComfyNode):
+    """Read a saved reference."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheLoadReference",
+            display_name="Load Reference",
+            category="DreamCache",
+            description="Loads a reference that Save Reference wrote, from the output or input folder or from "
+            "models/dreamcache/references.",
+            inputs=[
+                io.Combo.Input(
+                    "reference",
+                    options=list_reference_files(),
+                    tooltip="Saved reference; the folder stands in brackets. Press R after saving a new one.",
+                ),
+            ],
+            outputs=[Reference.Output(display_name="reference", tooltip="For Apply DreamCache.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, reference: str) -> str:
+        """Run again when the file changes."""
+        return file_state(reference_path(reference))
+
+    @classmethod
+    def execute(cls, reference: str) -> io.NodeOutput:
+        """Load the file."""
+        loaded = ReferenceCache.load(reference_path(reference))
+        return io.NodeOutput(loaded, ui=report(cls, loaded.describe()))
+
+
+def _round(reference: ReferenceCache, name: str) -> tuple[ReferenceCache, str]:
+    """Change the float type, and say what that loses."""
+    dtype = DTYPES[name]
+    if dtype is None:
+        return reference, ""
+    error = reference.rounding_error(dtype)
+    if error == float("inf"):
+        raise InputError(
+            f"This reference has features beyond the range of {name}. Save it as bfloat16 or float32."
+        )
+    return reference.to(dtype=dtype), f"rounding error {error:.1e} of the features, "
+
+
+NODES: list[type[io.ComfyNode]] = [CombineReferences, SaveReference, LoadReference]
