@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import Config
 from ..config_flags import parse_config, read_toml
+from ..data.encoded import ALTERATION_FIELDS
 from ..data.encoding import EncodeOptions, encode_dataset
 from ..errors import InputError
 from ..whole_files import whole_file
@@ -32,11 +33,15 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "layers-all": {"layers": [*ENCODER, *MIDDLE, *DECODER]},
     "caption": {"reference_caption": True},
     "merge-sum": {"init": "sum"},
+    "init-identity": {"init": "identity"},
     "init-paper": {"init": "paper"},
     "data-4th": {"share": 4},
     "data-16th": {"share": 16},
 }
-"""What each variant changes in ``adapters.toml`` (METHOD.md section 8, ablations); ``share``: one pair in so many."""
+"""What each variant changes in ``adapters.toml`` (METHOD.md section 8, ablations); ``share``: one pair in so many.
+
+``merge-sum`` starts as ``init-identity`` does, with another merge.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +95,12 @@ def _train(config: VariantsConfig, name: str) -> Path:
     finished = Path(config.out) / f"{name}.safetensors"
     if finished.is_file():
         return finished
-    changes = dict(VARIANTS[name])
-    encoded = _encode(config, changes.pop("share", 1))
+    changes, chosen = dict(VARIANTS[name]), read_toml(SETTINGS)
+    alterations = {key: chosen[key] for key in ALTERATION_FIELDS if key in chosen}
+    encoded = _encode(config, changes.pop("share", 1), alterations)
     folder = Path(config.work) / name
     settings = {
-        **read_toml(SETTINGS),
+        **chosen,
         "model": config.model,
         "encoded": str(encoded),
         "out": str(folder),
@@ -112,8 +118,8 @@ def _train(config: VariantsConfig, name: str) -> Path:
     return finished
 
 
-def _encode(config: VariantsConfig, share: int) -> Path:
-    """Precompute one pair in ``share``."""
+def _encode(config: VariantsConfig, share: int, alterations: Mapping[str, bool]) -> Path:
+    """Precompute one pair in ``share``, its references altered as the chosen adapters' are."""
     manifest = Path(config.data)
     folder = Path(config.work) / f"encoded-{share}"
     if share > 1:
@@ -121,14 +127,14 @@ def _encode(config: VariantsConfig, share: int) -> Path:
         manifest = manifest.with_name(f"{manifest.stem}-{share}.jsonl")
         with whole_file(manifest) as unfinished:
             unfinished.write_text("".join(lines[::share]), encoding="utf-8")
-    return encode_dataset(
-        EncodeOptions(
-            data=str(manifest),
-            model=config.model,
-            out=str(folder),
-            reference_variants=REFERENCES_PER_PICTURE,
-        )
-    )
+    settings = {
+        "data": str(manifest),
+        "model": config.model,
+        "out": str(folder),
+        "reference_variants": REFERENCES_PER_PICTURE,
+        **alterations,
+    }
+    return encode_dataset(EncodeOptions.from_dict(settings))
 
 
 def main(argv: Sequence[str]) -> int:

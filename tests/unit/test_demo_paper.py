@@ -19,7 +19,8 @@ def verdicts(**gains: float) -> dict[str, str]:
 
 
 def test_every_ablation_of_the_paper_can_be_trained():
-    assert {ablation.variant for ablation in PAPER_ABLATIONS} <= set(VARIANTS)
+    for ablation in PAPER_ABLATIONS:
+        assert {ablation.variant, ablation.against} <= set(VARIANTS)
     assert CHOSEN_VARIANT in VARIANTS
 
 
@@ -31,7 +32,12 @@ def test_what_is_worse_in_both_agrees():
 
 
 def test_what_is_equal_in_both_agrees():
-    assert verdicts(merge_sum=0.0) == {"merge-sum": "agrees"}
+    assert verdicts(caption=0.0) == {"caption": "agrees"}
+
+
+def test_the_merge_is_compared_from_equal_starts():
+    assert verdicts(merge_sum=-0.1, init_identity=-0.1)["merge-sum"] == "agrees"
+    assert "merge-sum" not in verdicts(merge_sum=0.0)
 
 
 def test_what_turns_round_is_said():
