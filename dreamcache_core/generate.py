@@ -185,7 +185,7 @@ def _read_references(options: GenerateOptions) -> list[tuple[Tensor, Tensor | No
 
 
 def _load_pipeline(options: GenerateOptions, adapters: AdapterSet) -> DreamCachePipeline:
-    device = _device(options.device)
+    device = choose_device(options.device)
     dtype = DTYPES.get(options.dtype)
     if dtype is None:
         dtype = torch.float16 if device.type in ("cuda", "xpu") else torch.float32
@@ -202,7 +202,15 @@ def _load_pipeline(options: GenerateOptions, adapters: AdapterSet) -> DreamCache
     return DreamCachePipeline(model.to(device))
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """Find what to compute on.
+
+    Args:
+        name: ``cuda``, ``cuda:1``, ``cpu``, ...; ``auto``: an accelerator where there is one.
+
+    Raises:
+        InputError: There is no such device, or it cannot be used.
+    """
     if name == "auto":
         for kind in ("cuda", "xpu", "mps"):
             backend = getattr(torch, kind, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..config import Config
+from ..errors import InputError
+from ..whole_files import whole_file
 from .demo_classifier import SceneClassifier, recognise
 from .demo_measures import measure_match
 from .demo_triples import Group, Triple
@@ -100,3 +102,24 @@ def _parse(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def require_same_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Note what a folder's measurements were made with; refuse to mix them with others.
+
+    Args:
+        path: JSON file in the folder.
+        settings: What those to come are made with. A setting that is new there is noted as well.
+
+    Raises:
+        InputError: Those that are there were made with other settings.
+    """
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, value in settings.items():
+        if known.get(name, value) != value:
+            raise InputError(
+                f"{path.parent} holds measurements of another {name}: {known[name]}, now {value}. Give a new folder as "
+                "--results, or delete it."
+            )
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps({**known, **settings}, indent=2), encoding="utf-8")

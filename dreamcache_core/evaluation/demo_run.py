@@ -6,26 +6,42 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..adapter import AdapterSet
+from ..base_model import model_fingerprint
 from ..checkpoints import load_adapters
 from ..config import Config
 from ..demo.gallery import STEPS
-from ..demo.model_files import require_demo_files
+from ..demo.model_files import DemoFiles, require_demo_files
 from ..diffusers_loading import load_diffusers_pipeline
 from ..errors import InputError
+from ..generate import DTYPES, choose_device
 from ..pipeline import DreamCachePipeline
 from .demo_classifier import load_classifier
-from .demo_conditions import SHIPPED, Condition, all_conditions
+from .demo_conditions import (
+    IMAGE_GUIDANCE,
+    SHIPPED,
+    TEXT_GUIDANCE,
+    Condition,
+    all_conditions,
+)
 from .demo_report import keep_pictures
-from .demo_results import Judgement, append_judgements, judge, read_judgements
+from .demo_results import (
+    Judgement,
+    append_judgements,
+    judge,
+    read_judgements,
+    require_same_settings,
+)
 from .demo_sampling import batches, generate_pictures
 from .demo_triples import NUM_COMBINATIONS, NUM_SHAPES, Triple, draw_triples
 
 logger = logging.getLogger(__name__)
 
 VARIANT_SUFFIX = ".safetensors"
+SETTINGS_FILE = "settings.json"
+MODEL_PARTS = ("unet", "vae", "text_encoder", "scheduler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +68,10 @@ class DemoEvaluationOptions(Config):
     steps: int = field(default=STEPS, metadata={"help": "sampling steps"})
     batch_size: int = field(default=30, metadata={"help": "pictures generated at a time"})
     seed: int = field(default=0, metadata={"help": "seed of the triples"})
+    device: str = field(default="auto", metadata={"help": "auto: an accelerator, if there is one"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "float type of the model"}
+    )
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -63,6 +83,24 @@ class DemoEvaluationOptions(Config):
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise InputError(f"--{name} must be at least {low}; given {getattr(self, name)}.")
+
+    def settings(self, files: DemoFiles) -> dict[str, Any]:
+        """What measurements depend on, besides condition and triple; folders by their contents.
+
+        Args:
+            files: The model and the adapters that are measured.
+        """
+        adapters = {"adapters": files.adapters}
+        adapters |= {f"variant {name}": _variant_file(self, name) for name in _variant_names(self)}
+        return {
+            "seed": self.seed,
+            "steps": self.steps,
+            "dtype": self.dtype,
+            "text guidance as shipped": TEXT_GUIDANCE,
+            "image guidance as shipped": IMAGE_GUIDANCE,
+            "model": model_fingerprint(files.model, MODEL_PARTS),
+            **{name: model_fingerprint(file, ()) for name, file in adapters.items()},
+        }
 
     def triples(self) -> list[Triple]:
         """What is measured."""
@@ -100,6 +138,7 @@ def measure_conditions(
     results = Path(options.results)
     results.mkdir(parents=True, exist_ok=True)
     session = _Session(options)
+    require_same_settings(results / SETTINGS_FILE, options.settings(session.files))
     folders = picture_folders(options)
     for condition in conditions:
         folder = folders[condition]
@@ -117,7 +156,8 @@ class _Session:
     def __init__(self, options: DemoEvaluationOptions) -> None:
         self.options = options
         self.files = require_demo_files(Path(options.folder) if options.folder else None)
-        self.pipeline = DreamCachePipeline(load_diffusers_pipeline(self.files.model))
+        model = load_diffusers_pipeline(self.files.model, dtype=DTYPES[options.dtype])
+        self.pipeline = DreamCachePipeline(model.to(choose_device(options.device)))
         self.classifier, _ = load_classifier()
         self.adapters: dict[str, AdapterSet] = {}
 
@@ -142,7 +182,7 @@ class _Session:
         if name not in self.adapters:
             path = self.files.adapters
             if name != SHIPPED:
-                path = Path(str(self.options.variants)) / f"{name}{VARIANT_SUFFIX}"
+                path = _variant_file(self.options, name)
             self.adapters[name] = load_adapters(path)
         return self.adapters[name]
 
@@ -155,6 +195,10 @@ def picture_folders(options: DemoEvaluationOptions) -> dict[Condition, Path]:
         folder = Path(options.results) / "pictures" / condition.name.replace(" ", "_")
         folders[condition] = shared.setdefault(condition.drawing, folder)
     return folders
+
+
+def _variant_file(options: DemoEvaluationOptions, name: str) -> Path:
+    return Path(str(options.variants)) / f"{name}{VARIANT_SUFFIX}"
 
 
 def _variant_names(options: DemoEvaluationOptions) -> list[str]:

@@ -1,5 +1,6 @@
 """``dreamcache evaluate demo``: what it measures and writes; the shipped model keeps subjects."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from dreamcache_core.checkpoints import load_adapters
+from dreamcache_core.checkpoints import load_adapters, save_adapters
 from dreamcache_core.cli import main
 from dreamcache_core.demo.gallery import IMAGE_GUIDANCE
 from dreamcache_core.demo.model_files import require_demo_files
@@ -27,8 +29,9 @@ def pipeline() -> DreamCachePipeline:
     return DreamCachePipeline(load_diffusers_pipeline(require_demo_files().model))
 
 
-def evaluate(tmp_path: Path, *conditions: str) -> int:
-    flags = ["--combinations", "3", "--shapes", "2", "--steps", "1", "--batch_size", "2"]
+def evaluate(tmp_path: Path, *conditions: str, **changes: str) -> int:
+    settings = {"combinations": "3", "shapes": "2", "steps": "1", "batch_size": "2", **changes}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
     folders = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "pages")]
     return main(["evaluate", "demo", *flags, *folders, "--conditions", *conditions])
 
@@ -153,3 +156,40 @@ def test_row_that_was_cut_off_is_measured_again(tmp_path: Path):
 def test_unknown_condition_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert evaluate(tmp_path, "image guidance 99") == 2
     assert "There is no condition 'image guidance 99'" in capsys.readouterr().err
+
+
+def test_measurements_of_other_settings_are_not_mixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert evaluate(tmp_path, "no reference") == 0
+    before = (tmp_path / "results" / "no_reference.jsonl").read_text()
+    assert evaluate(tmp_path, "no reference", steps="2") == 2
+    assert "measurements of another steps: 1, now 2" in capsys.readouterr().err
+    assert evaluate(tmp_path, "no reference", dtype="bfloat16") == 2
+    changed = tmp_path / "changed"
+    shutil.copytree(require_demo_files().model, changed / "model")
+    adapters = load_adapters(require_demo_files().adapters)
+    save_adapters(adapters, changed / "adapters.safetensors", dtype=torch.bfloat16)
+    assert evaluate(tmp_path, "no reference", folder=str(changed)) == 2
+    assert "another adapters: " in capsys.readouterr().err
+    variants = tmp_path / "variants"
+    variants.mkdir()
+    shutil.copyfile(require_demo_files().adapters, variants / "one.safetensors")
+    assert evaluate(tmp_path, "no reference", variants=str(variants)) == 0, "one more may come"
+    shutil.copyfile(changed / "adapters.safetensors", variants / "one.safetensors")
+    assert evaluate(tmp_path, "no reference", variants=str(variants)) == 2, "but not change"
+    assert (tmp_path / "results" / "no_reference.jsonl").read_text() == before
+
+
+def test_half_precision_draws_nearly_the_same(tmp_path: Path):
+    single, half = tmp_path / "single", tmp_path / "half"
+    assert evaluate(single, "as shipped") == 0
+    assert evaluate(half, "as shipped", dtype="bfloat16", device="cpu") == 0
+    pictures = [
+        np.stack(
+            [np.asarray(Image.open(path)) for path in sorted((folder / "results").rglob("*.png"))]
+        )
+        for folder in (single, half)
+    ]
+    difference = np.abs(pictures[0].astype(int) - pictures[1].astype(int)).mean()
+    assert 0 < difference < 4
