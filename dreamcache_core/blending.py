@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import AdapterModules, Attention, LayerAdapter, torch_attention
@@ -195,6 +194,33 @@ def blend_references(
     return self_attention.index_copy(0, rows, blended)
 
 
+def pool_area(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average the area under each new pixel, on any device.
+
+    The same as ``interpolate(mode="area")``, which Apple's GPUs refuse where the sizes do not divide.
+
+    Args:
+        maps: (..., height, width).
+        size: New height and width, at least 1.
+
+    Returns:
+        (..., new height, new width), float32; zeros and ones stay exact.
+    """
+    rows, columns = (
+        _covered(old, new, maps.device) for old, new in zip(maps.shape[-2:], size, strict=True)
+    )
+    areas = rows.sum(dim=1)[:, None] * columns.sum(dim=1)
+    return rows @ maps.float() @ columns.T / areas
+
+
+def _covered(old: int, new: int, device: torch.device) -> Tensor:
+    """Which old pixels lie under each new one, wholly or partly: zeros and ones, (new, old)."""
+    at, under = torch.arange(new, device=device)[:, None], torch.arange(old, device=device)
+    # ceil of (at + 1) * old / new
+    ends = ((at + 1) * old + new - 1) // new
+    return ((at * old // new <= under) & (under < ends)).float()
+
+
 def _rows_of(tensor: Any, rows: Tensor | None, num_rows: int) -> Any:
     """Give each row that sees a reference the one that serves it."""
     if tensor is None or tensor.shape[0] == 1 or (rows is None and tensor.shape[0] == num_rows):
@@ -213,8 +239,7 @@ def _region_weights(
     if region is None or size[0] * size[1] != like.shape[1]:
         return None
     # not resize_mask: its checks would wait for the device in every block
-    weights = F.interpolate(region[:, None], size=size, mode="area")
-    weights = weights.flatten(1)[..., None].to(like.dtype)  # -> (images, tokens, 1)
+    weights = pool_area(region, size).flatten(1)[..., None].to(like.dtype)  # -> (images, tokens, 1)
     if weights.shape[0] == 1:
         return weights
     index = torch.arange(like.shape[0], device=like.device) if rows is None else rows

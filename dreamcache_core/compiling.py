@@ -1,5 +1,6 @@
 """What the core has to know about ``torch.compile``: hooks that come after it are ignored silently."""
 
+import sys
 import threading
 from typing import Any
 
@@ -30,7 +31,9 @@ class _Uncompiled:
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._depth == 0 and hasattr(torch.compiler, "set_stance"):
+            # set_stance loads the compiler, and what was never loaded has compiled nothing
+            has_compiler = "torch._dynamo" in sys.modules
+            if self._depth == 0 and has_compiler and hasattr(torch.compiler, "set_stance"):
                 self._stance = torch.compiler.set_stance("force_eager")
             self._depth += 1
 
@@ -39,6 +42,7 @@ class _Uncompiled:
             self._depth -= 1
             if self._depth == 0 and self._stance is not None:
                 self._stance.__exit__(*error)
+                self._stance = None
 
 
 uncompiled = _Uncompiled()

@@ -1,11 +1,11 @@
 """The nodes of the pack. ComfyUI's face; the mathematics is in ``dreamcache_core``."""
 
-try:
-    from comfy_api.latest import ComfyExtension, io
-except ImportError as error:
-    raise ImportError(
-        "DreamCache needs ComfyUI 0.3.64 or newer (nodes of the V3 schema); this ComfyUI is older. Update ComfyUI."
-    ) from error
+# ruff: noqa: E402 - an older ComfyUI fails in one of these imports; the reason has to come first
+from .host_version import require_this_comfyui
+
+require_this_comfyui()
+
+from comfy_api.latest import ComfyExtension, io
 
 from . import adapters, apply, demo, reference, reference_files, training
 from .folders import register_folders

@@ -4,7 +4,13 @@ import torch
 from comfy_api.latest import io
 
 from ..dreamcache_core import AdapterSet, load_adapters, save_adapters
-from .folders import adapter_path, file_state, list_adapter_files, new_adapter_path
+from .folders import (
+    adapter_path,
+    check_choice,
+    file_state,
+    list_adapter_files,
+    new_adapter_path,
+)
 from .report import report
 from .types import Adapters
 
@@ -34,6 +40,11 @@ class LoadAdapters(io.ComfyNode):
             outputs=[Adapters.Output(display_name="adapters", tooltip="For Apply DreamCache.")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, adapters: str | None = None) -> bool | str:
+        """Say where adapters belong when the file is not there."""
+        return check_choice(adapter_path, adapters)
 
     @classmethod
     def fingerprint_inputs(cls, adapters: str) -> str:

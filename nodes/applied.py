@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from comfy.conds import CONDNoiseShape
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..dreamcache_core import Guidance, ReferenceUse
-from ..dreamcache_core.blending import LayerReference
+from ..dreamcache_core.blending import LayerReference, pool_area
 
 KEY = "dreamcache"
 REGION = "dreamcache_region_"
@@ -88,6 +87,7 @@ class RunStore:
             for use in applied.uses
             if self.is_ranged
         ]
+        self.guidance_ranges: dict[tuple[float, float], SigmaRange] = {}
         self.last_sigma: tuple[Tensor, float] | None = None
         self.prepared: dict[tuple[Any, ...], LayerReference] = {}
         self.rows: dict[tuple[Any, ...], Tensor] = {}
@@ -116,9 +116,11 @@ class RunStore:
         """Guidance of one step, see ``Guidance.image_range``; the noise level is read back only where a range needs it."""
         if guidance.is_always_on:
             return guidance
-        return guidance.step(
-            self.sigma_of(timestep) in SigmaRange(self.sampling, *guidance.image_range)
-        )
+        start_end = guidance.image_range
+        # percent_to_sigma reads from the device: once a run
+        if start_end not in self.guidance_ranges:
+            self.guidance_ranges[start_end] = SigmaRange(self.sampling, *start_end)
+        return guidance.step(self.sigma_of(timestep) in self.guidance_ranges[start_end])
 
     def sigma_of(self, timestep: Tensor) -> float:
         """Read a noise level back from the device, once however often it is asked for."""
@@ -148,8 +150,8 @@ class RunStore:
                 continue
             key = (index, x.shape[0], x.shape[2:], x.device)
             if key not in self.regions:
-                resized = F.interpolate(region[:, None].to(x.device), size=x.shape[2:], mode="area")
-                self.regions[key] = resized.expand(x.shape[0], -1, -1, -1)
+                resized = pool_area(region.to(x.device), (x.shape[2], x.shape[3]))
+                self.regions[key] = resized[:, None].expand(x.shape[0], -1, -1, -1)
             conds[f"{REGION}{index}"] = CONDNoiseShape(self.regions[key])
         return conds
 

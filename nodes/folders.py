@@ -1,12 +1,15 @@
 """Where adapters and saved references lie on disk, as ComfyUI knows its folders."""
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import folder_paths
 
 from ..dreamcache_core import InputError
 from ..dreamcache_core.checkpoints import WHERE_FROM
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "dreamcache"
 EXTENSIONS = {".safetensors", ".pt"}
@@ -20,7 +23,15 @@ NO_REFERENCE = "no saved reference found: make one with Save Reference"
 def register_folders() -> None:
     """Make ``models/dreamcache`` known to ComfyUI, beside what ``extra_model_paths.yaml`` names."""
     default = os.path.join(folder_paths.models_dir, FOLDER)
-    os.makedirs(os.path.join(default, REFERENCES), exist_ok=True)
+    try:
+        os.makedirs(os.path.join(default, REFERENCES), exist_ok=True)
+    except OSError as error:
+        # a models folder that is shared and read-only must not cost the user all nodes
+        logger.warning(
+            "DreamCache cannot make %s (%s). Nodes that save adapters need it; all others work.",
+            default,
+            error.strerror,
+        )
     folder_paths.add_model_folder_path(FOLDER, default)
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | EXTENSIONS)
@@ -86,9 +97,8 @@ def reference_path(choice: str) -> str:
     for root_label, folder in _reference_roots():
         if f"{root_label}]" != label:
             continue
-        path = os.path.abspath(os.path.join(folder, name))
-        inside = os.path.commonpath([path, os.path.abspath(folder)]) == os.path.abspath(folder)
-        if inside and os.path.isfile(path):
+        path = os.path.abspath(os.path.join(folder, name.replace("\\", "/")))
+        if _is_inside(path, folder) and os.path.isfile(path):
             return path
     searched = ", ".join(folder for _, folder in _reference_roots())
     raise InputError(
@@ -122,8 +132,8 @@ def picture_paths(name: str) -> list[str]:
     """
     root = os.path.abspath(folder_paths.get_input_directory())
     folder = os.path.abspath(os.path.join(root, name))
-    is_inside = os.path.commonpath([folder, root]) == root
-    files = sorted(os.listdir(folder)) if is_inside and os.path.isdir(folder) else []
+    is_there = _is_inside(folder, root) and os.path.isdir(folder)
+    files = sorted(os.listdir(folder)) if is_there else []
     paths = [os.path.join(folder, file) for file in files if file.lower().endswith(PICTURES)]
     if not paths:
         raise InputError(
@@ -131,6 +141,24 @@ def picture_paths(name: str) -> list[str]:
             "and press R."
         )
     return paths
+
+
+def check_choice(find: Callable[[str], object], choice: str | None) -> bool | str:
+    """Check a combo's entry before anything runs; the core would only say that it is not in the list.
+
+    Args:
+        find: What finds the file, and raises ``InputError`` where it cannot.
+        choice: Entry of the combo; ``None`` where it comes over a link.
+
+    Returns:
+        True, or what is wrong, as a node's ``validate_inputs`` returns it.
+    """
+    try:
+        if choice is not None:
+            find(choice)
+    except InputError as error:
+        return str(error)
+    return True
 
 
 def new_adapter_path(prefix: str) -> str:
@@ -171,6 +199,14 @@ def file_state(path: str) -> str:
     """Fingerprint of a file for ComfyUI's output cache: it changes when the file does."""
     stat = os.stat(path)
     return f"{path}:{stat.st_mtime_ns}:{stat.st_size}"
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Whether an absolute path lies in a folder, or is it."""
+    try:
+        return os.path.commonpath([path, os.path.abspath(folder)]) == os.path.abspath(folder)
+    except ValueError:
+        return False  # on another drive
 
 
 def _reference_roots() -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from ..dreamcache_core import InputError, prepare_reference_image
 from ..dreamcache_core.image_files import read_image
 from ..dreamcache_core.reference_image import check_mask_aspect, is_placeholder_mask, resize_mask
 from .encoding import encode_reference, plain_text
-from .folders import file_state, list_picture_folders, picture_paths
+from .folders import check_choice, file_state, list_picture_folders, picture_paths
 from .report import report
 from .types import Reference
 
@@ -245,6 +245,11 @@ class EncodeFolder(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, folder: str | None = None) -> bool | str:
+        """Say where folders belong when this one is not there."""
+        return check_choice(picture_paths, folder)
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **_: Any) -> str:

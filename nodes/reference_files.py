@@ -4,7 +4,13 @@ import torch
 from comfy_api.latest import io
 
 from ..dreamcache_core import InputError, ReferenceCache
-from .folders import file_state, list_reference_files, new_reference_path, reference_path
+from .folders import (
+    check_choice,
+    file_state,
+    list_reference_files,
+    new_reference_path,
+    reference_path,
+)
 from .report import report
 from .types import Reference
 
@@ -121,6 +127,11 @@ class LoadReference(io.ComfyNode):
             outputs=[Reference.Output(display_name="reference", tooltip="For Apply DreamCache.")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, reference: str | None = None) -> bool | str:
+        """Say where references belong when the file is not there."""
+        return check_choice(reference_path, reference)
 
     @classmethod
     def fingerprint_inputs(cls, reference: str) -> str:

@@ -87,7 +87,8 @@ class Wrappers:
         x: Tensor,
         timestep: Tensor,
         model_options: dict[str, Any],
-        seed: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Find out once per step which references act, and keep the negative alive at cfg 1 where it is needed."""
         guider = executor.class_obj
@@ -103,7 +104,7 @@ class Wrappers:
         if needs_third:
             options[UNCONDITIONAL] = getattr(guider, "conds", {}).get(UNCONDITIONAL)
             options["disable_cfg1_optimization"] = True
-        result = executor(x, timestep, options, seed)
+        result = executor(x, timestep, options, *args, **kwargs)
         if needs_third and store.is_unfolded and guider.conds.get("negative") is not None:
             _warn_once_of_missing_term(store)
         return result
@@ -116,6 +117,8 @@ class Wrappers:
         x: Tensor,
         timestep: Tensor,
         model_options: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Mark which rows see the references, add the prediction without them and fold three into two."""
         store = self._store(model_options, model)
@@ -123,7 +126,9 @@ class Wrappers:
         if active is None:
             active = store.active_at(timestep)
         if not active:
-            return executor(model, without_gates(conds), x, timestep, model_options)
+            return executor(
+                model, without_gates(conds), x, timestep, model_options, *args, **kwargs
+            )
         guidance = store.guidance_at(model_options.get(GUIDANCE, self.applied.guidance), timestep)
         options = _with_transformer_options(model_options, {RUN: store, ACTIVE: active})
         regions = store.region_conds(active, x)
@@ -132,17 +137,17 @@ class Wrappers:
             cond and [mark(c, not (negative_is_off and i == 1), regions) for c in cond]
             for i, cond in enumerate(conds)
         ]
-        if len(conds) == 1 and sees_reference(marked[0]):
-            (nested,) = executor(model, marked, x, timestep, options)
+        if len(conds) == 1 and marked[0] is not None and sees_reference(marked[0]):
+            (nested,) = executor(model, marked, x, timestep, options, *args, **kwargs)
             return [store.shift_nested(nested)]
         if len(conds) != 2 or None in conds or not guidance.needs_unconditional:
             store.is_unfolded = True
-            return executor(model, marked, x, timestep, options)
+            return executor(model, marked, x, timestep, options, *args, **kwargs)
         without = model_options.get(UNCONDITIONAL) or conds[1]
         # packs that index (cond, uncond)[i] must not meet our third list's index
         options["transformer_options"][RELABEL] = {2: 1}
         lists = [*marked, [off_copy(cond, regions) for cond in without]]
-        text, reference, plain = executor(model, lists, x, timestep, options)
+        text, reference, plain = executor(model, lists, x, timestep, options, *args, **kwargs)
         folded = fold_guidance(plain, reference, text, image_scale=guidance.image_scale)
         store.offsets.append(folded[1] - reference)
         return list(folded)

@@ -21,7 +21,7 @@ from dreamcache_core import (
     inject,
 )
 from dreamcache_core.backends import layout_of, select_sites
-from dreamcache_core.blending import LayerReference, blend_references, prepare_layer
+from dreamcache_core.blending import LayerReference, blend_references, pool_area, prepare_layer
 
 LAYERS = 5
 MIDDLE = "middle_block.1"
@@ -254,6 +254,18 @@ def test_region_is_row_major_and_shrinks_by_area(states):
     weights = torch.tensor([0, 0, 1, 0.25, 0, 0])[None, :, None]
     expected = own + weights * (adapted(states, tiny_use()) - own)
     torch.testing.assert_close(blend(states, tiny_use(mask=mask)), expected)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((64, 64), (32, 8)), ((1000, 130), (64, 33)), ((5, 7), (7, 5)), ((9, 9), (9, 9))],
+)
+def test_pooling_by_area_is_torchs_own(old, new):
+    maps = torch.rand((2, *old), generator=torch.Generator().manual_seed(3))
+    expected = nn.functional.interpolate(maps[:, None], size=new, mode="area")[:, 0]
+    torch.testing.assert_close(pool_area(maps, new), expected)
+    assert torch.equal(pool_area(torch.ones(old).half(), new), torch.ones(new))
+    assert torch.equal(pool_area(torch.zeros(old), new), torch.zeros(new))
 
 
 @pytest.mark.parametrize("rows", [None, [1, 2], [3], [0, 1, 2, 3]])

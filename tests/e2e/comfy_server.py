@@ -66,6 +66,16 @@ class Server:
     def queue(self, prompt: dict[str, Any]) -> str:
         return json.loads(self.post_json("/prompt", {"prompt": prompt}))["prompt_id"]
 
+    def refusal(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """Queue what the server must refuse, and return its answer."""
+        body = json.dumps({"prompt": prompt}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/prompt", body, headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=30)
+        with refused.value as answer:
+            return json.loads(answer.read())
+
     def wait(self, prompt_id: str) -> dict[str, Any]:
         """Wait until a prompt is over and return its history: outputs, and messages by kind."""
         deadline = time.monotonic() + DONE_WITHIN_S

@@ -132,6 +132,14 @@ def test_the_quickstart_needs_no_model_file_and_its_reference_tells(server, obje
         assert np.abs(one.astype(int) - other).mean() > 1
 
 
+def test_a_shipped_workflow_without_its_adapters_says_where_they_belong(server, object_info):
+    prompt = workflow_to_api(load(PACK / "example_workflows/sd21_one_reference.json"), object_info)
+    refusal = server.refusal(prompt)
+    (error,) = refusal["node_errors"][node_id(prompt, "DreamCacheLoadAdapters")]["errors"]
+    assert str(server.base / "models" / "dreamcache") in error["details"]
+    assert "cross_attention-<step>.pt" in error["details"]
+
+
 def test_a_transparent_background_is_cut_away(server, object_info, adapters, first_run):
     opaque_prompt, entry = first_run
     cut = small_prompt(object_info, adapters, LoadImage={"image": "cut_out.png"})
@@ -223,14 +231,17 @@ def group_of(info: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def contract(info: dict[str, Any]) -> dict[str, Any]:
-    """What saved workflows and API users rely on; lists of files are left out."""
-    inputs = {}
+    """What saved workflows and API users rely on; lists of files are left out.
+
+    Inputs are listed in their order: workflows save the values of widgets by position.
+    """
+    inputs = []
     for group in ("required", "optional"):
         for name, (kind, *rest) in info["input"].get(group, {}).items():
             options = rest[0] if rest else {}
             kept = {key: options[key] for key in ("default", "min", "max") if key in options}
             if "default" in options and "options" in options:
                 kept["options"] = options["options"]
-            inputs[name] = {"type": kind, "group": group, **kept}
+            inputs.append({"name": name, "type": kind, "group": group, **kept})
     outputs = [list(pair) for pair in zip(info["output_name"], info["output"], strict=True)]
     return {"inputs": inputs, "outputs": outputs, "output_node": info["output_node"]}

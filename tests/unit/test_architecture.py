@@ -18,7 +18,15 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # Modules that run inside the U-Net or beside it: no synchronisation with the device, any device.
 HOT = [*NODES, *(path for path in CORE if path.stem in ("adapter", "blending", "injection"))]
 
-HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes"}
+HOST_MODULES = {
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "comfyui_version",
+    "folder_paths",
+    "nodes",
+}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "subprocess"}
 UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
 
@@ -124,10 +132,34 @@ def test_hot_modules_read_nothing_back_and_name_no_device(path: Path) -> None:
             assert not re.fullmatch(r"cuda(:\d+)?", node.value), f"{name_of(path)}:{node.lineno}"
 
 
+@each(HOT)
+def test_hot_modules_pool_by_area_as_every_device_can(path: Path) -> None:
+    """Apple's GPUs have ``interpolate(mode="area")`` for whole ratios only; ``pool_area`` does the same for all."""
+    keywords = [node for node in nodes_of(path) if isinstance(node, ast.keyword)]
+    modes = [ast.unparse(keyword.value) for keyword in keywords if keyword.arg == "mode"]
+    assert "'area'" not in modes
+
+
+def test_setting_the_compiler_aside_does_not_load_it() -> None:
+    code = (
+        "import sys; from dreamcache_core.compiling import uncompiled\n"
+        "with uncompiled: pass\nprint('torch._dynamo' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "False", result.stderr
+
+
 READS_BACK = {"item", "tolist", "cpu", "numpy", "nonzero", "isfinite", "aminmax", "any", "all"}
 IN_EVERY_BLOCK = {
     "dreamcache_core/adapter.py": {"attend", "merge_attention", "forward", "torch_attention"},
-    "dreamcache_core/blending.py": {"blend_references", "_rows_of", "_region_weights"},
+    "dreamcache_core/blending.py": {
+        "blend_references",
+        "_rows_of",
+        "_region_weights",
+        "pool_area",
+        "_covered",
+    },
     "dreamcache_core/injection.py": {"replace_output", "index_on", "check_rows"},
     "nodes/patches.py": {"add_patches"},
 }

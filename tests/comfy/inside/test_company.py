@@ -106,10 +106,20 @@ COMPANIONS = {
         end_percent=1.0,
         verbose=False,
     ),
+    "LazyCache": lambda m: run_extra(
+        "easycache",
+        "LazyCacheNode",
+        m,
+        reuse_threshold=1.0,
+        start_percent=0.1,
+        end_percent=1.0,
+        verbose=False,
+    ),
     "image prompt": add_image_prompt,
 }
-# ToMe draws its own random numbers at each call; SAG looks at a single row; EasyCache acts on whole batches
-BY_HAND = sorted(set(COMPANIONS) - {"ToMe", "SAG", "EasyCache"})
+# ToMe draws its own random numbers at each call; SAG looks at a single row; caches of steps act on whole batches
+STEP_CACHES = {"EasyCache", "LazyCache"}
+BY_HAND = sorted(set(COMPANIONS) - {"ToMe", "SAG"} - STEP_CACHES)
 
 
 class ThreeTerms(comfy.samplers.CFGGuider):
@@ -208,7 +218,7 @@ def differs(ours, theirs):
 def test_order_of_the_nodes_in_the_graph_does_not_matter(parts, name):
     model, adapters, reference = parts
     companion = COMPANIONS[name]
-    steps = 6 if name == "EasyCache" else 2
+    steps = 6 if name in STEP_CACHES else 2
     before = sample(apply(companion(model), adapters, reference), steps=steps)
     after = sample(companion(apply(model, adapters, reference)), steps=steps)
     assert before.isfinite().all()

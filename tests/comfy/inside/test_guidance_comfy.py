@@ -257,8 +257,25 @@ def test_a_guidance_range_reads_the_noise_level_once_a_step(setup, monkeypatch):
     with_one_range = len(reads)
     reads.clear()
     predict(cfg_guider(limited(both, 0.0, 0.6)))
-    assert with_one_range
+    assert with_one_range == 1
     assert len(reads) == with_one_range
+
+
+def test_the_noise_levels_of_ranges_are_looked_up_once_a_run(setup, monkeypatch):
+    model, adapters, reference = setup
+    sampling = type(model.get_model_object("model_sampling"))
+    looked_up, original = [], sampling.percent_to_sigma
+    monkeypatch.setattr(
+        sampling,
+        "percent_to_sigma",
+        lambda self, percent: looked_up.append(percent) or original(self, percent),
+    )
+    both = limited(apply(model, adapters, reference, end_percent=0.9), 0.1, 0.6)
+    sample(both, steps=2)
+    of_two_steps = len(looked_up)
+    sample(both, steps=6)
+    assert {0.1, 0.6, 0.9} <= set(looked_up)
+    assert len(looked_up) == 2 * of_two_steps
 
 
 def test_a_guidance_range_needs_a_model_with_a_reference(setup):

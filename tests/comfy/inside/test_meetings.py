@@ -9,6 +9,7 @@ import comfy_extras.nodes_perpneg as perpneg
 import pytest
 import torch
 from tiny import (
+    APPLIED,
     BRIDGE,
     CORE,
     GATES,
@@ -191,6 +192,53 @@ def test_perp_neg_is_said_to_take_no_image_guidance(parts, caplog):
         )
     assert torch.isfinite(out).all()
     assert "image_guidance has no effect" in caplog.text
+
+
+class NewerComfyUI:
+    """Calls a wrapper as a ComfyUI that passes one argument more."""
+
+    def __init__(self, model):
+        self.class_obj = self.inner_model = model.model
+        self.given = {}
+
+    def __call__(self, *args, **kwargs):
+        self.given = kwargs
+
+
+@pytest.mark.parametrize("wrapper", ["predict_noise", "calc_cond_batch"])
+def test_arguments_that_a_later_comfyui_adds_are_passed_on(parts, wrapper):
+    model = parts[0]
+    executor = NewerComfyUI(model)
+    if wrapper == "predict_noise":
+        executor.class_obj = executor
+    wrappers = BRIDGE.Wrappers(APPLIED.Applied((), CORE.Guidance()))
+    x, sigma = torch.zeros(1, 4, 8, 8), torch.ones(1)
+    options = {"transformer_options": {}}
+    given = (
+        (x, sigma, options)
+        if wrapper == "predict_noise"
+        else (model.model, [None], x, sigma, options)
+    )
+    getattr(wrappers, wrapper)(executor, *given, added_later=3)
+    assert executor.given == {"added_later": 3}
+
+
+def test_a_prediction_for_no_text_stays_none_at_all(parts):
+    seen = []
+
+    class Silent(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            rest = (x, timestep, model_options)
+            seen.append(comfy.samplers.calc_cond_batch(self.inner_model, [None], *rest)[0])
+            return super().predict_noise(*rest, seed)
+
+    guider = Silent(apply(*parts))
+    guider.set_conds(make_text(parts[0], 3), make_text(parts[0], 4))
+    latent = torch.zeros(1, 4, 8, 8)
+    sampler = comfy.samplers.sampler_object("euler")
+    guider.sample(latent, latent, sampler, torch.tensor([1.0, 0.0]), seed=0, disable_pbar=True)
+    assert seen
+    assert not seen[0].any()
 
 
 def test_basic_guider_needs_no_warning(parts, caplog):
