@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -33,24 +34,16 @@ def add_evaluate_commands(commands: Any) -> None:
 
 
 def _demo(argv: Sequence[str]) -> None:
-    from .evaluation.demo_measures import MatchBounds, measure_bounds
-    from .evaluation.demo_pages import Evidence, summary_lines, write_pages
+    from .evaluation.demo_pages import summary_lines, write_pages
     from .evaluation.demo_report import write_report
-    from .evaluation.demo_run import DemoEvaluationOptions, measure_conditions, picture_folders
-    from .evaluation.demo_triples import GROUPS, Group
+    from .evaluation.demo_run import DemoEvaluationOptions, gather_evidence, picture_folders
 
     options = parse_config(DemoEvaluationOptions, argv, program="dreamcache evaluate demo")
-    rows = dict(measure_conditions(options))
-    triples = options.triples()
-    by_group = {group: [t for t in triples if t.group == group] for group in GROUPS}
-    bounds: dict[Group, MatchBounds] = {
-        group: measure_bounds(by_group[group]) for group in GROUPS if by_group[group]
-    }
-    command = f"python -m dreamcache_core evaluate demo {' '.join(argv)}"
-    evidence = Evidence(rows, bounds, command, options.steps)
+    command = f"python -m dreamcache_core evaluate demo {shlex.join(argv)}".rstrip()
+    evidence = gather_evidence(options, command)
     print("\n".join(summary_lines(evidence)))
     out = Path(options.out)
-    report = write_report(evidence, triples, picture_folders(options), out)
+    report = write_report(evidence, options.triples(), picture_folders(options), out)
     for path in (*write_pages(evidence, out), report):
         print(path)
 

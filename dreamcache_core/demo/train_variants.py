@@ -26,6 +26,7 @@ REFERENCES_PER_PICTURE = 2
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "chosen": {},
+    "chosen-again": {"seed": 1},
     **{f"timestep-{timestep}": {"timestep": timestep} for timestep in (50, 150, 300, 600)},
     "layers-encoder": {"layers": ENCODER},
     "layers-middle": {"layers": MIDDLE},
@@ -40,7 +41,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 """What each variant changes in ``adapters.toml`` (METHOD.md section 8, ablations); ``share``: one pair in so many.
 
-``merge-sum`` starts as ``init-identity`` does, with another merge.
+``merge-sum`` starts as ``init-identity`` does, with another merge; ``chosen-again`` differs in nothing but chance.
 """
 
 
@@ -107,7 +108,7 @@ def _train(config: VariantsConfig, name: str) -> Path:
         "resume": folder.is_dir(),
         "steps": config.steps,
         "warmup_steps": config.steps // 10,
-        "seed": config.seed,
+        "seed": config.seed + changes.pop("seed", 0),
         "tracker": "none",
         **changes,
     }

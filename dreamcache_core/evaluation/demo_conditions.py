@@ -12,7 +12,7 @@ SHIPPED = "adapters"
 """Variant that comes with the package."""
 
 CAPTION = "caption"
-"""Variant that was trained on references cached under their caption, and is measured so."""
+"""Variant that was trained on references cached under the wanted picture's caption, and is measured so."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Condition:
         mode: ``separate`` or ``joint``.
         image_range: Part of the run in which ``image_guidance`` holds.
         references: Pictures of the subject, their tokens concatenated.
-        captioned: Whether the reference pass sees the subject's word; else the empty prompt.
+        captioned: Whether the reference pass sees the prompt of the wanted picture; else the empty one.
         masked: Whether only the subject's tokens of the reference are attended to; else all, as in training.
     """
 

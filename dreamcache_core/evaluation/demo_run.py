@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from .demo_conditions import (
     Condition,
     all_conditions,
 )
+from .demo_fingerprint import fingerprint_of_measure
+from .demo_pages import Evidence
 from .demo_report import keep_pictures
 from .demo_results import (
     Judgement,
@@ -35,7 +37,17 @@ from .demo_results import (
     require_same_settings,
 )
 from .demo_sampling import batches, generate_pictures
-from .demo_triples import NUM_COMBINATIONS, NUM_SHAPES, Triple, draw_triples
+from .demo_triples import (
+    EVIDENCE_SEED,
+    GROUPS,
+    NUM_COMBINATIONS,
+    NUM_SHAPES,
+    TUNING_SEED,
+    Group,
+    Triple,
+    draw_triples,
+)
+from .demo_truths import Truths, measure_truths
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +79,12 @@ class DemoEvaluationOptions(Config):
     shapes: int = field(default=NUM_SHAPES, metadata={"help": "triples with unseen shapes"})
     steps: int = field(default=STEPS, metadata={"help": "sampling steps"})
     batch_size: int = field(default=30, metadata={"help": "pictures generated at a time"})
-    seed: int = field(default=0, metadata={"help": "seed of the triples"})
+    seed: int = field(
+        default=EVIDENCE_SEED,
+        metadata={
+            "help": f"seed of the triples; {TUNING_SEED} are those that settings were chosen on"
+        },
+    )
     device: str = field(default="auto", metadata={"help": "auto: an accelerator, if there is one"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "float type of the model"}
@@ -83,6 +100,8 @@ class DemoEvaluationOptions(Config):
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise InputError(f"--{name} must be at least {low}; given {getattr(self, name)}.")
+        if self.shapes == 1:
+            raise InputError("--shapes must be 0 or at least 2, for intervals; given 1.")
 
     def settings(self, files: DemoFiles) -> dict[str, Any]:
         """What measurements depend on, besides condition and triple; folders by their contents.
@@ -93,6 +112,7 @@ class DemoEvaluationOptions(Config):
         adapters = {"adapters": files.adapters}
         adapters |= {f"variant {name}": _variant_file(self, name) for name in _variant_names(self)}
         return {
+            "world and measure": fingerprint_of_measure(),
             "seed": self.seed,
             "steps": self.steps,
             "dtype": self.dtype,
@@ -120,16 +140,12 @@ def chosen_conditions(options: DemoEvaluationOptions) -> list[Condition]:
     return [known[name] for name in options.conditions or known]
 
 
-def measure_conditions(
-    options: DemoEvaluationOptions,
-) -> Iterator[tuple[Condition, list[Judgement]]]:
-    """Generate and measure what has not been measured yet.
+def gather_evidence(options: DemoEvaluationOptions, command: str) -> Evidence:
+    """Generate and measure what has not been measured yet, and the true pictures beside.
 
     Args:
         options: What to measure.
-
-    Yields:
-        Each condition with all its rows.
+        command: What was called; stands on the pages.
 
     Raises:
         DreamCacheError: A file is missing or damaged, or an option is unfit.
@@ -138,16 +154,14 @@ def measure_conditions(
     results = Path(options.results)
     results.mkdir(parents=True, exist_ok=True)
     session = _Session(options)
-    require_same_settings(results / SETTINGS_FILE, options.settings(session.files))
-    folders = picture_folders(options)
-    for condition in conditions:
-        folder = folders[condition]
-        path = results / f"{folder.name}.jsonl"
-        done = {(row.group, row.index) for row in read_judgements(path)}
-        left = [triple for triple in triples if (triple.group, triple.index) not in done]
-        for rows in session.measure(condition, left, folder):
-            append_judgements(path, rows)
-        yield condition, _in_order(read_judgements(path), triples)
+    settings = options.settings(session.files)
+    require_same_settings(results / SETTINGS_FILE, settings)
+    rows = {condition: session.measure(condition, triples) for condition in conditions}
+    truths: dict[Group, Truths] = {}
+    for group in GROUPS:
+        if members := [triple for triple in triples if triple.group == group]:
+            truths[group] = measure_truths(members, session.pipeline.codec, session.classifier)
+    return Evidence(rows, truths, command, options.steps, settings)
 
 
 class _Session:
@@ -155,26 +169,31 @@ class _Session:
 
     def __init__(self, options: DemoEvaluationOptions) -> None:
         self.options = options
+        self.folders = picture_folders(options)
         self.files = require_demo_files(Path(options.folder) if options.folder else None)
         model = load_diffusers_pipeline(self.files.model, dtype=DTYPES[options.dtype])
         self.pipeline = DreamCachePipeline(model.to(choose_device(options.device)))
         self.classifier, _ = load_classifier()
         self.adapters: dict[str, AdapterSet] = {}
 
-    def measure(
-        self, condition: Condition, triples: Sequence[Triple], folder: Path
-    ) -> Iterator[list[Judgement]]:
+    def measure(self, condition: Condition, triples: Sequence[Triple]) -> list[Judgement]:
+        """All rows of a condition; what its file has is not measured again."""
         from tqdm.auto import tqdm
 
+        folder = self.folders[condition]
+        path = Path(self.options.results) / f"{folder.name}.jsonl"
+        done = {(row.group, row.index) for row in read_judgements(path)}
+        left = [triple for triple in triples if (triple.group, triple.index) not in done]
         adapters = self._adapters(condition.adapters)
-        with tqdm(total=len(triples), desc=condition.name, disable=not triples) as bar:
-            for batch in batches(triples, self.options.batch_size):
+        with tqdm(total=len(left), desc=condition.name, disable=not left) as bar:
+            for batch in batches(left, self.options.batch_size):
                 pictures = generate_pictures(
                     self.pipeline, adapters, batch, condition, steps=self.options.steps
                 )
                 keep_pictures(folder, batch, pictures)
-                yield judge(batch, pictures, self.classifier)
+                append_judgements(path, judge(batch, pictures, self.classifier))
                 bar.update(len(batch))
+        return _in_order(read_judgements(path), triples)
 
     def _adapters(self, name: str | None) -> AdapterSet | None:
         if name is None:

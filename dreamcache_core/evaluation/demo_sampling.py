@@ -95,7 +95,7 @@ def _encode_subject(
     return pipeline.encode_reference(
         torch.cat([picture_to_tensor(triple.reference(n)) for n in numbers]),
         mask=torch.from_numpy(masks) if condition.masked else None,
-        prompt=f"a {triple.subject.shape}" if condition.captioned else "",
+        prompt=triple.prompt if condition.captioned else "",
         timestep=adapters.info.timestep,
         layers=adapters.layers,
     )

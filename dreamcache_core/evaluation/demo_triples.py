@@ -27,6 +27,9 @@ Group = Literal["combination", "shape"]
 
 GROUPS: tuple[Group, ...] = ("combination", "shape")
 SEEN_SHAPES = tuple(name for name in SHAPES if name not in UNSEEN_SHAPES)
+TUNING_SEED, EVIDENCE_SEED = 0, 1
+"""Lists on which settings such as the guidance are chosen, and on which the result is then measured."""
+
 NUM_COMBINATIONS = 420
 NUM_SHAPES = 120
 REFERENCE, TRUTH, OTHER = 1, 2, 3

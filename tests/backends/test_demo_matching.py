@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 
 from dreamcache_core.errors import InputError
+from dreamcache_core.evaluation import demo_matching
 from dreamcache_core.evaluation.demo_matching import CELL_PX, MatchingOptions, draw_matching, main
 
 torch.set_num_threads(1)
+
+SHEET = torch.zeros(1, 8, 8, 3)
 
 
 def test_sheets_hold_every_reference_and_the_answers_every_letter(tmp_path: Path):
@@ -34,6 +37,28 @@ def test_both_sheets_show_the_same_references(tmp_path: Path):
         with Image.open(tmp_path / f"{name}.png") as sheet:
             rows.append(np.asarray(sheet.crop((0, 0, sheet.width, CELL_PX))))
     assert np.array_equal(*rows)
+
+
+def test_the_answers_say_which_reference_each_picture_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sheets = []
+    monkeypatch.setattr(
+        demo_matching, "contact_sheet", lambda rows, *_, **__: sheets.append(rows) or SHEET
+    )
+    monkeypatch.setattr(
+        demo_matching,
+        "generate_pictures",
+        lambda pipeline, adapters, triples, *_, **__: np.stack(
+            [np.asarray(triple.reference()) for triple in triples]
+        ),
+    )
+    draw_matching(MatchingOptions(out=str(tmp_path), shapes=["mug"], subjects=5, steps=1))
+    answers = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
+    for (references, pictures), by_shape in zip(sheets, answers.values(), strict=True):
+        assert by_shape["mug"] != "ABCDE", "not shuffled"
+        for picture, letter in zip(pictures, by_shape["mug"], strict=True):
+            assert torch.equal(picture, references["ABCDE".index(letter)])
 
 
 def test_what_cannot_be_drawn_is_refused():

@@ -12,9 +12,11 @@ from PIL import Image
 
 from dreamcache_core.checkpoints import load_adapters, save_adapters
 from dreamcache_core.cli import main
+from dreamcache_core.demo import world
 from dreamcache_core.demo.gallery import IMAGE_GUIDANCE
 from dreamcache_core.demo.model_files import require_demo_files
 from dreamcache_core.diffusers_loading import load_diffusers_pipeline
+from dreamcache_core.evaluation import demo_fingerprint, demo_measures
 from dreamcache_core.evaluation.demo_conditions import CHOSEN, NO_REFERENCE, all_conditions
 from dreamcache_core.evaluation.demo_results import read_judgements
 from dreamcache_core.evaluation.demo_sampling import generate_pictures
@@ -122,6 +124,11 @@ def test_command_writes_a_page_of_all_groups_and_measures_nothing_twice(
     assert "Known shapes in unseen patterns and colours" in page
     assert "Unseen shapes" in page
     assert page.count("| as shipped |") == 2
+    assert "--conditions 'no reference' 'as shipped'`" in page, "can be repeated from the page"
+    assert "| seed | 1 |" in page
+    assert "| steps | 1 |" in page
+    assert page.count("Through the model's autoencoder true pictures match") == 2
+    assert page.count("the background of 100.0% and the shape of 100.0%") == 2
     assert (tmp_path / "pages" / "pareto.png").is_file()
     report = (tmp_path / "pages" / "report.html").read_text()
     assert report.count("data:image/jpeg") == 5 * 4  # reference, truth, two conditions
@@ -151,6 +158,43 @@ def test_row_that_was_cut_off_is_measured_again(tmp_path: Path):
     assert len(read_judgements(path)) == 4
     assert evaluate(tmp_path, "no reference") == 0
     assert len(read_judgements(path)) == 5
+
+
+def test_a_single_unseen_shape_is_refused_before_anything_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert evaluate(tmp_path, "no reference", shapes="1") == 2
+    assert "--shapes must be 0 or at least 2" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_another_world_or_measure_has_another_fingerprint(monkeypatch: pytest.MonkeyPatch):
+    before = demo_fingerprint.fingerprint_of_measure()
+    assert demo_fingerprint.fingerprint_of_measure() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_measures, "WORST_COLOUR_ERROR", 50.0)
+        assert demo_fingerprint.fingerprint_of_measure() != before
+    with monkeypatch.context() as patch:
+        patch.setattr(world, "MIRRORED_RATE", 1.0)
+        assert demo_fingerprint.fingerprint_of_measure() != before
+
+
+def test_a_captioned_reference_sees_the_prompt_as_in_training(
+    pipeline: DreamCachePipeline, monkeypatch: pytest.MonkeyPatch
+):
+    prompts: list[str] = []
+    original = pipeline.encode_reference
+    monkeypatch.setattr(
+        pipeline,
+        "encode_reference",
+        lambda *args, **given: prompts.append(given["prompt"]) or original(*args, **given),
+    )
+    (triple,) = draw_triples(0, combinations=1, shapes=0)
+    adapters = load_adapters(require_demo_files().adapters)
+    for captioned in (False, True):
+        condition = replace(CHOSEN, captioned=captioned)
+        generate_pictures(pipeline, adapters, [triple], condition, steps=1)
+    assert prompts == ["", triple.prompt]
 
 
 def test_unknown_condition_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

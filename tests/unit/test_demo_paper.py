@@ -6,6 +6,7 @@ from dreamcache_core.demo.train_variants import VARIANTS
 from dreamcache_core.evaluation.demo_paper import (
     CHOSEN_VARIANT,
     PAPER_ABLATIONS,
+    REPEATED_VARIANT,
     compare_with_paper,
 )
 
@@ -21,7 +22,7 @@ def verdicts(**gains: float) -> dict[str, str]:
 def test_every_ablation_of_the_paper_can_be_trained():
     for ablation in PAPER_ABLATIONS:
         assert {ablation.variant, ablation.against} <= set(VARIANTS)
-    assert CHOSEN_VARIANT in VARIANTS
+    assert {CHOSEN_VARIANT, REPEATED_VARIANT} <= set(VARIANTS)
 
 
 def test_what_is_worse_in_both_agrees():
@@ -33,6 +34,24 @@ def test_what_is_worse_in_both_agrees():
 
 def test_what_is_equal_in_both_agrees():
     assert verdicts(caption=0.0) == {"caption": "agrees"}
+
+
+def test_too_few_triples_to_tell_are_no_agreement():
+    spread = np.random.default_rng(1).normal(scale=0.5, size=len(CHOSEN))
+    matches = {CHOSEN_VARIANT: CHOSEN.tolist(), "caption": (CHOSEN + spread).tolist()}
+    assert [row[-1] for row in compare_with_paper(matches)] == ["not told apart here"]
+
+
+def test_what_another_seed_alone_brings_is_no_difference():
+    assert verdicts(layers_encoder=-0.1, chosen_again=-0.05) == {"layers-encoder": "agrees"}
+    assert verdicts(layers_encoder=-0.1, chosen_again=0.12) == {
+        "layers-encoder": "not told apart here"
+    }
+
+
+def test_it_is_said_what_a_variant_is_held_against():
+    matches = {"merge-sum": CHOSEN.tolist(), "init-identity": CHOSEN.tolist()}
+    assert [row[2] for row in compare_with_paper(matches)] == ["init-identity"]
 
 
 def test_the_merge_is_compared_from_equal_starts():
