@@ -1,4 +1,4 @@
-"""One guided step four ways, for ``step`` and ``memory``: all on the same random weights, which are in memory once."""
+"""One guided step in several ways, for ``step`` and ``memory``: all on the same random weights, which are in memory once."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ DREAMCACHE = "DreamCache"
 THREE_ROWS = "plain U-Net, the same three rows"
 TEXTBOOK = "textbook"
 TWO_ROWS = "plain guidance, two rows"
+DREAMCACHE_TWO = "DreamCache at image_guidance 1, two rows"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TIMESTEP, TEXT_SCALE, IMAGE_SCALE = 500, 7.5, 0.4
@@ -83,7 +84,8 @@ class GuidedSteps:
 
     @contextmanager
     def ready(
-        self, names: Sequence[str] = (DREAMCACHE, THREE_ROWS, TWO_ROWS, TEXTBOOK)
+        self,
+        names: Sequence[str] = (DREAMCACHE, THREE_ROWS, DREAMCACHE_TWO, TWO_ROWS, TEXTBOOK),
     ) -> Iterator[dict[str, Callable[[], Tensor]]]:
         """Give the steps by name, while references are injected where they belong.
 
@@ -92,17 +94,18 @@ class GuidedSteps:
         Args:
             names: Which; the textbook form knows Stable Diffusion 1 and 2 alone, and is left out for SDXL.
         """
-        injected = twin(self.unet)
+        injected, without_third = twin(self.unet), twin(self.unet)
         steps: dict[str, Callable[[], Tensor]] = {
             DREAMCACHE: lambda: self._combined(injected, 3),
             THREE_ROWS: lambda: self._combined(self.unet, 3),
+            DREAMCACHE_TWO: lambda: self._combined(without_third, 2),
             TWO_ROWS: lambda: self._combined(self.unet, 2),
         }
         if TEXTBOOK in names and self.settings.size != SDXL:
             steps[TEXTBOOK] = self._textbook()
         rows = [seen for seen in (False, True, True) for _ in range(self.settings.batch)]
         use = ReferenceUse(self.reference, self.fused)
-        with torch.no_grad(), inject(injected, use, rows=rows):
+        with torch.no_grad(), inject(injected, use, rows=rows), inject(without_third, use):
             yield {name: step for name, step in steps.items() if name in names}
 
     def _combined(self, unet: Any, predictions: int) -> Tensor:

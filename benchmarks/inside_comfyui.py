@@ -16,10 +16,12 @@ from typing import Any
 
 PACK = Path(__file__).parents[1]
 TEXT_SCALE, IMAGE_SCALE = 7.5, 0.4
-READ_STEPS = (1, 5)
+READ_STEPS = (6, 10)
 """Steps of the runs whose reads are compared: what happens once a run cancels out."""
 
 PLAIN, THREE, OURS = "plain guidance, two rows", "DualCFGGuider, three rows", "DreamCache"
+RANGED = "DreamCache in a part of the run, guidance in another"
+TIMED = (PLAIN, THREE, OURS)
 
 
 def start_comfyui(folder: str, base: str, device: str) -> None:
@@ -93,8 +95,8 @@ def make_model(widths: list[int], heads: list[int], text_width: int) -> Any:
     return ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-def apply(model: Any, latent: int) -> Any:
-    """Run the Apply node with random adapters and the model's own features of noise."""
+def apply(model: Any, latent: int) -> tuple[Any, Any]:
+    """Run the Apply node with random adapters and the model's own features of noise: always on, and in ranges."""
     import torch
 
     import nodes
@@ -110,14 +112,28 @@ def apply(model: Any, latent: int) -> Any:
         reference = core.capture_reference(unet, noised.to(weight.dtype), 1, text.to(weight.dtype))
         for layer in adapters.layers:
             torch.nn.init.normal_(adapters[layer].merge.weight, std=0.02)
-    given = {"scale": 1.0, "start_percent": 0.0, "end_percent": 1.0, "guidance": "separate"}
-    return node.execute(
-        model=model, adapters=adapters, reference=reference, image_guidance=IMAGE_SCALE, **given
-    ).result[0]
+    limit = nodes.NODE_CLASS_MAPPINGS["DreamCacheGuidanceRange"]
+
+    def applied(start_percent: float, end_percent: float) -> Any:
+        return node.execute(
+            model=model,
+            adapters=adapters,
+            reference=reference,
+            scale=1.0,
+            image_guidance=IMAGE_SCALE,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            guidance="separate",
+        ).result[0]
+
+    in_ranges = limit.execute(model=applied(0.05, 0.95), start_percent=0.25, end_percent=0.75)
+    return applied(0.0, 1.0), in_ranges.result[0]
 
 
-def make_runs(model: Any, applied: Any, latent: int, steps: int) -> dict[str, Callable[[], Any]]:
-    """Sampling runs by name: KSampler plain and with DreamCache, and three plain predictions a step."""
+def make_runs(
+    model: Any, applied: Any, ranged: Any, latent: int, steps: int
+) -> dict[str, Callable[[], Any]]:
+    """Sampling runs by name: KSampler plain, with DreamCache and with it in ranges; three plain predictions a step."""
     import comfy.sample
     import comfy.samplers
     import torch
@@ -155,7 +171,12 @@ def make_runs(model: Any, applied: Any, latent: int, steps: int) -> dict[str, Ca
         sampler = comfy.samplers.sampler_object("euler")
         return guider.sample(noise, empty, sampler, sigmas, disable_pbar=True, seed=0)
 
-    return {PLAIN: lambda: ksampler(model), THREE: dual, OURS: lambda: ksampler(applied)}
+    return {
+        PLAIN: lambda: ksampler(model),
+        THREE: dual,
+        OURS: lambda: ksampler(applied),
+        RANGED: lambda: ksampler(ranged),
+    }
 
 
 def time_runs(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -185,19 +206,33 @@ def own_python_seconds(action: Callable[[], Any]) -> float:
 
 
 def count_reads(action: Callable[[], Any]) -> int:
-    """Times that a run reads numbers back from tensors, for which a GPU would have to finish first."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+    """Times that a run reads numbers back from tensors, for which a GPU would have to finish first.
 
-    waiting = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
+    Whole numbers are left out: the marks of rows are such, and lie in main memory whatever computes.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    names = (
+        "__bool__",
+        "__float__",
+        "__int__",
+        "cpu",
+        "equal",
+        "item",
+        "nonzero",
+        "numpy",
+        "tolist",
+    )
+    waiting = {getattr(torch.Tensor, name) for name in names} | {torch.equal, torch.nonzero}
     count = 0
 
-    class Reads(TorchDispatchMode):
-        def __torch_dispatch__(
+    class Reads(TorchFunctionMode):
+        def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             nonlocal count
-            count += func.overloadpacket in waiting
+            count += func in waiting and args[0].is_floating_point()
             return func(*args, **(kwargs or {}))
 
     with Reads():
@@ -218,17 +253,15 @@ def main() -> None:
         torch.manual_seed(0)
         with torch.inference_mode():
             model = make_model(given["widths"], given["heads"], given["text_width"])
-            applied = apply(model, given["latent"])
-            runs = make_runs(model, applied, given["latent"], given["steps"])
+            models = (model, *apply(model, given["latent"]))
+            runs = make_runs(*models, given["latent"], given["steps"])
             results = {
-                "seconds": time_runs(runs, given["rounds"]),
+                "seconds": time_runs({name: runs[name] for name in TIMED}, given["rounds"]),
                 "own_python_s": own_python_seconds(runs[OURS]),
                 "reads": {
                     str(count): {
                         name: count_reads(action)
-                        for name, action in make_runs(
-                            model, applied, given["latent"], count
-                        ).items()
+                        for name, action in make_runs(*models, given["latent"], count).items()
                     }
                     for count in READ_STEPS
                 },

@@ -84,9 +84,8 @@ def publish(report: Report, out: Path | None) -> int:
     for bar in report.bars:
         print(bar)
     missed = sum(not bar.holds for bar in report.bars)
-    print(
-        f"{report.name}: {len(report.bars) - missed} of {len(report.bars)} bars hold.", flush=True
-    )
+    held = f"{len(report.bars) - missed} of {len(report.bars)} bars hold."
+    print(f"{report.name}: {held if report.bars else 'nothing is promised.'}", flush=True)
     return 1 if missed else 0
 
 

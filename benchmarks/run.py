@@ -17,13 +17,14 @@ import torch
 from dreamcache_core.errors import InputError
 
 from .arguments import positive, settings_of
-from .inside_comfyui import OURS, PLAIN, READ_STEPS, THREE
+from .inside_comfyui import OURS, PLAIN, RANGED, READ_STEPS, THREE
 from .models import SIZES
 from .report import Bar, Report, machine, table
-from .timing import ratios
+from .timing import Spread, ratios
 
 INSIDE = Path(__file__).with_name("inside_comfyui.py")
-LONGEST_LOADING_S, MOST_PYTHON_MS, MOST_READS = 0.3, 1.0, 0.0
+LONGEST_LOADING_S, MOST_PYTHON_MS = 0.3, 1.0
+MOST_READS, MOST_READS_WITH_RANGES = 0.0, 1.0
 
 
 ROUNDS = 3
@@ -48,7 +49,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     seconds, steps = found["seconds"], arguments.steps
     against = {name: ratios(values, seconds[THREE]) for name, values in seconds.items()}
     python_ms = 1e3 * found["own_python_s"] / steps
-    reads = _reads_a_step(found["reads"])
+    reads, with_ranges = (_reads_a_step(found["reads"], name) for name in (OURS, RANGED))
     return Report(
         name="run",
         title=(
@@ -60,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> Report:
             table(
                 ("an image", "three plain rows = 1", "s"),
                 [
-                    (name, f"{against[name]:.3f}", f"{sum(values) / len(values):.2f}")
+                    (name, f"{against[name]:.3f}", f"{Spread.of(values):.2f}")
                     for name, values in seconds.items()
                 ],
             ),
@@ -72,6 +73,7 @@ def measure(arguments: argparse.Namespace) -> Report:
                         "reads that a GPU would have to finish for, more than plain, a step",
                         f"{reads:g}",
                     ),
+                    ("the same with ranges of reference and guidance", f"{with_ranges:g}"),
                     ("loading the pack, s", f"{found['loading_s']:.3f}"),
                 ],
             ),
@@ -84,6 +86,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         bars=[
             Bar("time in our own Python, ms a step", python_ms, MOST_PYTHON_MS),
             Bar("reads of the device a step, more than plain", reads, MOST_READS),
+            Bar("the same with ranges", with_ranges, MOST_READS_WITH_RANGES),
             Bar("loading the pack, s", found["loading_s"], LONGEST_LOADING_S),
         ],
         plotted=against,
@@ -91,10 +94,10 @@ def measure(arguments: argparse.Namespace) -> Report:
     )
 
 
-def _reads_a_step(reads: Mapping[str, Mapping[str, int]]) -> float:
+def _reads_a_step(reads: Mapping[str, Mapping[str, int]], name: str) -> float:
     """Reads of each step beyond those of the plain run; what happens once a run is left out."""
     few, many = READ_STEPS
-    more = {count: reads[str(count)][OURS] - reads[str(count)][PLAIN] for count in READ_STEPS}
+    more = {count: reads[str(count)][name] - reads[str(count)][PLAIN] for count in READ_STEPS}
     return (more[many] - more[few]) / (many - few)
 
 

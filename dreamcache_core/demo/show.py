@@ -18,14 +18,14 @@ from ..pipeline import DreamCachePipeline
 from ..reference_image import prepare_reference_image
 from .gallery import Panel, Sampling, Theme, choose_themes, draw_panels, draw_sheet
 from .model_files import require_demo_files
-from .world import PICTURE_SIZE
+from .world import PICTURE_SIZE, with_article
 
 if TYPE_CHECKING:
     from ..demo_cli import DemoOptions
 
 SHEET = "contact_sheet.png"
 METADATA_KEY = "dreamcache"
-OWN_PROMPTS = ("a ball on the grass", "a ball at night", "a ball on the beach, left")
+OWN_SCENES = ("on the grass", "at night", "on the beach, left")
 FILL = 0.85
 
 
@@ -66,7 +66,7 @@ def show_demo(options: DemoOptions, folder: Path | None = None) -> Iterator[str]
 def _themes(options: DemoOptions) -> Sequence[Theme]:
     if options.reference is not None:
         shape = options.subject or "ball"
-        prompts = [prompt.replace("ball", shape) for prompt in OWN_PROMPTS]
+        prompts = [f"{with_article(shape)} {scene}" for scene in OWN_SCENES]
         return [Theme("own", _read_reference(options.reference), prompts)]
     if options.subject is not None:
         return choose_themes(options.seed, [options.subject])

@@ -355,13 +355,17 @@ def write_caption(
     phrase = str(random.choice(BACKGROUNDS[scene.background].phrases))
     place = str(random.choice(PLACE_WORDS[scene.place]))
     thing = " ".join(word for word in words if word)
-    article = "an" if thing[0] in "aeiou" else "a"
     twin = " and its twin" if scene.has_twin else ""
-    described = f"{article} {thing}{twin} {phrase}"
+    described = f"{with_article(thing)}{twin} {phrase}"
     if place:
         described += f", {place}"
     opening = str(random.choice(["", "", "a picture of ", "a drawing of "]))
     return opening + described
+
+
+def with_article(thing: str) -> str:
+    """Put "a" or "an" before a thing."""
+    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
 def _placed(points: np.ndarray, pose: Pose, size: int) -> list[tuple[float, float]]:

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import memory, step
+from benchmarks import memory, run, step
 from benchmarks.__main__ import main
 from benchmarks.flops import count_flops
 from benchmarks.guided import (
     DREAMCACHE,
+    DREAMCACHE_TWO,
     TEXTBOOK,
     THREE_ROWS,
     TWO_ROWS,
@@ -77,8 +78,8 @@ def test_commands_print_tables_and_write_figures(
     assert figures["settings"]["size"] == "tiny"
     missed = [bar for bar in figures["bars"] if not bar["holds"]]
     assert status == bool(missed)
-    held = len(figures["bars"]) - len(missed)
-    assert out.splitlines()[-1] == f"{name}: {held} of {len(figures['bars'])} bars hold."
+    held = f"{len(figures['bars']) - len(missed)} of {len(figures['bars'])} bars hold."
+    assert out.splitlines()[-1] == f"{name}: {held if figures['bars'] else 'nothing is promised.'}"
     assert (tmp_path / f"{name}.png").is_file() == (name not in ("memory", "load", "paper"))
 
 
@@ -93,6 +94,19 @@ def test_all_of_them_end_with_what_was_missed(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("All benchmarks: ")
     assert last.count("memory (tiny): peak of a step beyond the plain three rows, MB") == 2
+
+
+def test_what_cannot_be_measured_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    monkeypatch.setattr(command, "MEASURES", {"run": run, "memory": memory})
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    assert main(["all", "--size", "tiny", "--full", ""]) == 1
+    said = capsys.readouterr()
+    assert "run (tiny) is not measured: There is no ComfyUI in" in said.err
+    assert said.out.splitlines()[-1] == (
+        "All benchmarks: 1 of 1 bars hold; none missed; not measured: run (tiny)."
+    )
 
 
 def test_growth_is_linear_in_the_reference_tokens(tmp_path: Path):
@@ -116,6 +130,9 @@ def test_operations_of_a_step_are_ordered(tmp_path: Path):
     main(["step", "--size", "tiny", "--rounds", "1", "--out", str(tmp_path)])
     flops = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["flops"]
     assert flops[TWO_ROWS] < flops[THREE_ROWS] < flops[DREAMCACHE] < flops[TEXTBOOK]
+    # the reference acts on two rows in both: what it adds is the same
+    added = flops[DREAMCACHE] - flops[THREE_ROWS]
+    assert flops[DREAMCACHE_TWO] - flops[TWO_ROWS] == added
 
 
 def test_paper_counts_what_the_benchmarks_that_compute_count():

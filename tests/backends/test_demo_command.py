@@ -46,8 +46,13 @@ def test_own_reference_is_shown_in_three_scenes(tmp_path: Path):
     drawing = Image.new("RGB", (90, 60), (250, 120, 0))
     drawing.save(tmp_path / "drawing.png")
     reference = str(tmp_path / "drawing.png")
-    assert demo(tmp_path / "out", "--reference", reference, "--subject", "fish") == 0
-    assert len(list((tmp_path / "out").glob("own_*_with_reference.png"))) == 3
+    assert demo(tmp_path / "out", "--reference", reference, "--subject", "umbrella") == 0
+    pictures = sorted((tmp_path / "out").glob("own_*_with_reference.png"))
+    assert len(pictures) == 3
+    for path in pictures:
+        with Image.open(path) as picture:
+            prompt = json.loads(picture.info["dreamcache"])["prompt"]
+        assert prompt.startswith("an umbrella ")
 
 
 def test_same_seed_draws_the_same_picture(tmp_path: Path):
