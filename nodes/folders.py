@@ -75,7 +75,7 @@ def list_reference_files() -> list[str]:
         f"{name} [{label}]"
         for label, folder in _reference_roots()
         if os.path.isdir(folder)
-        for name in sorted(folder_paths.recursive_search(folder, [".git"])[0])
+        for name in sorted(_files_below(folder))
         if name.endswith(".safetensors")
     ]
     return names or [NO_REFERENCE]
@@ -112,7 +112,7 @@ def list_picture_folders() -> list[str]:
     root = folder_paths.get_input_directory()
     names = {
         os.path.dirname(name).replace("\\", "/")
-        for name in folder_paths.recursive_search(root, [".git"])[0]
+        for name in _files_below(root)
         if name.lower().endswith(PICTURES)
     }
     return sorted(names - {""}) or [NO_FOLDER]
@@ -199,6 +199,22 @@ def file_state(path: str) -> str:
     """Fingerprint of a file for ComfyUI's output cache: it changes when the file does."""
     stat = os.stat(path)
     return f"{path}:{stat.st_mtime_ns}:{stat.st_size}"
+
+
+_listed: dict[str, tuple[list[str], dict[str, float]]] = {}
+"""Files below folders that were listed, and when each of their subfolders had changed last."""
+
+
+def _files_below(folder: str) -> list[str]:
+    """List a folder with its subfolders; one that did not change is not walked again, as outputs may be many."""
+    files, changed = _listed.get(folder, ([], {}))
+    if not changed or any(_changed_at(path) != at for path, at in changed.items()):
+        files, changed = _listed[folder] = folder_paths.recursive_search(folder, [".git"])
+    return files
+
+
+def _changed_at(path: str) -> float | None:
+    return os.path.getmtime(path) if os.path.isdir(path) else None
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -60,6 +60,28 @@ def test_a_file_that_is_not_there_is_refused_before_the_run_with_the_folders(
     assert check(**{name: None}) is True  # comes over a link: known only in the run
 
 
+def test_folders_are_walked_again_only_when_they_changed(tmp_path, monkeypatch):
+    walked, walk = [], folder_paths.recursive_search
+    monkeypatch.setattr(
+        folder_paths, "recursive_search", lambda *args: walked.append(args[0]) or walk(*args)
+    )
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+
+    def mine():
+        return [name for name in FOLDERS.list_reference_files() if "dog" in name]
+
+    assert mine() == mine() == []
+    assert walked.count(str(tmp_path)) == 1
+    dog = tmp_path / "deep" / "er" / "dog.safetensors"
+    dog.write_bytes(b"")
+    assert mine() == mine() == [f"{Path('deep', 'er', 'dog.safetensors')} [output]"]
+    assert walked.count(str(tmp_path)) == 2
+    dog.unlink()
+    dog.parent.rmdir()
+    assert mine() == []
+
+
 def test_a_name_with_backslashes_is_found_on_every_system():
     path = Path(folder_paths.get_output_directory(), "mine", "dog.safetensors")
     path.parent.mkdir(exist_ok=True)
