@@ -2,6 +2,7 @@
 
 import copy
 
+import comfy_extras.nodes_model_advanced as advanced
 import pytest
 import torch
 from tiny import (
@@ -95,8 +96,10 @@ def test_a_range_that_is_over_leaves_the_later_steps_plain(setup):
     assert on == sorted(on, reverse=True)
 
 
-def test_ranges_that_meet_never_overlap(setup):
+@pytest.mark.parametrize("schedule", [("eps", False), ("eps", True), ("lcm", False)], ids=str)
+def test_ranges_that_meet_never_overlap(setup, schedule):
     model, adapters, reference, _ = setup
+    model = advanced.ModelSamplingDiscrete().patch(model, *schedule)[0]
     sampling = model.get_model_object("model_sampling")
     first = apply(model, adapters, reference, end_percent=0.5)
     both = apply(first, adapters, reference, start_percent=0.5)
