@@ -17,8 +17,8 @@ from ..pipeline import DreamCachePipeline
 from .world import Scene, Subject, draw_subject, render_reference, write_caption
 
 STEPS = 20
-TEXT_GUIDANCE = 3.0
-IMAGE_GUIDANCE = 2.0
+TEXT_GUIDANCE = 2.0
+IMAGE_GUIDANCE = 3.0
 
 SHAPES_SHOWN = ("mug", "fish", "house", "star")
 SCENES_SHOWN = (Scene("grass"), Scene("night"), Scene("beach", place="left"))
