@@ -156,7 +156,7 @@ def _group_lines(evidence: Evidence, group: Group) -> Iterable[str]:
         f"{_match_of(bounds.upper)} (upper bound), true pictures of other subjects of its shape "
         f"{_match_of(bounds.lower)} (lower bound); the measure tells the two apart with AUC "
         f"{bounds.separation(lambda found: found.match):.3f}. Through the model's autoencoder true pictures match "
-        f"{_match_of(truths.decoded)}: more is not to be had with it. The classifier recognises the background of "
+        f"{_match_of(truths.decoded)}, about what can be had with it. The classifier recognises the background of "
         f"{truths.background:.1%} and the shape of {truths.shape:.1%} of the true pictures."
     )
     yield ""

@@ -22,7 +22,7 @@ class Truths:
 
     Attributes:
         bounds: Of the measure.
-        decoded: Of true pictures that went through the autoencoder: more no model with it can reach.
+        decoded: Of true pictures that went through the autoencoder: about what a model with it can reach.
         background: Share of true pictures whose background the classifier recognises.
         shape: Share whose shape it recognises.
     """
