@@ -1,7 +1,7 @@
 """What is on a MODEL after Apply DreamCache, and what one sampling run keeps of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,11 @@ class Applied:
 
     uses: tuple[AppliedUse, ...]
     guidance: Guidance
+
+    @property
+    def acting(self) -> "Applied":
+        """The same without references that change nothing."""
+        return replace(self, uses=tuple(u for u in self.uses if u.use.is_active))
 
     @property
     def patchers(self) -> list[ModelPatcher]:

@@ -143,9 +143,8 @@ def _with_applied(model: ModelPatcher, applied: Applied) -> ModelPatcher:
     clone = model.clone()
     remove_references(clone)
     clone.set_attachments(KEY, applied)
-    acting = replace(applied, uses=tuple(u for u in applied.uses if u.use.is_active))
-    clone.set_additional_models(KEY, acting.patchers)
-    Wrappers(acting).install(clone)
+    clone.set_additional_models(KEY, applied.acting.patchers)
+    Wrappers(applied.acting).install(clone)
     return clone
 
 

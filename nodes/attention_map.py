@@ -1,0 +1,204 @@
+"""Node that shows where a new image looks in its reference."""
+
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..dreamcache_core import InputError
+from ..dreamcache_core.attention_maps import (
+    AttentionMaps,
+    attention_maps,
+    draw_attention,
+    record_hidden_states,
+)
+from ..dreamcache_core.reference_image import check_mask_aspect, is_placeholder_mask
+from .applied import Applied, AppliedUse, RunStore
+from .comfy_bridge import require_applied
+from .encoding import plain_text
+from .patches import block_id, prepare_references
+
+NOWHERE = -1.0
+NAME = "DreamCache Attention Map"
+
+
+class AttentionMap(io.ComfyNode):
+    """Show where a new image looks in its reference, and from where."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheAttentionMap",
+            display_name=NAME,
+            category="DreamCache/advanced",
+            description="Shows where a new image looks in its reference: the reference, lit where it is looked at, and beside it "
+            "what each place of the new image sees there. A mask or a point asks about a part of the new image.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Apply DreamCache."),
+                io.Conditioning.Input("positive", tooltip="The prompt of the new image."),
+                io.Latent.Input("latent", tooltip="The new image, from the sampler."),
+                io.Image.Input(
+                    "reference_image",
+                    tooltip="The picture that went into Encode Reference; all of them for a combined reference.",
+                ),
+                io.Float.Input(
+                    "percent",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Progress of the run to look at: early steps lay out the image, late ones draw details.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Part of the new image to ask about, of its aspect; all of it if not connected.",
+                ),
+                _place("point_x", "from the left, 1 is the right edge"),
+                _place("point_y", "from the top, 1 is the bottom edge"),
+                io.Int.Input(
+                    "reference_number",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="With several Apply DreamCache: whose reference, counted from the checkpoint loader on.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="image",
+                    tooltip="The reference, lit where it is looked at; beside it what the new image sees.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        positive: list[Any],
+        latent: dict[str, Any],
+        reference_image: Tensor,
+        percent: float,
+        mask: Tensor | None = None,
+        point_x: float = NOWHERE,
+        point_y: float = NOWHERE,
+        reference_number: int = 1,
+    ) -> io.NodeOutput:
+        """Run one step of the model and draw its attention."""
+        applied = require_applied(model, NAME)
+        chosen = _choose(applied, reference_number)
+        samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+        region = _region(mask, (point_x, point_y), samples)
+        pictures = reference_image[..., :3]
+        sampler = _LookingSampler(applied, chosen, pictures, region)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.inner_set_conds({"positive": plain_text(positive, "the map is", "The prompt")})
+        sampling = model.get_model_object("model_sampling")
+        sigma = min(sampling.percent_to_sigma(percent), float(sampling.sigma_max))
+        noise = comfy.sample.prepare_noise(samples, 0)
+        sigmas = torch.tensor([max(sigma, float(sampling.sigma_min)), 0.0])
+        guider.sample(noise, samples, sampler, sigmas, disable_pbar=True, seed=0)
+        assert sampler.maps is not None
+        return io.NodeOutput(draw_attention(sampler.maps, pictures, region))
+
+
+def _place(name: str, where: str) -> io.Float.Input:
+    """Declare one coordinate of a point."""
+    return io.Float.Input(
+        name,
+        default=NOWHERE,
+        min=NOWHERE,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        tooltip=f"Place in the new image to ask about, {where}; -1: no point.",
+    )
+
+
+def _choose(applied: Applied, number: int) -> AppliedUse:
+    if number > len(applied.uses):
+        raise InputError(
+            f"reference_number is {number}, but the model has {len(applied.uses)} references on it. Give 1 ... "
+            f"{len(applied.uses)}."
+        )
+    chosen = applied.uses[number - 1]
+    if not chosen.use.is_active:
+        raise InputError(
+            "This reference has a scale of 0 or an empty mask in Apply DreamCache, so nothing looks at it. Raise the "
+            "scale, or paint the mask."
+        )
+    return chosen
+
+
+def _region(mask: Tensor | None, point: tuple[float, float], samples: Tensor) -> Tensor | None:
+    """Places that are asked about: mask and point together, or ``None`` for everywhere."""
+    height, width = samples.shape[-2:]
+    if mask is not None and is_placeholder_mask(mask):
+        mask = None
+    if mask is not None:
+        mask = mask[None] if mask.ndim == 2 else mask
+        check_mask_aspect(mask, height, width)
+        if len(mask) not in (1, len(samples)):
+            raise InputError(
+                f"Expected one mask, or one for each of the {len(samples)} images; given {len(mask)}."
+            )
+    if min(point) < 0:
+        return mask
+    if mask is not None:
+        raise InputError(
+            "Both a mask and a point are given. Leave the mask unconnected, or set point_x and point_y to -1."
+        )
+    spot = torch.zeros(1, height, width)
+    row, column = (
+        min(int(p * side), side - 1) for p, side in zip(point[::-1], (height, width), strict=True)
+    )
+    spot[:, row, column] = 1
+    return spot
+
+
+class _LookingSampler(comfy.samplers.Sampler):
+    """A sampler of one step that keeps the adapters' attention instead of the result."""
+
+    def __init__(
+        self, applied: Applied, chosen: AppliedUse, pictures: Tensor, region: Tensor | None
+    ) -> None:
+        self.acting = applied.acting
+        self.chosen, self.pictures, self.region = chosen, pictures, region
+        self.maps: AttentionMaps | None = None
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,  # noqa: ARG002 - ComfyUI's signature
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Any = None,  # noqa: ARG002
+        disable_pbar: bool = False,  # noqa: ARG002
+    ) -> Tensor:
+        """Noise the latents to the first sigma, run the model once, read its attention, return the latents."""
+        base = model_wrap.inner_model
+        sampling, layers = base.model_sampling, self.chosen.use.adapters.layers
+        noised = sampling.noise_scaling(sigmas[:1], noise, latent_image, False)
+        with record_hidden_states(base.diffusion_model, layers) as states:
+            model_wrap(noised, sigmas[:1].expand(len(noised)), **extra_args)
+        index = self.acting.uses.index(self.chosen)
+        store = RunStore(self.acting, sampling)
+        by_block = prepare_references(
+            (index,), self.acting, base, store, noised.device, {index: None}
+        )
+        references = {layer: by_block[block_id(layer)][0] for layer in layers}
+        cache = self.chosen.use.reference
+        self.maps = attention_maps(states, references, cache, self.pictures, self.region)
+        return noised
+
+
+NODES: list[type[io.ComfyNode]] = [AttentionMap]
