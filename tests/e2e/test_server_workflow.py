@@ -210,6 +210,15 @@ def test_every_node_has_a_help_page_on_the_server(server, object_info):
         assert page.startswith("# "), name
 
 
+def test_the_server_hands_out_the_translations(server, object_info):
+    translations = server.get_json("/i18n")
+    for path in (PACK / "locales").glob("*/nodeDefs.json"):
+        served = translations[path.parent.name]["nodeDefs"]
+        ours = {name: texts for name, texts in served.items() if name.startswith(OURS)}
+        assert ours == load(path)
+        assert set(ours) == {name for name in object_info if name.startswith(OURS)}
+
+
 def test_nodes_are_those_of_the_snapshot(server, object_info):
     """Ids, inputs, types, defaults and outputs are a contract: saved workflows rely on them."""
     used = {node["type"] for path in WORKFLOWS for node in load(path)["nodes"]} & set(object_info)

@@ -1,4 +1,4 @@
-"""What ships beside the code: a help page for every node, and workflows that use only what exists."""
+"""What ships beside the code: help pages, translations, and workflows that use only what exists."""
 
 import ast
 import json
@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "web" / "docs"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
 PAGE_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 MOST_BYTES = 200_000
 
@@ -67,6 +68,22 @@ def test_the_help_page_names_every_input(node_id):
     assert [name for name in sorted(inputs) if f"**`{name}`**" not in page] == []
     for heading in ("# ", "## Inputs", "**Tip**", "## Common errors"):
         assert f"\n{heading}" in f"\n{page}", heading
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_translation_names_every_node_input_and_output(language):
+    path = ROOT / "locales" / language / "nodeDefs.json"
+    translated, nodes = json.loads(path.read_text(encoding="utf-8")), snapshot()["nodes"]
+    assert set(translated) == set(nodes)
+    for node_id, texts in translated.items():
+        assert texts["display_name"]
+        assert texts["description"]
+        inputs, outputs = texts.get("inputs", {}), texts.get("outputs", {})
+        assert set(inputs) == names_of(nodes[node_id]), node_id
+        assert list(outputs) == [str(i) for i in range(len(nodes[node_id]["outputs"]))], node_id
+        for slot in (*inputs.values(), *outputs.values()):
+            assert slot["name"], node_id
+            assert slot["tooltip"], node_id
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
