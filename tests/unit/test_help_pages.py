@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "web" / "docs"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
 PAGE_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 MOST_BYTES = 200_000
@@ -96,6 +97,20 @@ def test_a_workflow_uses_only_nodes_and_inputs_that_exist(path):
         ours = inputs[node["type"]]
         names = names_of(ours) if isinstance(ours, dict) else set(ours)
         assert {slot["name"] for slot in node["inputs"]} <= names, node["type"]
+
+
+@pytest.mark.parametrize("path", SUBGRAPHS, ids=lambda path: path.stem)
+def test_a_subgraph_shows_inputs_that_its_nodes_have(path):
+    workflow, nodes = json.loads(path.read_text(encoding="utf-8")), snapshot()["nodes"]
+    (subgraph,) = workflow["definitions"]["subgraphs"]
+    (shown,) = workflow["nodes"]
+    assert shown["type"] == subgraph["id"]
+    assert shown["title"] == subgraph["name"] == path.stem
+    inside = {str(node["id"]): node["type"] for node in subgraph["nodes"]}
+    for key, widget in shown["properties"]["proxyWidgets"]:
+        assert widget in names_of(nodes[inside[key]]), widget
+    for node in subgraph["nodes"]:
+        assert {slot["name"] for slot in node["inputs"]} <= names_of(nodes[node["type"]])
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
