@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
+from dreamcache_core.reference_tokens import BACKGROUND_GROUP, num_kept
+
 from .arguments import settings_of
 from .flops import count_flops
 from .guided import DREAMCACHE, THREE_ROWS, GuidedSteps, Settings
@@ -87,9 +89,9 @@ def measure(arguments: argparse.Namespace) -> Report:
         Bar("counted cost of a reference / its attention's own", slope / own, 1 + TOLERANCE),
         Bar("the same", slope / own, 1 - TOLERANCE, at_most=False),
         Bar(
-            f"counted attention over {COVERAGE:.0%} of the tokens / over all",
+            f"counted attention where the subject covers {COVERAGE:.0%} / over all tokens",
             (masked.added_flops - fixed) / slope,
-            COVERAGE + TOLERANCE,
+            (COVERAGE + (1 - COVERAGE) / BACKGROUND_GROUP) * (1 + TOLERANCE),
         ),
     ]
     if base.size in ("sd21", "sd15") and base.latent == 64:
@@ -140,9 +142,9 @@ def _attention_flops(steps: GuidedSteps) -> int:
     total = 0
     for layer, maps in reference.features.items():
         count, channels, height, width = maps.shape
-        seen = (
-            count * height * width if reference.masks is None else int(reference.masks[layer].sum())
-        )
+        seen = count * height * width
+        if reference.masks is not None:
+            seen = sum(num_kept(mask.flatten()) for mask in reference.masks[layer])
         total += 4 * rows * height * width * seen * channels
     return total
 

@@ -1,7 +1,7 @@
 """Where new images look in a reference: the adapters' attention, made visible (the paper's Figure 5)."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from .compiling import is_compiled, plain_module, uncompiled
 from .errors import InputError, StateError
 from .layers import AttentionSite
 from .reference_image import check_image, check_mask
+from .reference_tokens import keep_tokens, num_kept, spread_shares
 
 QUERIES_AT_A_TIME = 256
 UNSEEN, OUTSIDE = 0.25, 0.4
@@ -49,7 +50,7 @@ class AttentionMaps:
 
     Attributes:
         looked_at: How much each place of the reference pictures is looked at, 1 where all places are alike;
-            (images, references, height, width), float32. Places without tokens (outside the subject mask) have 0.
+            (images, references, height, width), float32.
         seen: The reference's colour at the place that each place of a new image looks at most,
             (images, rows of tokens, columns of tokens, 3), float32 in [0, 1].
     """
@@ -143,17 +144,30 @@ def attention_maps(
         size = cache.features[layer].shape[-2:]
         colours = pool_area(pictures.movedim(-1, 1).cpu(), (size[0], size[1]))
         colours = colours.movedim(1, -1).flatten(0, 2)  # -> (reference_tokens, 3)
-        tokens = torch.ones(len(colours), dtype=torch.bool)
-        if cache.masks is not None:
-            tokens = cache.masks[layer].flatten().cpu()
         weights = _weights(region, states[layer])
-        shares, colours_seen = _read(states[layer], references[layer], colours[tokens], weights)
-        by_place = torch.zeros(len(shares), len(tokens))
-        by_place[:, tokens] = shares * len(colours)
-        maps = by_place.unflatten(1, (cache.num_references, *size))
+        kept, spread = _kept_colours(colours, cache, layer)
+        shares, colours_seen = _read(states[layer], references[layer], kept, weights)
+        maps = (spread(shares) * len(colours)).unflatten(1, (cache.num_references, *size))
         looked_at.append(_resize(maps, (pictures.shape[1], pictures.shape[2])))
         seen.append(colours_seen.unflatten(1, states[layer].size))
     return AttentionMaps(torch.stack(looked_at).mean(dim=0), torch.stack(seen).mean(dim=0))
+
+
+def _kept_colours(
+    colours: Tensor, cache: ReferenceCache, layer: str
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Colours of the tokens that are attended to, and what brings their shares back to all places of the pictures."""
+    if cache.masks is None:
+        return colours, lambda shares: shares
+    subjects = cache.masks[layer].flatten(1).cpu().unbind()
+    rows = zip(colours.split(len(subjects[0])), subjects, strict=True)
+    counts = [num_kept(subject) for subject in subjects]
+
+    def spread(shares: Tensor) -> Tensor:
+        parts = zip(shares.split(counts, dim=-1), subjects, strict=True)
+        return torch.cat([spread_shares(*part) for part in parts], dim=-1)
+
+    return torch.cat([keep_tokens(*row) for row in rows]), spread
 
 
 def _finest_layers(states: Mapping[str, LayerStates], layers: Iterable[str]) -> list[str]:

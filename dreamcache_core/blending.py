@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .adapter import AdapterModules, Attention, LayerAdapter, torch_attention
 from .cache import ReferenceCache
 from .errors import InputError
 from .layers import require_same_layout
 from .reference_image import check_mask
+from .reference_tokens import keep_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ def prepare_layer(
     """Project a reference to keys and values at one layer.
 
     Source: METHOD.md section 4: the map flattened row-major, un-normalised; tokens of several pictures concatenated.
-    With subject masks only the subject's tokens are kept.
+    With subject masks the background is reduced to a few tokens (``keep_tokens``).
 
     Args:
         use: The use.
@@ -130,16 +132,26 @@ def prepare_layer(
     features = use.reference.features[layer].to(device=device, dtype=dtype)
     tokens = features.flatten(2).transpose(1, 2)  # -> (references, tokens, channels)
     masks, key_mask = use.reference.masks, None
-    chosen = None if masks is None else masks[layer].flatten(1).to(device)
-    if use.per_row and chosen is not None:
-        key_mask = torch.zeros_like(chosen, dtype=dtype).masked_fill(~chosen, -math.inf)[
-            :, None, None
-        ]
+    if masks is not None:
+        subjects = masks[layer].flatten(1).to(device)
+        kept = [keep_tokens(*pair) for pair in zip(tokens, subjects, strict=True)]
+        tokens = torch.cat(kept)[None]
+        if use.per_row:
+            tokens, key_mask = _pad(kept)
     elif not use.per_row:
-        tokens = tokens.flatten(0, 1)[None] if chosen is None else tokens[chosen][None]
+        tokens = tokens.flatten(0, 1)[None]
     key, value = adapter.project_reference(tokens)
     region = None if use.regions is None else use.regions.to(device)
     return LayerReference(adapter, dtype, key, value, key_mask, use.scale, region)
+
+
+def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack rows of different lengths -> (rows, tokens, channels), and what hides the padding, (rows, 1, 1, tokens)."""
+    tokens = pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+    is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+    hidden = torch.zeros_like(is_padding, dtype=tokens.dtype).masked_fill(is_padding, -math.inf)
+    return tokens, hidden[:, None, None]
 
 
 def blend_references(

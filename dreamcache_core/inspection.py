@@ -103,7 +103,7 @@ def _describe_reference(reference: ReferenceCache) -> dict[str, str]:
         "latent": f"{height} x {width} (height x width)",
         "timestep": str(reference.timestep),
         "seed": "not stated" if reference.seed is None else str(reference.seed),
-        "mask": "none" if reference.masks is None else "subject tokens only",
+        "mask": "none" if reference.masks is None else "subject marked",
         "dtype": str(next(iter(reference.features.values())).dtype).removeprefix("torch."),
         "size": f"{reference.nbytes / 2**20:.1f} MiB",
     }

@@ -114,8 +114,8 @@ class DreamCachePipeline:
         Args:
             image: Pictures as ``prepare_reference_image`` returns them, (references, height, width, 3) in [0, 1];
                 sides are multiples of 8.
-            mask: (1 or references, height, width) in [0, 1], 1 = subject: only its tokens are attended to. ``None``,
-                as in training: all tokens.
+            mask: (1 or references, height, width) in [0, 1], 1 = subject: of the background only averages are attended
+                to (``keep_tokens``). ``None``, as in training: all tokens.
             prompt: Text of the pass; empty in training.
             seed: Seed of the noise.
             timestep: Training index of the pass, 0 to 999; 1 in the paper.

@@ -146,8 +146,8 @@ class Encode(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="1 = subject: only its part of the picture is looked at. Without it all of the picture is, "
-                    "white background included, as in training.",
+                    tooltip="1 = subject: of the rest only a digest is looked at, which is faster and lets a background leak "
+                    "less. Without it all of the picture is, white around the subject included, as in training.",
                 ),
                 io.Int.Input(
                     "seed",

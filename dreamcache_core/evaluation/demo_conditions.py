@@ -29,7 +29,7 @@ class Condition:
         image_range: Part of the run in which ``image_guidance`` holds.
         references: Pictures of the subject, their tokens concatenated.
         captioned: Whether the reference pass sees the prompt of the wanted picture; else the empty one.
-        masked: Whether only the subject's tokens of the reference are attended to; else all, as in training.
+        masked: Whether the subject is marked in the reference; else all tokens are attended to alike, as in training.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """Adapters in a real U-Net: exactly nothing where they are off, the formula where they are on."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -346,14 +347,18 @@ def subject_masks():
     return {MIDDLE: masks}
 
 
-def test_subject_mask_of_concatenated_references_equals_masked_keys(states, subject_masks):
+def test_subject_mask_equals_all_keys_with_the_backgrounds_averaged(states, subject_masks):
     gathered = prepared(tiny_use(4, masks=subject_masks))
-    assert gathered.key.shape == (1, 1 + 2 + 3 + 4, CHANNELS)
-    use = tiny_use(4)
-    hidden = ~subject_masks[MIDDLE].flatten()[None, None, None]
-    ref = prepared(use)
-    mask = torch.zeros(1, 1, 1, 40).masked_fill(hidden, -torch.inf)
-    expected = ref.adapter(*states, ref.key, ref.value, heads=HEADS, key_mask=mask)
+    assert gathered.key.shape == (1, 1 + 2 + 3 + 4 + 4, CHANNELS)
+    ref = prepared(tiny_use(4))
+    key, value = ref.key.clone(), ref.value.clone()
+    bias = torch.zeros(40)
+    for picture, mask in enumerate(subject_masks[MIDDLE]):
+        background = picture * 10 + (~mask.flatten()).nonzero().flatten()
+        for tokens in (key, value):
+            tokens[:, background] = tokens[:, background].mean(dim=1, keepdim=True)
+        bias[background] = -math.log(len(background))  # together they weigh as one
+    expected = ref.adapter(*states, key, value, heads=HEADS, key_mask=bias[None, None, None])
     out = blend(states, tiny_use(4, masks=subject_masks))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
@@ -364,10 +369,14 @@ def test_tokens_are_row_major_and_the_subject_mask_picks_its_own(subject_masks):
     places = [(r, y, x) for r in range(4) for y in range(2) for x in range(5)]
     every = torch.stack([feature[r, :, y, x] for r, y, x in places])
     torch.testing.assert_close(prepared(tiny_use(4)).key[0], to_k(every))
-    subject = [
-        feature[place[0], :, place[1], place[2]] for place in places if subject_masks[MIDDLE][place]
-    ]
-    torch.testing.assert_close(prepared(use).key[0], to_k(torch.stack(subject)))
+    kept: list[torch.Tensor] = []
+    for picture in range(4):
+        own = [(y, x) for r, y, x in places if r == picture]
+        is_subject = subject_masks[MIDDLE][picture]
+        kept += [feature[picture, :, y, x] for y, x in own if is_subject[y, x]]
+        background = [feature[picture, :, y, x] for y, x in own if not is_subject[y, x]]
+        kept.append(torch.stack(background).mean(dim=0))
+    torch.testing.assert_close(prepared(use).key[0], to_k(torch.stack(kept)))
 
 
 def test_subject_mask_per_row_equals_each_reference_alone(states, subject_masks):
