@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 from ..dreamcache_core import InputError, load_adapters
 from ..dreamcache_core.demo.model_files import require_demo_files
 from ..dreamcache_core.demo.shapes import SHAPES
-from ..dreamcache_core.demo.world import PICTURE_SIZE, draw_subject, render_reference
+from ..dreamcache_core.demo.world import PICTURE_SIZE, draw_subject, render_cutout
 from ..dreamcache_core.picture_tensors import picture_to_tensor
 from .demo_model import load_clip, load_unet, load_vae
 from .report import report
@@ -73,7 +73,10 @@ class DemoReference(io.ComfyNode):
                     tooltip="Decides colours, pattern and pose.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="For Encode Reference.")],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="For Encode Reference."),
+                io.Mask.Output(display_name="mask", tooltip="1 = subject. For Encode Reference."),
+            ],
         )
 
     @classmethod
@@ -82,9 +85,9 @@ class DemoReference(io.ComfyNode):
         if shape not in SHAPES:
             raise InputError(f"shape must be one of {', '.join(SHAPES)}; given {shape!r}.")
         random = np.random.default_rng(seed)
-        picture = render_reference(draw_subject(random, shape), random)
-        image = picture_to_tensor(picture)
-        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+        cutout = picture_to_tensor(render_cutout(draw_subject(random, shape), random))
+        image, mask = cutout[..., :3], cutout[..., 3]
+        return io.NodeOutput(image, mask, ui=ui.PreviewImage(image, cls=cls))
 
 
 NODES: list[type[io.ComfyNode]] = [DemoModel, DemoReference]

@@ -14,7 +14,7 @@ from ..blending import ReferenceUse
 from ..image_files import contact_sheet
 from ..picture_tensors import picture_to_tensor
 from ..pipeline import DreamCachePipeline
-from .world import Scene, Subject, draw_subject, render_reference, write_caption
+from .world import Scene, Subject, draw_subject, render_cutout, write_caption
 
 STEPS = 20
 TEXT_GUIDANCE = 2.0
@@ -46,6 +46,7 @@ class Theme:
     Attributes:
         name: Name of its files.
         reference: The reference picture, (1, height, width, 3) in [0, 1].
+        mask: Where the subject is on it, (1, height, width) in [0, 1]; ``None``: not known.
         prompts: What to draw.
         scenes: The scenes that these describe, where the world knows them.
         subject: Who is on the picture; ``None`` for a picture of the user's own.
@@ -53,6 +54,7 @@ class Theme:
 
     name: str
     reference: Tensor
+    mask: Tensor | None
     prompts: Sequence[str]
     scenes: Sequence[Scene] = ()
     subject: Subject | None = None
@@ -88,8 +90,9 @@ def choose_themes(seed: int, shapes: Sequence[str] = SHAPES_SHOWN) -> list[Theme
         prompts = [
             write_caption(subject, scene, random, name_pattern=False) for scene in SCENES_SHOWN
         ]
-        picture = picture_to_tensor(render_reference(subject, random))
-        themes.append(Theme(shape, picture, prompts, SCENES_SHOWN, subject))
+        cutout = picture_to_tensor(render_cutout(subject, random))
+        picture, mask = cutout[..., :3], cutout[..., 3]
+        themes.append(Theme(shape, picture, mask, prompts, SCENES_SHOWN, subject))
     return themes
 
 
@@ -113,7 +116,9 @@ def draw_panels(
         The panels, one after the other.
     """
     for theme in themes:
-        reference = pipeline.encode_reference(theme.reference, layers=adapters.layers)
+        reference = pipeline.encode_reference(
+            theme.reference, mask=theme.mask, layers=adapters.layers
+        )
         pictures = [
             sample(pipeline, uses, theme.prompts, seed, sampling)
             for uses in ([ReferenceUse(reference, adapters)], [])

@@ -67,7 +67,7 @@ def _themes(options: DemoOptions) -> Sequence[Theme]:
     if options.reference is not None:
         shape = options.subject or "ball"
         prompts = [f"{with_article(shape)} {scene}" for scene in OWN_SCENES]
-        return [Theme("own", _read_reference(options.reference), prompts)]
+        return [Theme("own", *_read_reference(options.reference), prompts)]
     if options.subject is not None:
         return choose_themes(options.seed, [options.subject])
     return choose_themes(options.seed)
@@ -75,14 +75,15 @@ def _themes(options: DemoOptions) -> Sequence[Theme]:
 
 def _with_prompt(theme: Theme, prompt: str | None) -> Theme:
     """Replace a theme's prompts by the user's own, if there is one."""
-    return theme if prompt is None else Theme(theme.name, theme.reference, [prompt])
+    return theme if prompt is None else Theme(theme.name, theme.reference, theme.mask, [prompt])
 
 
-def _read_reference(path: str) -> Tensor:
-    """Read a picture and put its subject, cut out by its alpha channel, on a white square."""
+def _read_reference(path: str) -> tuple[Tensor, Tensor | None]:
+    """Read a picture and put its subject, cut out by its alpha channel, on a white square; its mask, if it has one."""
     picture, alpha = read_image(path)
     fill = 1.0 if alpha is None else FILL
-    return prepare_reference_image(picture, alpha, size=PICTURE_SIZE, fill=fill)[0]
+    prepared, mask = prepare_reference_image(picture, alpha, size=PICTURE_SIZE, fill=fill)
+    return prepared, None if alpha is None else mask
 
 
 def _measured(panels: Sequence[Panel]) -> Iterator[str]:

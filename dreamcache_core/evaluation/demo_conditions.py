@@ -61,7 +61,7 @@ class Condition:
 
 
 NO_REFERENCE = Condition("no reference", "baseline", adapters=None)
-CHOSEN = Condition("as shipped", "baseline")
+CHOSEN = Condition("as shipped", "baseline", masked=True)
 
 
 def guidance_sweeps() -> list[Condition]:
@@ -103,11 +103,11 @@ def range_sweep() -> list[Condition]:
 
 
 def reference_sweep() -> list[Condition]:
-    """One, two and four pictures of the subject, and one without the white around it."""
+    """One, two and four pictures of the subject, and one on which nothing says where it is."""
     return [
         replace(CHOSEN, name=f"{count} references", sweep="references", references=count)
         for count in (1, 2, 4)
-    ] + [replace(CHOSEN, name="subject mask", sweep="references", masked=True)]
+    ] + [replace(CHOSEN, name="subject not marked", sweep="references", masked=False)]
 
 
 def all_conditions(variants: Sequence[str] = ()) -> list[Condition]:

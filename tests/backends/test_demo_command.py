@@ -18,6 +18,7 @@ from dreamcache_core.demo.gallery import (
     choose_themes,
 )
 from dreamcache_core.demo.model_files import demo_folder
+from dreamcache_core.evaluation.demo_conditions import CHOSEN
 
 torch.set_num_threads(1)
 
@@ -94,12 +95,16 @@ def test_themes_are_of_subjects_that_adapter_training_never_saw():
 def test_quickstart_workflow_samples_as_the_command_does():
     root = Path(__file__).parents[2]
     text = (root / "example_workflows" / "quickstart_demo.json").read_text(encoding="utf-8")
+    nodes = json.loads(text)["nodes"]
     values = {
-        kind: [node["widgets_values"] for node in json.loads(text)["nodes"] if node["type"] == kind]
+        kind: [node["widgets_values"] for node in nodes if node["type"] == kind]
         for kind in ("KSampler", "DreamCacheApply")
     }
     assert [sampler[2:4] for sampler in values["KSampler"]] == [[STEPS, TEXT_GUIDANCE]] * 2
     assert [apply[1] for apply in values["DreamCacheApply"]] == [IMAGE_GUIDANCE]
+    (encode,) = (node for node in nodes if node["type"] == "DreamCacheEncode")
+    (mask,) = (slot for slot in encode["inputs"] if slot["name"] == "mask")
+    assert (mask["link"] is not None) == CHOSEN.masked
 
 
 def test_what_comes_along_is_below_25_mb():

@@ -43,7 +43,7 @@ def evaluate(tmp_path: Path, *conditions: str, **changes: str) -> int:
     [
         {},
         {"references": 2},
-        {"references": 2, "masked": True},
+        {"references": 2, "masked": False},
         {"image_range": (0.0, 0.5)},
     ],
     ids=str,
