@@ -94,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> Report:
             (COVERAGE + (1 - COVERAGE) / BACKGROUND_GROUP) * (1 + TOLERANCE),
         ),
     ]
-    if base.size in ("sd21", "sd15") and base.latent == 64:
+    if base.are_times_promised:
         bars.append(Bar("eight references / one", eight, MOST_FOR_EIGHT))
     return Report(
         name="growth",

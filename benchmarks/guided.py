@@ -54,6 +54,11 @@ class Settings:
     references: int = 1
     coverage: float = 1.0
 
+    @property
+    def are_times_promised(self) -> bool:
+        """Whether there are bars for times: below Stable Diffusion's size a step is too short to be timed to a few per cent."""
+        return self.size in ("sd15", "sd21") and self.latent == 64
+
 
 class GuidedSteps:
     """U-Net, adapters, reference and inputs of a step.
