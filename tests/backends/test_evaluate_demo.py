@@ -73,7 +73,7 @@ def test_reference_changes_the_picture_and_another_subject_changes_it_otherwise(
     assert not np.array_equal(own, other)
 
 
-def test_a_masked_reference_has_the_subjects_tokens_only():
+def test_the_mask_of_a_reference_covers_its_subject():
     triple = draw_triples(0, combinations=1, shapes=0)[0]
     mask, picture = triple.reference_mask(1), np.asarray(triple.reference(1))
     assert mask.shape == (128, 128)
