@@ -19,6 +19,7 @@ from .world import Scene, Subject, draw_subject, render_cutout, write_caption
 STEPS = 20
 TEXT_GUIDANCE = 2.0
 IMAGE_GUIDANCE = 3.0
+IMAGE_RANGE = (0.0, 0.75)
 
 SHAPES_SHOWN = ("mug", "fish", "house", "star")
 SCENES_SHOWN = (Scene("grass"), Scene("night"), Scene("beach", place="left"))
@@ -32,11 +33,13 @@ class Sampling:
         steps: Sampling steps.
         text_guidance: s_text of METHOD.md section 5.
         image_guidance: s_image of it.
+        image_range: Part of the run in which it holds, as in ``Guidance``.
     """
 
     steps: int = STEPS
     text_guidance: float = TEXT_GUIDANCE
     image_guidance: float = IMAGE_GUIDANCE
+    image_range: tuple[float, float] = IMAGE_RANGE
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def sample(
         uses,
         text_scale=sampling.text_guidance,
         image_scale=sampling.image_guidance,
+        image_range=sampling.image_range,
         num_inference_steps=sampling.steps,
         generator=[torch.Generator().manual_seed(seed + number) for number in range(len(prompts))],
         output_type="pt",

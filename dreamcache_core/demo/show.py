@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def show_demo(options: DemoOptions, folder: Path | None = None) -> Iterator[str]
     panels: list[Panel] = []
     for panel in draw_panels(pipeline, adapters, themes, options.seed, sampling):
         panels.append(panel)
-        _write(panel, out, options)
+        _write(panel, out, options, sampling)
         yield f"{panel.theme.name}: {len(panel.theme.prompts)} pictures with and without reference"
     save_png(out / SHEET, draw_sheet(panels))
     try:
@@ -116,11 +117,13 @@ def _kinds(panel: Panel) -> dict[str, Tensor]:
     return {"with_reference": panel.with_reference, "without_reference": panel.without_reference}
 
 
-def _write(panel: Panel, out: Path, options: DemoOptions) -> None:
+def _write(panel: Panel, out: Path, options: DemoOptions, sampling: Sampling) -> None:
     """Write a theme's reference and pictures, each with the parameters that it was made with."""
     name = panel.theme.name
     save_png(out / f"{name}_reference.png", panel.theme.reference)
-    settings = {key: getattr(options, key) for key in ("steps", "cfg", "image_guidance")}
+    settings = {
+        "cfg" if key == "text_guidance" else key: value for key, value in asdict(sampling).items()
+    }
     for kind, pictures in _kinds(panel).items():
         for number, (prompt, picture) in enumerate(
             zip(panel.theme.prompts, torch.unbind(pictures), strict=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..demo.gallery import IMAGE_GUIDANCE, TEXT_GUIDANCE
+from ..demo.gallery import IMAGE_GUIDANCE, IMAGE_RANGE, TEXT_GUIDANCE
 from ..guidance import Guidance, GuidanceMode, needed_predictions
 
 SHIPPED = "adapters"
 """Variant that comes with the package."""
+
+WHOLE_RUN = (0.0, 1.0)
 
 CAPTION = "caption"
 """Variant that was trained on references cached under the wanted picture's caption, and is measured so."""
@@ -38,7 +40,7 @@ class Condition:
     text_guidance: float = TEXT_GUIDANCE
     image_guidance: float = IMAGE_GUIDANCE
     mode: GuidanceMode = "separate"
-    image_range: tuple[float, float] = (0.0, 1.0)
+    image_range: tuple[float, float] = IMAGE_RANGE
     references: int = 1
     captioned: bool = False
     masked: bool = False
@@ -65,10 +67,15 @@ CHOSEN = Condition("as shipped", "baseline", masked=True)
 
 
 def guidance_sweeps() -> list[Condition]:
-    """Every scale of image and of text guidance, and joint guidance."""
+    """Every scale of image guidance over the whole run, of text guidance, and joint guidance."""
     base = replace(CHOSEN, sweep="image guidance")
     image = [
-        replace(base, name=f"image guidance {scale:g}", image_guidance=scale)
+        replace(
+            base,
+            name=f"image guidance {scale:g}",
+            image_guidance=scale,
+            image_range=WHOLE_RUN,
+        )
         for scale in (0.0, 0.4, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     ]
     text = [
@@ -95,6 +102,7 @@ def range_sweep() -> list[Condition]:
             (0.0, 0.25),
             (0.0, 0.5),
             (0.0, 0.75),
+            WHOLE_RUN,
             (0.25, 0.75),
             (0.25, 1.0),
             (0.5, 1.0),

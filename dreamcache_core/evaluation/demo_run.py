@@ -21,6 +21,7 @@ from ..pipeline import DreamCachePipeline
 from .demo_classifier import load_classifier
 from .demo_conditions import (
     IMAGE_GUIDANCE,
+    IMAGE_RANGE,
     SHIPPED,
     TEXT_GUIDANCE,
     Condition,
@@ -117,7 +118,7 @@ class DemoEvaluationOptions(Config):
             "steps": self.steps,
             "dtype": self.dtype,
             "text guidance as shipped": TEXT_GUIDANCE,
-            "image guidance as shipped": IMAGE_GUIDANCE,
+            "image guidance as shipped": f"{IMAGE_GUIDANCE:g} from {IMAGE_RANGE[0]:g} to {IMAGE_RANGE[1]:g} of the run",
             "model": model_fingerprint(files.model, MODEL_PARTS),
             **{name: model_fingerprint(file, ()) for name, file in adapters.items()},
         }

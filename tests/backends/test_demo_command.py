@@ -11,6 +11,7 @@ from PIL import Image
 from dreamcache_core.cli import main
 from dreamcache_core.demo.gallery import (
     IMAGE_GUIDANCE,
+    IMAGE_RANGE,
     SCENES_SHOWN,
     SHAPES_SHOWN,
     STEPS,
@@ -41,6 +42,8 @@ def test_own_prompt_gives_a_picture_with_and_one_without_the_reference(tmp_path:
     parameters = json.loads(opened[0].info["dreamcache"])
     assert parameters["prompt"] == prompt
     assert parameters["seed"] == 5
+    assert parameters["cfg"] == TEXT_GUIDANCE
+    assert parameters["image_range"] == list(IMAGE_RANGE)
 
 
 def test_own_reference_is_shown_in_three_scenes(tmp_path: Path):
@@ -98,10 +101,11 @@ def test_quickstart_workflow_samples_as_the_command_does():
     nodes = json.loads(text)["nodes"]
     values = {
         kind: [node["widgets_values"] for node in nodes if node["type"] == kind]
-        for kind in ("KSampler", "DreamCacheApply")
+        for kind in ("KSampler", "DreamCacheApply", "DreamCacheGuidanceRange")
     }
     assert [sampler[2:4] for sampler in values["KSampler"]] == [[STEPS, TEXT_GUIDANCE]] * 2
     assert [apply[1] for apply in values["DreamCacheApply"]] == [IMAGE_GUIDANCE]
+    assert values["DreamCacheGuidanceRange"] == [list(IMAGE_RANGE)]
     (encode,) = (node for node in nodes if node["type"] == "DreamCacheEncode")
     (mask,) = (slot for slot in encode["inputs"] if slot["name"] == "mask")
     assert (mask["link"] is not None) == CHOSEN.masked
