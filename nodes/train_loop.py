@@ -24,6 +24,11 @@ from ..dreamcache_core import (
 )
 from ..dreamcache_core.data.order import SampleOrder, sample_seed
 from ..dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule, denoising_loss
+from ..dreamcache_core.training.self_attention_start import (
+    NUM_PICTURES,
+    observe_self_attention,
+    start_from_self_attention,
+)
 from .applied import compute_dtype
 from .encoding import clean_clone
 from .frozen_model import FrozenModel, checkpointed, frozen, noise_schedule
@@ -56,6 +61,7 @@ class TrainSettings:
         seed: Seed of the order, noise levels, noise and dropped captions.
         caption_dropout: Share of samples with the empty prompt.
         gradient_checkpointing: Compute the decoder's activations twice instead of keeping them.
+        init: What the adapters start from; ``self_attention`` is given to them here, all else they have.
     """
 
     steps: int
@@ -64,6 +70,7 @@ class TrainSettings:
     seed: int
     caption_dropout: float
     gradient_checkpointing: bool
+    init: str
 
 
 def train(
@@ -145,8 +152,20 @@ class _TrainSampler(comfy.samplers.Sampler):
             if self.settings.gradient_checkpointing:
                 stack.enter_context(checkpointed(base.unet))
             self.adapters.to(noise.device).requires_grad_(True)
+            if self.settings.init == "self_attention":
+                self.look_at_references(base)
             self.take_steps(base)
         return noise
+
+    @torch.no_grad()
+    def look_at_references(self, base: FrozenModel) -> None:
+        """Start from the model's self-attention, seen on the run's first references."""
+        size, steps = self.settings.batch_size, self.settings.steps
+        with observe_self_attention(base.unet, self.adapters.layers) as guesses:
+            for step in range(min(steps, math.ceil(NUM_PICTURES / size))):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                self.call_on_references(base, self.draw_batch(base, step)[0])
+        start_from_self_attention(base.unet, self.adapters, guesses)
 
     def take_steps(self, base: FrozenModel) -> None:
         """Run the loop."""
@@ -178,13 +197,7 @@ class _TrainSampler(comfy.samplers.Sampler):
 
     def backward(self, base: FrozenModel, step: int, scaler: Any) -> float:
         """Compute one batch's loss and gradients."""
-        size = self.settings.batch_size
-        batch = [self.draw(position) for position in range(step * size, (step + 1) * size)]
-        stacked = {
-            name: torch.cat([getattr(sample, name) for sample in batch]).to(base.device)
-            for name in ("target", "noise", "reference", "reference_noise", "timestep")
-        }
-        texts = [sample.text for sample in batch]
+        stacked, texts = self.draw_batch(base, step)
         use = ReferenceUse(self.capture(base, stacked), self.adapters, per_row=True)
         latent, timesteps = base.model.process_latent_in(stacked["target"]), stacked["timestep"]
         schedule = self.schedule
@@ -200,14 +213,26 @@ class _TrainSampler(comfy.samplers.Sampler):
     @torch.no_grad()
     def capture(self, base: FrozenModel, stacked: dict[str, Tensor]) -> ReferenceCache:
         """Cache the references of a batch in one pass that ends at the last cached layer."""
-        latent = base.model.process_latent_in(stacked["reference"])
-        timestep = self.adapters.info.timestep
-        timesteps = torch.full_like(stacked["timestep"], timestep)
-        texts = [EMPTY_TEXT] * len(latent)
         with capture_features(base.unet, self.adapters.layers, stop_early=True) as features:
-            base.predict(latent, stacked["reference_noise"], timesteps, texts)
-        width, (rows, columns) = self.adapters.info.layout.context_width, latent.shape[-2:]
-        return ReferenceCache(features, width, (rows, columns), timestep)
+            self.call_on_references(base, stacked)
+        info, (rows, columns) = self.adapters.info, stacked["reference"].shape[-2:]
+        return ReferenceCache(features, info.layout.context_width, (rows, columns), info.timestep)
+
+    def call_on_references(self, base: FrozenModel, stacked: dict[str, Tensor]) -> None:
+        """Call the U-Net on a batch's noised references with the empty prompt, for those who watch its layers."""
+        latent = base.model.process_latent_in(stacked["reference"])
+        timesteps = torch.full_like(stacked["timestep"], self.adapters.info.timestep)
+        base.predict(latent, stacked["reference_noise"], timesteps, [EMPTY_TEXT] * len(latent))
+
+    def draw_batch(self, base: FrozenModel, step: int) -> tuple[dict[str, Tensor], list[int]]:
+        """Draw the samples of a step: their tensors by name, on the model's device, and their texts."""
+        size = self.settings.batch_size
+        batch = [self.draw(position) for position in range(step * size, (step + 1) * size)]
+        stacked = {
+            name: torch.cat([getattr(sample, name) for sample in batch]).to(base.device)
+            for name in ("target", "noise", "reference", "reference_noise", "timestep")
+        }
+        return stacked, [sample.text for sample in batch]
 
     def draw(self, position: int) -> "_Sample":
         """Draw the sample at a position of the run, everything random from the position's own seed."""

@@ -118,9 +118,10 @@ def _inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "init",
-            options=["identity", "paper"],
+            options=["identity", "self_attention", "paper"],
             default="identity",
-            tooltip="Start values. 'identity': training starts at exactly the plain model. 'paper': everything random. "
+            tooltip="Start values. 'identity': training starts at exactly the plain model. 'self_attention': so too, and the "
+            "adapters look at the reference as the model looks at its own picture. 'paper': everything random. "
             "Without effect when adapters is connected.",
         ),
         io.Mask.Input(

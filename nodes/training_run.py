@@ -100,6 +100,7 @@ class TrainingRun:
             self.seed,
             self.caption_dropout,
             self.gradient_checkpointing,
+            self.init if self.adapters is None else "adapters",
         )
         self.num_encoded = self.num_pictures * self.num_variants
         self.bar = comfy.utils.ProgressBar(
@@ -180,7 +181,6 @@ class TrainingRun:
         """Write into the adapters how they were trained."""
         record = {
             **asdict(self.settings),
-            "init": self.init if self.adapters is None else "adapters",
             "step": self.num_updates,
             "loss": moving_average(self.losses)[-1],
             "optimizer": "AdamW",

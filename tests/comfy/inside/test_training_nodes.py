@@ -41,6 +41,7 @@ INJECTED, ORDER, AUGMENTATION, BUCKETS = (
     importlib.import_module(f"{CORE.__name__}.{file}")
     for file in ("training.injected_unet", "data.order", "data.augmentation", "data.buckets")
 )
+SITES = CORE.backends.select_sites
 NODES = FROZEN.__name__.rpartition(".")[0]
 Interrupted = comfy.model_management.InterruptProcessingException
 NODE = comfy_nodes.NODE_CLASS_MAPPINGS["DreamCacheTrainAdapters"]
@@ -336,6 +337,38 @@ def test_adapters_that_have_not_learned_are_the_plain_model(model, trained):
     learned = sample(apply(model, trained, reference))
     assert learned.isfinite().all()
     assert (learned - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_a_start_from_self_attention_has_its_weights_and_is_the_plain_model(model):
+    still = {"init": "self_attention", "learning_rate": 0.0}
+    twos = train(model, **still, steps=1, batch_size=2)[0]
+    ones = train(model, **still, steps=2, batch_size=1)[0]
+    assert same(twos, ones, rtol=1e-3, atol=1e-4), "looks at the same pictures"
+    random = train(model, learning_rate=0.0, steps=1)[0]
+    for name, site in SITES(model.model.diffusion_model, twos.layers).items():
+        own, keys = site.block.attn1, twos[name].to_k.weight
+        assert torch.equal(twos[name].to_q.weight, own.to_q.weight)
+        assert torch.equal(twos[name].to_out.weight, own.to_out[0].weight)
+        assert not torch.allclose(keys, random[name].to_k.weight, atol=1e-2)
+        assert not any(m._forward_pre_hooks for m in (site.module, own))
+    assert_close(sample(apply(model, twos, encode(model))), sample(model), 1e-4)
+    assert record(twos)["init"] == "self_attention"
+
+
+def test_a_start_from_self_attention_can_be_interrupted(model, monkeypatch):
+    started = []
+    original = FROZEN.FrozenModel.predict
+
+    def predict(self, *given):
+        started.append(len(given[0]))
+        comfy.model_management.interrupt_current_processing()
+        return original(self, *given)
+
+    monkeypatch.setattr(FROZEN.FrozenModel, "predict", predict)
+    with pytest.raises(Interrupted):
+        train(model, init="self_attention", steps=9)
+    assert started == [2]
+    assert kept_files() == set()
 
 
 def test_weights_loaded_in_inference_mode_train_as_plain_ones(model, trained):
