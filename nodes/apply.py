@@ -1,6 +1,7 @@
 """Nodes that put references on a model and guide by them."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from comfy.model_sampling import V_PREDICTION
@@ -21,9 +22,11 @@ from .comfy_bridge import (
     adapter_patcher,
     apply_reference,
     limit_guidance,
+    require_applied,
     unet_of,
 )
 from .gates import gate_conditioning
+from .report import report
 from .types import Adapters, Reference
 
 logger = logging.getLogger(__name__)
@@ -97,6 +100,7 @@ class Apply(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For the sampler.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -116,7 +120,9 @@ class Apply(io.ComfyNode):
         layout = adapters.info.layout
         require_fit(unet_of(model), layout, "the adapters")
         require_same_layout(reference.layout, "The reference", layout, "the adapters")
-        _warn_of_prediction(model, adapters)
+        warnings = list(_doubts(model, adapters, start_percent, end_percent))
+        for warning in warnings:
+            logger.warning(warning)
         if mask is not None and is_placeholder_mask(mask):
             logger.info(
                 "The mask is Load Image's placeholder for a picture without alpha: it counts as no mask."
@@ -124,15 +130,11 @@ class Apply(io.ComfyNode):
             mask = None
         patcher = adapter_patcher(adapters, model)
         use = ReferenceUse(reference, patcher.model, scale=scale, mask=mask)
-        if start_percent >= end_percent:
-            logger.warning(
-                "Apply DreamCache acts from %s to %s of the run, which is never: the images will be the plain model's.",
-                start_percent,
-                end_percent,
-            )
         settings = Guidance.from_dict({"image_scale": image_guidance, "mode": guidance})
         applied = apply_reference(model, use, patcher, settings, start_percent, end_percent)
-        return io.NodeOutput(applied)
+        number = len(require_applied(applied, "Apply DreamCache").uses)
+        text = f"subject {number}: scale {scale:g}, from {start_percent:g} to {end_percent:g} of the run"
+        return io.NodeOutput(applied, ui=report(cls, "\n".join([text, *warnings])))
 
 
 class Conditioning(io.ComfyNode):
@@ -265,18 +267,24 @@ class GuidanceRange(io.ComfyNode):
         return io.NodeOutput(limit_guidance(model, start_percent, end_percent))
 
 
-def _warn_of_prediction(model: Any, adapters: AdapterSet) -> None:
+def _doubts(
+    model: Any, adapters: AdapterSet, start_percent: float, end_percent: float
+) -> Iterator[str]:
+    """What is allowed, but hardly meant."""
     is_v = isinstance(model.get_model_object("model_sampling"), V_PREDICTION)
     predicts = "v_prediction" if is_v else "epsilon"
     if predicts != adapters.info.prediction:
         advice = "Use the model that they were trained for."
         if adapters.family == "sd21":
             advice = "They belong to Stable Diffusion 2.1-base (512 px, v2-1_512-ema-pruned), not to the 768-v checkpoint."
-        logger.warning(
-            "These adapters were trained for a model with %s prediction, this model has %s: expect a poor likeness. %s",
-            adapters.info.prediction,
-            predicts,
-            advice,
+        yield (
+            f"These adapters were trained for a model with {adapters.info.prediction} prediction, this model has "
+            f"{predicts}: expect a poor likeness. {advice}"
+        )
+    if start_percent >= end_percent:
+        yield (
+            f"Apply DreamCache acts from {start_percent} to {end_percent} of the run, which is never: the images will be "
+            "the plain model's."
         )
 
 

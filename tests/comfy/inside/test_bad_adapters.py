@@ -8,7 +8,7 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import CORE, apply, encode, make_adapters, make_model, run, sample
+from tiny import CORE, apply, encode, make_adapters, make_model, run, said_by_apply, sample
 
 import nodes as comfy_nodes
 
@@ -148,11 +148,15 @@ def test_a_video_unet_is_refused():
 def test_a_v_prediction_model_under_epsilon_adapters_is_a_warning(models, caplog):
     model = advanced.ModelSamplingDiscrete().patch(models["sd21"], "v_prediction", False)[0]
     with caplog.at_level(logging.WARNING):
-        apply(model, make_adapters(models["sd21"]), encode(models["sd21"]))
+        shown = said_by_apply(model, make_adapters(models["sd21"]), encode(models["sd21"]))
     assert "v2-1_512" in caplog.text
+    assert "v2-1_512" in shown, "stands on the node too"
     caplog.clear()
-    apply(models["sd21"])
+    shown = said_by_apply(models["sd21"])
     assert not caplog.text
+    assert shown == "subject 1: scale 1, from 0 to 1 of the run"
+    shown = said_by_apply(apply(models["sd21"]), scale=0.5, end_percent=0.8)
+    assert shown == "subject 2: scale 0.5, from 0 to 0.8 of the run"
 
 
 def test_the_guider_without_an_applied_reference_says_what_to_connect(models):

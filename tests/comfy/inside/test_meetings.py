@@ -24,6 +24,7 @@ from tiny import (
     make_model,
     make_text,
     run,
+    said_by_apply,
     sample,
 )
 
@@ -143,8 +144,9 @@ def test_a_range_follows_the_sampling_of_the_model_whatever_the_node_order(parts
 def test_a_range_that_never_acts_is_said(parts, caplog):
     model, adapters, reference = parts
     with caplog.at_level(logging.WARNING):
-        apply(model, adapters, reference, start_percent=0.8, end_percent=0.2)
+        shown = said_by_apply(model, adapters, reference, start_percent=0.8, end_percent=0.2)
     assert "never" in caplog.text
+    assert "never" in shown
 
 
 def split_predictions(model):

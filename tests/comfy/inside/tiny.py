@@ -140,13 +140,18 @@ def make_image(seed: int = 0, height: int = 128, width: int = 128, batch: int = 
 
 def run(node_id: str, **inputs: Any) -> tuple[Any, ...]:
     """Execute a node with its defaults, as a graph with these inputs would."""
+    return execute(node_id, **inputs).result
+
+
+def execute(node_id: str, **inputs: Any) -> Any:
+    """As ``run``, for what a node shows too."""
     node = comfy_nodes.NODE_CLASS_MAPPINGS[node_id]
     defaults = {
         item.id: item.default
         for item in node.define_schema().inputs
         if getattr(item, "default", None) is not None
     }
-    return node.execute(**{**defaults, **inputs}).result
+    return node.execute(**{**defaults, **inputs})
 
 
 def encode(
@@ -166,9 +171,19 @@ def encode(
 def apply(
     model: ModelPatcher, adapters: Any = None, reference: Any = None, **inputs: Any
 ) -> ModelPatcher:
+    return _apply(model, adapters, reference, **inputs).result[0]
+
+
+def said_by_apply(
+    model: ModelPatcher, adapters: Any = None, reference: Any = None, **inputs: Any
+) -> str:
+    return _apply(model, adapters, reference, **inputs).ui.as_dict()["text"][0]
+
+
+def _apply(model: ModelPatcher, adapters: Any, reference: Any, **inputs: Any) -> Any:
     adapters = make_adapters(model) if adapters is None else adapters
     reference = encode(model) if reference is None else reference
-    return run("DreamCacheApply", model=model, adapters=adapters, reference=reference, **inputs)[0]
+    return execute("DreamCacheApply", model=model, adapters=adapters, reference=reference, **inputs)
 
 
 def sample(
