@@ -134,7 +134,7 @@ class Apply(io.ComfyNode):
         applied = apply_reference(model, use, patcher, settings, start_percent, end_percent)
         number = len(require_applied(applied, "Apply DreamCache").uses)
         text = f"subject {number}: scale {scale:g}, from {start_percent:g} to {end_percent:g} of the run"
-        return io.NodeOutput(applied, ui=report(cls, "\n".join([text, *warnings])))
+        return io.NodeOutput(applied, ui=report(cls, " ".join(warnings) or text))
 
 
 class Conditioning(io.ComfyNode):
