@@ -1,23 +1,23 @@
 """``DreamCachePipeline``: the method around a loaded diffusers pipeline. diffusers is imported on first use."""
 
-import copy
 import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from .adapter import AdapterModules, AdapterSet
+from .adapter import AdapterModules
 from .backends import layout_of
 from .blending import ReferenceUse
 from .cache import ReferenceCache
 from .capture import capture_reference, subject_tokens
 from .diffusers_loading import is_sdxl, require_diffusers
 from .errors import InputError, UnsupportedModelError
+from .fused_adapters import FusedAdapters
 from .guidance import Guidance, GuidanceMode, Prediction, combine_guidance, needed_predictions
 from .injection import inject, prepare_for_compile
 from .latents import LatentCodec
@@ -25,12 +25,13 @@ from .pipeline_arguments import (
     Generators,
     OutputType,
     check_generators,
+    check_pictures,
     check_regions,
     check_settings,
     cpu_generator,
+    list_of_prompts,
     list_of_uses,
 )
-from .reference_image import check_image, check_mask_aspect
 from .unet_rows import Rows, Text
 
 logger = logging.getLogger(__name__)
@@ -57,9 +58,7 @@ class DreamCachePipeline:
         self.layout = layout_of(pipeline.unet)
         self.pipeline = pipeline
         self.codec = LatentCodec(pipeline)
-        self._fused: WeakKeyDictionary[AdapterModules, tuple[Any, AdapterModules]] = (
-            WeakKeyDictionary()
-        )
+        self._fused = FusedAdapters()
         self._checked: WeakSet[AdapterModules] = WeakSet()
 
     @property
@@ -128,7 +127,7 @@ class DreamCachePipeline:
             InputError: A picture, the mask or the timestep is unfit.
             UnsupportedModelError: The scheduler has no table of noise levels (flow matching).
         """
-        self._check_reference(image, mask)
+        check_pictures(image, mask, self.pipeline.vae_scale_factor)
         alpha = self._alpha(timestep)
         noise = torch.randn(self._latent_shape(image), generator=cpu_generator(seed))
         # METHOD.md section 3, point 3: x_1 = sqrt(abar_1) * z + sqrt(1 - abar_1) * noise
@@ -206,7 +205,10 @@ class DreamCachePipeline:
         rule = Guidance(image_scale=image_scale, mode=guidance, image_range=image_range)
         check_settings(text_scale, num_images_per_prompt, output_type)
         self._check_steps(num_inference_steps)
-        ready = [self._ready(use) for use in list_of_uses(uses)]
+        given = list_of_uses(uses)
+        for use in given:
+            self._warn_of_prediction(use.adapters)
+        ready = [self._fused.ready(use, device=self.device, dtype=self.dtype) for use in given]
         if not any(use.is_active for use in ready):
             # without an active reference, joint guidance is ordinary classifier-free guidance
             rule = Guidance(mode="joint")
@@ -280,16 +282,7 @@ class DreamCachePipeline:
         wanted: tuple[Prediction, ...],
         num_images_per_prompt: int,
     ) -> Rows:
-        if not isinstance(prompt, (str, Sequence)):
-            raise InputError(f"Expected a prompt or a list of them; given {type(prompt).__name__}.")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        is_one = isinstance(negative_prompt, str)
-        negatives = [negative_prompt] * len(prompts) if is_one else list(negative_prompt)
-        if not prompts or len(negatives) != len(prompts):
-            raise InputError(
-                f"Expected at least one prompt and one negative prompt for all or for each; given {len(prompts)} "
-                f"prompts and {len(negatives)} negative prompts."
-            )
+        prompts, negatives = list_of_prompts(prompt, negative_prompt)
         positive = self.encode_text(prompts).repeat_each(num_images_per_prompt)
         texts = [positive]
         if len(wanted) > 1:
@@ -367,26 +360,10 @@ class DreamCachePipeline:
         accepted = inspect.signature(self.pipeline.scheduler.step).parameters
         return {"generator": generators} if "generator" in accepted else {}
 
-    def _ready(self, use: ReferenceUse) -> ReferenceUse:
-        """Give a use adapters that the U-Net can run with."""
-        adapters = use.adapters
-        if adapters not in self._checked:
-            self._warn_of_prediction(adapters)
-            self._checked.add(adapters)
-        target = (self.device, self.dtype)
-        state = (target, _state_of(adapters))
-        if isinstance(adapters, AdapterSet) or any(
-            (p.device, p.dtype) != target for p in adapters.parameters()
-        ):
-            known = self._fused.get(adapters)
-            if known is None or known[0] != state:
-                known = self._fused[adapters] = state, _fuse(adapters, *target)
-            # not dataclasses.replace: the use was checked before, its warnings need no repeating
-            use = copy.copy(use)
-            object.__setattr__(use, "adapters", known[1])
-        return use
-
     def _warn_of_prediction(self, adapters: AdapterModules) -> None:
+        if adapters in self._checked:
+            return
+        self._checked.add(adapters)
         scheduler = self.pipeline.scheduler.config
         predicted = getattr(scheduler, "prediction_type", "epsilon")
         if predicted != adapters.info.prediction:
@@ -401,23 +378,6 @@ class DreamCachePipeline:
         most = self.pipeline.scheduler.config.num_train_timesteps
         if not 1 <= steps <= most:
             raise InputError(f"num_inference_steps must be in 1 ... {most}; given {steps}.")
-
-    def _check_reference(self, image: Tensor, mask: Tensor | None) -> None:
-        check_image(image)
-        height, width, channels = image.shape[1:]
-        factor = self.pipeline.vae_scale_factor
-        if channels != 3 or height % factor or width % factor:
-            raise InputError(
-                f"Expected pictures of (references, height, width, 3) with sides that are multiples of {factor}; "
-                f"given {tuple(image.shape)}. Use prepare_reference_image first."
-            )
-        if mask is not None:
-            if mask.ndim != 3 or len(mask) not in (1, len(image)):
-                raise InputError(
-                    f"Expected a mask of (references, height, width), one for each of {len(image)} pictures; given "
-                    f"{tuple(mask.shape)}."
-                )
-            check_mask_aspect(mask, height, width)
 
     def _alpha(self, timestep: int) -> Tensor:
         """Cumulated signal power at a training index, a float32 scalar on the CPU."""
@@ -448,17 +408,6 @@ class DreamCachePipeline:
 
 
 _NOT_FINITE = "{} hold NaN or infinity, so there is no picture to show: an overflow, by extreme scales or in half precision. {}"
-
-
-def _fuse(adapters: AdapterModules, device: torch.device, dtype: torch.dtype) -> AdapterModules:
-    if isinstance(adapters, AdapterSet):
-        return adapters.fuse(dtype=dtype).to(device)
-    return copy.deepcopy(adapters).to(device, dtype)
-
-
-def _state_of(adapters: AdapterModules) -> tuple[int, ...]:
-    """Tell apart the same adapters before and after a training step."""
-    return tuple(0 if p.is_inference() else p._version for p in adapters.parameters())
 
 
 def _combine(terms: Sequence[Tensor], text_scale: float, image_scale: float) -> Tensor:

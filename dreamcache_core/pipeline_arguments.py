@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from .blending import ReferenceUse
 from .errors import InputError
+from .reference_image import check_image, check_mask_aspect
 
 OutputType = Literal["pil", "pt", "latent"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -37,6 +39,54 @@ def list_of_uses(uses: Any) -> list[ReferenceUse]:
             "ReferenceUse(reference, adapters)."
         )
     return list(listed)
+
+
+def list_of_prompts(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Make equally long lists of prompts and negative prompts.
+
+    Raises:
+        InputError: There is no prompt, or the numbers differ.
+    """
+    if not isinstance(prompt, (str, Sequence)):
+        raise InputError(f"Expected a prompt or a list of them; given {type(prompt).__name__}.")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    is_one = isinstance(negative_prompt, str)
+    negatives = [negative_prompt] * len(prompts) if is_one else list(negative_prompt)
+    if not prompts or len(negatives) != len(prompts):
+        raise InputError(
+            f"Expected at least one prompt and one negative prompt for all or for each; given {len(prompts)} "
+            f"prompts and {len(negatives)} negative prompts."
+        )
+    return prompts, negatives
+
+
+def check_pictures(image: Tensor, mask: Tensor | None, factor: int) -> None:
+    """Refuse reference pictures that the VAE cannot take, and masks that do not fit them.
+
+    Args:
+        image: Should be (references, height, width, 3) in [0, 1].
+        mask: Should be (1 or references, height, width).
+        factor: Pixels for each cell of the latent.
+
+    Raises:
+        InputError: They are otherwise.
+    """
+    check_image(image)
+    height, width, channels = image.shape[1:]
+    if channels != 3 or height % factor or width % factor:
+        raise InputError(
+            f"Expected pictures of (references, height, width, 3) with sides that are multiples of {factor}; "
+            f"given {tuple(image.shape)}. Use prepare_reference_image first."
+        )
+    if mask is not None:
+        if mask.ndim != 3 or len(mask) not in (1, len(image)):
+            raise InputError(
+                f"Expected a mask of (references, height, width), one for each of {len(image)} pictures; given "
+                f"{tuple(mask.shape)}."
+            )
+        check_mask_aspect(mask, height, width)
 
 
 def check_settings(text_scale: float, num_images: int, output_type: str) -> None:

@@ -21,8 +21,10 @@ from dreamcache_core import (
     inject,
 )
 from dreamcache_core.diffusers_loading import load_diffusers_pipeline
+from dreamcache_core.fused_adapters import FusedAdapters
 
 STEPS = 3
+WHERE = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -412,27 +414,28 @@ def test_output_types_sizes_and_callback(pipe):
 
 
 def test_adapters_are_fused_once_and_again_after_training(pipe):
-    use = make_use(pipe)
-    first = pipe._ready(use).adapters
-    assert pipe._ready(use).adapters is first
+    use, fused = make_use(pipe), FusedAdapters()
+    first = fused.ready(use, **WHERE).adapters
+    assert fused.ready(use, **WHERE).adapters is first
+    assert fused.ready(make_use(pipe), **WHERE).adapters is not first
     with torch.no_grad():
         use.adapters["middle_block.1"].to_v.weight.add_(1)
-    assert pipe._ready(use).adapters is not first
+    assert fused.ready(use, **WHERE).adapters is not first
 
 
 def test_fused_adapters_do_not_outlive_the_set_they_came_from(pipe):
-    use = make_use(pipe)
-    fused = weakref.ref(pipe._ready(use).adapters)
-    assert fused() is not None
+    use, fused = make_use(pipe), FusedAdapters()
+    one = weakref.ref(fused.ready(use, **WHERE).adapters)
+    assert one() is not None
     del use
     gc.collect()
-    assert fused() is None
+    assert one() is None
 
 
 def test_fused_adapters_of_the_right_type_are_used_as_they_are(pipe):
     use = make_use(pipe)
     fused = ReferenceUse(use.reference, use.adapters.fuse())
-    assert pipe._ready(fused) is fused
+    assert FusedAdapters().ready(fused, **WHERE) is fused
     start = noise()
     assert torch.equal(run(pipe, fused, latents=start), run(pipe, use, latents=start))
 
@@ -443,7 +446,10 @@ def test_half_precision_model_gets_half_precision_adapters(tmp_path):
     out = run(pipe, use)
     assert out.dtype == torch.bfloat16
     assert out.isfinite().all()
-    assert next(pipe._ready(use).adapters.parameters()).dtype == torch.bfloat16
+    half = {"device": pipe.device, "dtype": pipe.dtype}
+    for given in (use, ReferenceUse(use.reference, use.adapters.fuse())):
+        ready = FusedAdapters().ready(given, **half)
+        assert {p.dtype for p in ready.adapters.parameters()} == {torch.bfloat16}
 
 
 def test_a_v_prediction_model_under_epsilon_adapters_is_warned_of_once(tmp_path, caplog):
