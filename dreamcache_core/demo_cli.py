@@ -18,7 +18,7 @@ class DemoOptions(Config):
     """Draw subjects from reference pictures in new scenes, with the small model that comes along; no download."""
 
     out: str = field(default="demo", metadata={"help": "folder for the pictures"})
-    seed: int = field(default=0, metadata={"help": "decides subjects and noise"})
+    seed: int = field(default=2, metadata={"help": "decides subjects and noise"})
     subject: str | None = field(
         default=None, metadata={"help": "show one shape only: mug, fish, house ..."}
     )

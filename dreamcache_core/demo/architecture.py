@@ -51,6 +51,18 @@ def make_unet() -> Any:
     )
 
 
+def make_scheduler() -> Any:
+    """Build the scheduler: Stable Diffusion's noise levels, v prediction, ancestral sampling from the highest level on."""
+    return require_diffusers().EulerAncestralDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        steps_offset=1,  # StableDiffusionPipeline asks for it; trailing does not use it
+    )
+
+
 def make_text_encoder(tokenizer: Any) -> Any:
     """Build a ``CLIPTextModel`` with random weights for a tokenizer's vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModel

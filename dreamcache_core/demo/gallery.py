@@ -16,7 +16,7 @@ from ..picture_tensors import picture_to_tensor
 from ..pipeline import DreamCachePipeline
 from .world import Scene, Subject, draw_subject, render_cutout, write_caption
 
-STEPS = 12
+STEPS = 16
 TEXT_GUIDANCE = 2.0
 IMAGE_GUIDANCE = 3.0
 IMAGE_RANGE = (0.0, 0.75)

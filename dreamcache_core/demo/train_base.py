@@ -22,6 +22,7 @@ from .architecture import (
     SCALING_FACTOR,
     UNET_CHANNELS,
     make_autoencoder,
+    make_scheduler,
     make_text_encoder,
     make_unet,
     train_tokenizer,
@@ -184,15 +185,7 @@ def _train_round(
 
 def _train_denoiser(config: BaseConfig, pool: PicturePool, autoencoder: Any, out: Path) -> bool:
     tokenizer, text_encoder, unet = _starting_point(config, pool)
-    scheduler = require_diffusers().DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
+    scheduler = make_scheduler()
     if _device().type == "cpu":
         _avoid_fused_attention(unet)
     latents = _latents(config, pool, autoencoder, out)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..demo.gallery import IMAGE_GUIDANCE, IMAGE_RANGE, TEXT_GUIDANCE
 from ..guidance import Guidance, GuidanceMode, needed_predictions
+from ..training.objective import NUM_TIMESTEPS
 
 SHIPPED = "adapters"
 """Variant that comes with the package."""
@@ -50,9 +51,11 @@ class Condition:
         guidance = Guidance(self.image_guidance, self.mode, self.image_range)
         if self.adapters is None:
             guidance = Guidance(mode="joint")
+        stride = NUM_TIMESTEPS / steps  # of the demo's scheduler, from the last timestep on
+        passed = [NUM_TIMESTEPS - round(NUM_TIMESTEPS - i * stride) for i in range(steps)]
         counts = [
-            len(needed_predictions(guidance.at(i / steps), self.text_guidance))
-            for i in range(steps)
+            len(needed_predictions(guidance.at(each / (NUM_TIMESTEPS - 1)), self.text_guidance))
+            for each in passed
         ]
         return sum(counts) / steps
 

@@ -18,7 +18,7 @@ from dreamcache_core.demo.gallery import (
     TEXT_GUIDANCE,
     choose_themes,
 )
-from dreamcache_core.demo.model_files import demo_folder
+from dreamcache_core.demo.model_files import demo_folder, require_demo_files
 from dreamcache_core.evaluation.demo_conditions import CHOSEN
 
 torch.set_num_threads(1)
@@ -103,7 +103,12 @@ def test_quickstart_workflow_samples_as_the_command_does():
         kind: [node["widgets_values"] for node in nodes if node["type"] == kind]
         for kind in ("KSampler", "DreamCacheApply", "DreamCacheGuidanceRange")
     }
-    assert [sampler[2:4] for sampler in values["KSampler"]] == [[STEPS, TEXT_GUIDANCE]] * 2
+    scheduler = require_demo_files().scheduler_config()
+    assert scheduler["_class_name"] == "EulerAncestralDiscreteScheduler"
+    assert scheduler["timestep_spacing"] == "trailing"
+    assert [sampler[2:6] for sampler in values["KSampler"]] == [
+        [STEPS, TEXT_GUIDANCE, "euler_ancestral", "sgm_uniform"]
+    ] * 2
     assert [apply[1] for apply in values["DreamCacheApply"]] == [IMAGE_GUIDANCE]
     assert values["DreamCacheGuidanceRange"] == [list(IMAGE_RANGE)]
     (encode,) = (node for node in nodes if node["type"] == "DreamCacheEncode")

@@ -14,8 +14,8 @@ from dreamcache_core.evaluation.demo_sampling import generate_pictures
 from dreamcache_core.evaluation.demo_triples import draw_triples
 from dreamcache_core.pipeline import DreamCachePipeline
 
-NUM_TRIPLES = 42
-LEAST_GAP_CLOSED = 0.65
+NUM_TRIPLES = 30
+LEAST_GAP_CLOSED = 0.70
 MOST_OBEDIENCE_LOST = 0.05
 
 
