@@ -108,7 +108,12 @@ def range_sweep() -> list[Condition]:
 def reference_sweep() -> list[Condition]:
     """One, two and four pictures of the subject, and one on which nothing says where it is."""
     return [
-        replace(CHOSEN, name=f"{count} references", sweep="references", references=count)
+        replace(
+            CHOSEN,
+            name="1 reference" if count == 1 else f"{count} references",
+            sweep="references",
+            references=count,
+        )
         for count in (1, 2, 4)
     ] + [replace(CHOSEN, name="subject not marked", sweep="references", masked=False)]
 

@@ -260,7 +260,7 @@ def _sweeps(
             if condition.sweep == name
         ]
         if points:
-            sweeps.append(Sweep(name, points))
+            sweeps.append(Sweep(name, points, is_joined=name != CHOSEN.sweep))
     return sweeps
 
 

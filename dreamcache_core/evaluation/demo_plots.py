@@ -34,15 +34,17 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Settings joined by a line.
+    """Settings that belong together.
 
     Attributes:
         name: Stands in the legend.
         points: In the order of the line; at least one.
+        is_joined: Whether a line joins them.
     """
 
     name: str
     points: Sequence[SweepPoint]
+    is_joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def _draw_sweep(axes: Any, sweep: Sweep, colour: str) -> None:
     across = [point.across for point in sweep.points]
     up = [point.up for point in sweep.points]
     x, y = [each.value for each in across], [each.value for each in up]
-    axes.plot(x, y, "o-", color=colour, markersize=4, label=sweep.name)
+    style = "o-" if sweep.is_joined else "o"
+    axes.plot(x, y, style, color=colour, markersize=4, label=sweep.name)
     axes.errorbar(
         x, y, _errors(up), _errors(across), fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.5
     )

@@ -54,6 +54,15 @@ def test_only_the_chosen_point_has_a_star(tmp_path: Path) -> None:
     assert (tmp_path / "plain.svg").read_bytes() != (tmp_path / "starred.svg").read_bytes()
 
 
+def test_a_line_joins_the_points_of_a_sweep_but_not_those_that_only_stand_together(tmp_path: Path):
+    points = [SweepPoint("x", around(0.9), around(0.5)), SweepPoint("y", around(0.8), around(0.6))]
+    plot_pareto([Sweep("a", points)], tmp_path / "joined.svg")
+    plot_pareto([Sweep("a", points, is_joined=False)], tmp_path / "apart.svg")
+    joined, apart = ((tmp_path / f"{n}.svg").read_text() for n in ("joined", "apart"))
+    assert joined.count("<path") > apart.count("<path")
+    assert apart.count("<use") == joined.count("<use")
+
+
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_the_same_numbers_give_the_same_file(tmp_path: Path, ending: str) -> None:
     files = [tmp_path / f"{number}.{ending}" for number in range(2)]

@@ -142,12 +142,12 @@ def test_command_writes_a_page_of_all_groups_and_measures_nothing_twice(
 
 def test_conditions_that_draw_alike_are_measured_once(tmp_path: Path):
     shipped = "guidance range {:g} to {:g}".format(*IMAGE_RANGE)
-    assert evaluate(tmp_path, "1 references", shipped) == 0
+    assert evaluate(tmp_path, "1 reference", shipped) == 0
     assert {path.stem for path in (tmp_path / "results").rglob("*.jsonl")} == {"as_shipped"}
     page = (tmp_path / "pages" / "README.md").read_text()
     first, second = (
         next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
-        for name in ("1 references", shipped)
+        for name in ("1 reference", shipped)
     )
     assert first.split("|")[2:] == second.split("|")[2:]
 
