@@ -29,6 +29,9 @@ from .tensor_file import (
 logger = logging.getLogger(__name__)
 
 FORMAT = "adapters/1"
+FOLDER_BIT = 0x10
+"""External attribute of a zip archive's member: torch writes it nowhere, and takes such a member for empty."""
+
 WHERE_FROM = (
     "Adapters for Stable Diffusion 2.1-base are the file cross_attention-<step>.pt that the DreamCache authors "
     "released; others are trained with this pack."
@@ -307,7 +310,8 @@ def _refuse_damaged_archive(file: Path) -> None:
     if not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
-        damaged = archive.testzip()
+        folders = [each.filename for each in archive.infolist() if each.external_attr & FOLDER_BIT]
+        damaged = folders[0] if folders else archive.testzip()
     if damaged is not None:
         raise FileFormatError(f"{file} is damaged at {damaged}. Download it again.")
 

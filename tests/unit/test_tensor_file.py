@@ -324,6 +324,18 @@ def test_any_mutation_loads_equal_values_or_raises_a_dreamcache_error(kind: str,
     check()
 
 
+def test_released_adapters_with_a_tensor_marked_as_a_folder_are_refused(tmp_path: Path):
+    name, _, values_of = KINDS["released adapters"]
+    content, _ = valid_file("released adapters")
+    marked = bytearray(content)
+    attributes = (
+        content.rindex(b"f/data/0") - 8
+    )  # in the archive's list, before the offset and the name
+    marked[attributes] |= 0x10  # a folder to MS-DOS: torch reads nothing there, and says nothing
+    with pytest.raises(FileFormatError, match="damaged at"):
+        values_of(write(tmp_path / name, bytes(marked)))
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_truncation_raises_a_file_format_error(kind: str, tmp_path: Path):
     name, _, values_of = KINDS[kind]
