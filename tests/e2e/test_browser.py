@@ -189,6 +189,7 @@ def test_the_subgraph_is_found_and_does_what_its_four_nodes_do(page, adapters):
     page.evaluate(SET_WIDGETS, small)
     by_hand = page.evaluate(PROMPT)
     page.evaluate(FIT_VIEW, [-5000, 0])  # an empty place, to open the search there
+    page.wait_for_function("() => window.app.canvas.visible_nodes.length === 0")
     page.mouse.dblclick(900, 300)
     page.locator("input:focus").press_sequentially(subgraph.stem)
     page.get_by_role("option", name=subgraph.stem).first.wait_for()
