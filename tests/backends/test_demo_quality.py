@@ -14,7 +14,7 @@ from dreamcache_core.evaluation.demo_sampling import generate_pictures
 from dreamcache_core.evaluation.demo_triples import draw_triples
 from dreamcache_core.pipeline import DreamCachePipeline
 
-NUM_TRIPLES = 30
+NUM_TRIPLES = 24
 LEAST_GAP_CLOSED = 0.70
 MOST_OBEDIENCE_LOST = 0.05
 
