@@ -130,7 +130,8 @@ def prepare_layer(
         Keys and values, everything else as in ``use``.
     """
     features = use.reference.features[layer].to(device=device, dtype=dtype)
-    tokens = features.flatten(2).transpose(1, 2)  # -> (references, tokens, channels)
+    # laid out alike with and without masks, as kernels may round by layout -> (references, tokens, channels)
+    tokens = features.flatten(2).transpose(1, 2).contiguous()
     masks, key_mask = use.reference.masks, None
     if masks is not None:
         subjects = masks[layer].flatten(1).to(device)

@@ -347,6 +347,22 @@ def subject_masks():
     return {MIDDLE: masks}
 
 
+@pytest.mark.parametrize("side", [1, 2, 3, 8])
+@pytest.mark.parametrize("references", [1, 2])
+def test_a_subject_that_fills_the_picture_gives_the_keys_of_no_mask_bit_for_bit(references, side):
+    # kernels may round by how tokens lie in memory: more so the wider the layer
+    channels = 128
+    adapter_set = random_adapters(Layout(48, {MIDDLE: channels}))
+    features = {MIDDLE: randn(references, channels, side, side, seed=3)}
+    ones = {MIDDLE: torch.ones(references, side, side, dtype=torch.bool)}
+    without, masked = (
+        prepared(ReferenceUse(ReferenceCache(features, 48, (16, 16), masks=masks), adapter_set))
+        for masks in (None, ones)
+    )
+    assert torch.equal(masked.key, without.key)
+    assert torch.equal(masked.value, without.value)
+
+
 def test_subject_mask_equals_all_keys_with_the_backgrounds_averaged(states, subject_masks):
     gathered = prepared(tiny_use(4, masks=subject_masks))
     assert gathered.key.shape == (1, 1 + 2 + 3 + 4 + 4, CHANNELS)
