@@ -157,10 +157,12 @@ def _line(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def _table(points: Sequence[Point]) -> str:
+    # seconds of a CPU say nothing beyond that machine
+    on_gpu = points[0].settings.device != "cpu"
     rows = [
         (
             point.name,
-            f"{Spread.of(point.seconds):.3g}",
+            *([f"{Spread.of(point.seconds):.3g}"] if on_gpu else []),
             f"{point.ratio:.3f}",
             f"{point.flops / point.plain_flops:.3f}",
             f"{point.attention_flops / point.added_flops:.0%}",
@@ -169,7 +171,7 @@ def _table(points: Sequence[Point]) -> str:
     ]
     header = (
         "one guided step",
-        "s",
+        *(["s"] if on_gpu else []),
         "plain rows = 1",
         "counted bound",
         "attention's share of the rest",

@@ -26,6 +26,8 @@ THREE_ROWS = "plain U-Net, the same three rows"
 TEXTBOOK = "textbook"
 TWO_ROWS = "plain guidance, two rows"
 DREAMCACHE_TWO = "DreamCache at image_guidance 1, two rows"
+DREAMCACHE_JOINT = "DreamCache with joint guidance, two rows"
+ALL_STEPS = (DREAMCACHE, THREE_ROWS, DREAMCACHE_TWO, DREAMCACHE_JOINT, TWO_ROWS, TEXTBOOK)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TIMESTEP, TEXT_SCALE, IMAGE_SCALE = 500, 7.5, 0.4
@@ -90,7 +92,7 @@ class GuidedSteps:
     @contextmanager
     def ready(
         self,
-        names: Sequence[str] = (DREAMCACHE, THREE_ROWS, DREAMCACHE_TWO, TWO_ROWS, TEXTBOOK),
+        names: Sequence[str] = ALL_STEPS,
     ) -> Iterator[dict[str, Callable[[], Tensor]]]:
         """Give the steps by name, while references are injected where they belong.
 
@@ -99,18 +101,23 @@ class GuidedSteps:
         Args:
             names: Which; the textbook form knows Stable Diffusion 1 and 2 alone, and is left out for SDXL.
         """
-        injected, without_third = twin(self.unet), twin(self.unet)
+        injected, without_third, joint = (twin(self.unet) for _ in range(3))
         steps: dict[str, Callable[[], Tensor]] = {
             DREAMCACHE: lambda: self._combined(injected, 3),
             THREE_ROWS: lambda: self._combined(self.unet, 3),
             DREAMCACHE_TWO: lambda: self._combined(without_third, 2),
+            DREAMCACHE_JOINT: lambda: self._combined(joint, 2),
             TWO_ROWS: lambda: self._combined(self.unet, 2),
         }
         if TEXTBOOK in names and self.settings.size != SDXL:
             steps[TEXTBOOK] = self._textbook()
-        rows = [seen for seen in (False, True, True) for _ in range(self.settings.batch)]
-        use = ReferenceUse(self.reference, self.fused)
-        with torch.no_grad(), inject(injected, use, rows=rows), inject(without_third, use):
+        use, batch = ReferenceUse(self.reference, self.fused), self.settings.batch
+        with (
+            torch.no_grad(),
+            inject(injected, use, rows=[False] * batch + [True] * 2 * batch),
+            inject(without_third, use),
+            inject(joint, use, rows=[False] * batch + [True] * batch),
+        ):
             yield {name: step for name, step in steps.items() if name in names}
 
     def _combined(self, unet: Any, predictions: int) -> Tensor:

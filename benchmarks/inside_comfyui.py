@@ -4,13 +4,15 @@ Prints one line of JSON. Besides ComfyUI and the pack it imports nothing that Co
 """
 
 import asyncio
+import copy
 import cProfile
 import json
 import pstats
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ READ_STEPS = (6, 10)
 PLAIN, THREE, OURS = "plain guidance, two rows", "DualCFGGuider, three rows", "DreamCache"
 RANGED = "DreamCache in a part of the run, guidance in another"
 TIMED = (PLAIN, THREE, OURS)
+
+STEP_PLAIN, STEP_OURS = "one step, plain U-Net, three rows", "the same through the core"
 
 
 def start_comfyui(folder: str, base: str, device: str) -> None:
@@ -95,15 +99,16 @@ def make_model(widths: list[int], heads: list[int], text_width: int) -> Any:
     return ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-def apply(model: Any, latent: int) -> tuple[Any, Any]:
-    """Run the Apply node with random adapters and the model's own features of noise: always on, and in ranges."""
+def loaded_core() -> Any:
+    """The core as the pack has loaded it."""
+    return next(module for name, module in sys.modules.items() if name.endswith(".dreamcache_core"))
+
+
+def make_reference(model: Any, latent: int) -> tuple[Any, Any]:
+    """Random adapters, and the model's own features of noise."""
     import torch
 
-    import nodes
-
-    core = next(module for name, module in sys.modules.items() if name.endswith(".dreamcache_core"))
-    node = nodes.NODE_CLASS_MAPPINGS["DreamCacheApply"]
-    unet = model.model.diffusion_model
+    core, unet = loaded_core(), model.model.diffusion_model
     with torch.inference_mode(False), torch.no_grad():
         adapters = core.AdapterSet(core.AdapterInfo(core.backends.layout_of(unet)))
         text = torch.randn(1, 77, model.model.model_config.unet_config["context_dim"])
@@ -112,6 +117,14 @@ def apply(model: Any, latent: int) -> tuple[Any, Any]:
         reference = core.capture_reference(unet, noised.to(weight.dtype), 1, text.to(weight.dtype))
         for layer in adapters.layers:
             torch.nn.init.normal_(adapters[layer].merge.weight, std=0.02)
+    return adapters, reference
+
+
+def apply(model: Any, adapters: Any, reference: Any) -> tuple[Any, Any]:
+    """Run the Apply node: always on, and in ranges."""
+    import nodes
+
+    node = nodes.NODE_CLASS_MAPPINGS["DreamCacheApply"]
     limit = nodes.NODE_CLASS_MAPPINGS["DreamCacheGuidanceRange"]
 
     def applied(start_percent: float, end_percent: float) -> Any:
@@ -179,6 +192,33 @@ def make_runs(
     }
 
 
+@contextmanager
+def core_steps(
+    model: Any, adapters: Any, reference: Any, latent: int
+) -> Iterator[dict[str, Callable[[], Any]]]:
+    """One call of ComfyUI's U-Net for three rows, plain and with the core's ``inject``, while the context is open."""
+    import comfy.model_management
+    import torch
+
+    comfy.model_management.load_models_gpu([model])
+    core, unet = loaded_core(), model.model.diffusion_model
+    weight = next(unet.parameters())
+    fused = adapters.fuse(dtype=weight.dtype).to(weight.device)
+    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    injected = copy.deepcopy(unet, memo=shared)  # the same weights, hooks of its own
+    width = model.model.model_config.unet_config["context_dim"]
+    latents, text = (
+        torch.randn(3, 4, latent, latent).to(weight),
+        torch.randn(3, 77, width).to(weight),
+    )
+    timesteps = torch.full((3,), 500.0, device=weight.device)
+    with core.inject(injected, core.ReferenceUse(reference, fused), rows=[False, True, True]):
+        yield {
+            STEP_PLAIN: lambda: unet(latents, timesteps, context=text),
+            STEP_OURS: lambda: injected(latents, timesteps, context=text),
+        }
+
+
 def time_runs(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Time runs in turn, after one of each."""
     import torch
@@ -191,7 +231,9 @@ def time_runs(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            action()  # returns samples in main memory: the device is done
+            action()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
     return seconds
 
@@ -253,10 +295,15 @@ def main() -> None:
         torch.manual_seed(0)
         with torch.inference_mode():
             model = make_model(given["widths"], given["heads"], given["text_width"])
-            models = (model, *apply(model, given["latent"]))
+            adapters, reference = make_reference(model, given["latent"])
+            models = (model, *apply(model, adapters, reference))
             runs = make_runs(*models, given["latent"], given["steps"])
+            seconds = time_runs({name: runs[name] for name in TIMED}, given["rounds"])
+            with core_steps(model, adapters, reference, given["latent"]) as steps:
+                step_seconds = time_runs(steps, given["rounds"])
             results = {
-                "seconds": time_runs({name: runs[name] for name in TIMED}, given["rounds"]),
+                "seconds": seconds,
+                "step_seconds": step_seconds,
                 "own_python_s": own_python_seconds(runs[OURS]),
                 "reads": {
                     str(count): {

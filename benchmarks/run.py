@@ -17,10 +17,10 @@ import torch
 from dreamcache_core.errors import InputError
 
 from .arguments import positive, settings_of
-from .inside_comfyui import OURS, PLAIN, RANGED, READ_STEPS, THREE
+from .inside_comfyui import OURS, PLAIN, RANGED, READ_STEPS, STEP_PLAIN, THREE
 from .models import SIZES
-from .report import Bar, Report, machine, table
-from .timing import Spread, ratios
+from .report import Bar, Report, machine, ratio_table, table
+from .timing import ratios
 
 INSIDE = Path(__file__).with_name("inside_comfyui.py")
 LONGEST_LOADING_S, MOST_PYTHON_MS = 0.3, 1.0
@@ -48,6 +48,8 @@ def measure(arguments: argparse.Namespace) -> Report:
     found = _measure(comfyui, arguments, settings.latent)
     seconds, steps = found["seconds"], arguments.steps
     against = {name: ratios(values, seconds[THREE]) for name, values in seconds.items()}
+    step_seconds = found["step_seconds"]
+    step = {name: ratios(values, step_seconds[STEP_PLAIN]) for name, values in step_seconds.items()}
     python_ms = 1e3 * found["own_python_s"] / steps
     reads, with_ranges = (_reads_a_step(found["reads"], name) for name in (OURS, RANGED))
     return Report(
@@ -58,13 +60,8 @@ def measure(arguments: argparse.Namespace) -> Report:
             "rounds in turn"
         ),
         tables=[
-            table(
-                ("an image", "three plain rows = 1", "s"),
-                [
-                    (name, f"{against[name]:.3f}", f"{Spread.of(values):.2f}")
-                    for name, values in seconds.items()
-                ],
-            ),
+            ratio_table("an image", against, seconds, settings.device),
+            ratio_table("ComfyUI's U-Net without its sampler", step, step_seconds, settings.device),
             table(
                 ("", ""),
                 [

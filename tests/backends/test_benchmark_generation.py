@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import memory, run, step
+from benchmarks import guided, memory, run, step
 from benchmarks.__main__ import main
 from benchmarks.flops import count_flops
 from benchmarks.guided import (
     DREAMCACHE,
+    DREAMCACHE_JOINT,
     DREAMCACHE_TWO,
     TEXTBOOK,
     THREE_ROWS,
@@ -41,6 +42,20 @@ def test_textbook_and_product_agree_in_value(batch: int, references: int):
     assert (values[DREAMCACHE] - values[THREE_ROWS]).abs().max() > 0.01 * scale
     # without references three rows are plain guidance: s_text * (e_ct - e_c) remains, as e_c = e_u
     torch.testing.assert_close(values[THREE_ROWS], values[TWO_ROWS], rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    ("image_scale", "name"),
+    [(1.0, DREAMCACHE_TWO), (guided.TEXT_SCALE, DREAMCACHE_JOINT)],
+)
+def test_two_row_steps_are_the_textbook_at_scales_where_a_term_cancels(
+    image_scale: float, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(guided, "IMAGE_SCALE", image_scale)
+    with GuidedSteps(Settings("tiny", 8, "float32", "cpu", batch=2)).ready() as steps:
+        two_rows, textbook = steps[name](), steps[TEXTBOOK]()
+    scale = float(textbook.abs().max())
+    torch.testing.assert_close(two_rows, textbook, rtol=0, atol=1e-4 * scale)
 
 
 def test_a_twin_shares_weights_and_no_hooks():
@@ -133,6 +148,8 @@ def test_operations_of_a_step_are_ordered(tmp_path: Path):
     # the reference acts on two rows in both: what it adds is the same
     added = flops[DREAMCACHE] - flops[THREE_ROWS]
     assert flops[DREAMCACHE_TWO] - flops[TWO_ROWS] == added
+    # with joint guidance on one
+    assert 2 * (flops[DREAMCACHE_JOINT] - flops[TWO_ROWS]) == added
 
 
 def test_paper_counts_what_the_benchmarks_that_compute_count():

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks.__main__ import main
-from benchmarks.inside_comfyui import OURS, PLAIN, THREE
+from benchmarks.inside_comfyui import OURS, PLAIN, STEP_OURS, STEP_PLAIN, THREE
 
 
 def test_a_run_is_measured(comfyui, tmp_path: Path, capsys):
@@ -13,6 +13,7 @@ def test_a_run_is_measured(comfyui, tmp_path: Path, capsys):
     figures = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert status in (0, 1), capsys.readouterr().err
     assert set(figures["seconds"]) == {PLAIN, THREE, OURS}
+    assert set(figures["step_seconds"]) == {STEP_PLAIN, STEP_OURS}
     # two steps; the bar of 1 ms a step is for an idle machine
     assert 0 < figures["own_python_s"] < 2 * 0.01
     by_name = {bar["what"]: bar for bar in figures["bars"]}
