@@ -189,12 +189,14 @@ def blend_references(
         x, base = x.index_select(0, rows), base.index_select(0, rows)
     blended = base
     for ref in references:
-        key, value, key_mask = (
-            _rows_of(t, rows, len(self_attention)) for t in (ref.key, ref.value, ref.key_mask)
-        )
-        states = x.to(ref.dtype), base.to(ref.dtype)
         merged = ref.adapter(
-            *states, key, value, heads=heads, attention=attention, key_mask=key_mask
+            x.to(ref.dtype),
+            base.to(ref.dtype),
+            _rows_of(ref.key, rows, len(self_attention)),
+            _rows_of(ref.value, rows, len(self_attention)),
+            heads=heads,
+            attention=attention,
+            key_mask=_rows_of(ref.key_mask, rows, len(self_attention)),
         ).to(base.dtype)
         region = _region_weights(ref.region, size, self_attention, rows)
         if region is None and ref.scale == 1 and len(references) == 1:

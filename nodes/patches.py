@@ -59,17 +59,14 @@ def add_patches(
     """
     kept: dict[tuple[str, int], Tensor] = {}
 
-    def is_ours(extra: dict[str, Any]) -> bool:
-        return extra.get("block_index", 0) == 0 and extra.get("block") in references
-
     def keep_output(n: Tensor, extra: dict[str, Any]) -> Tensor:
-        if not is_ours(extra):
+        if extra.get("block") not in references or extra.get("block_index", 0) != 0:
             return n
         kept[extra["block"]] = n
         return torch.zeros_like(n)
 
     def add_result(x: Tensor, extra: dict[str, Any]) -> Tensor:
-        if not is_ours(extra):
+        if extra.get("block") not in kept:
             return x
         n = kept.pop(extra["block"])
 
