@@ -23,11 +23,20 @@ from .textbook_step import TextbookStep
 
 DREAMCACHE = "DreamCache"
 THREE_ROWS = "plain U-Net, the same three rows"
+THREE_ROWS_AGAIN = "the same once more"
 TEXTBOOK = "textbook"
 TWO_ROWS = "plain guidance, two rows"
 DREAMCACHE_TWO = "DreamCache at image_guidance 1, two rows"
 DREAMCACHE_JOINT = "DreamCache with joint guidance, two rows"
-ALL_STEPS = (DREAMCACHE, THREE_ROWS, DREAMCACHE_TWO, DREAMCACHE_JOINT, TWO_ROWS, TEXTBOOK)
+ALL_STEPS = (
+    DREAMCACHE,
+    THREE_ROWS,
+    THREE_ROWS_AGAIN,
+    DREAMCACHE_TWO,
+    DREAMCACHE_JOINT,
+    TWO_ROWS,
+    TEXTBOOK,
+)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TIMESTEP, TEXT_SCALE, IMAGE_SCALE = 500, 7.5, 0.4
@@ -105,6 +114,7 @@ class GuidedSteps:
         steps: dict[str, Callable[[], Tensor]] = {
             DREAMCACHE: lambda: self._combined(injected, 3),
             THREE_ROWS: lambda: self._combined(self.unet, 3),
+            THREE_ROWS_AGAIN: lambda: self._combined(self.unet, 3),
             DREAMCACHE_TWO: lambda: self._combined(without_third, 2),
             DREAMCACHE_JOINT: lambda: self._combined(joint, 2),
             TWO_ROWS: lambda: self._combined(self.unet, 2),

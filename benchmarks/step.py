@@ -13,11 +13,12 @@ from .guided import (
     DREAMCACHE_TWO,
     TEXTBOOK,
     THREE_ROWS,
+    THREE_ROWS_AGAIN,
     TWO_ROWS,
     GuidedSteps,
 )
 from .report import Bar, Report, machine, table
-from .timing import alternate, ratios
+from .timing import alternate, ratios, say_if_noisy
 
 PROMISED = (
     ("guided step / the same three rows of the plain U-Net", DREAMCACHE, THREE_ROWS, 1.08),
@@ -70,6 +71,7 @@ def measure(arguments: argparse.Namespace) -> Report:
             bars.append(
                 Bar("textbook step / guided step, best round", textbook.high, 1.0, at_most=False)
             )
+    tables += say_if_noisy(against[THREE_ROWS_AGAIN])
     return Report(
         name="step",
         title=(

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+QUIET = 0.05
+"""How far the same action may differ from itself on a machine that counts as idle."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -56,6 +59,23 @@ def alternate(
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     """Divide round by round."""
     return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def say_if_noisy(again: Spread) -> list[str]:
+    """Say that times cannot be told apart where an action differs from itself.
+
+    Args:
+        again: An action's times in units of those of the very same action, which would be 1 on an idle machine.
+
+    Returns:
+        A line, or none where all rounds are within ``QUIET``.
+    """
+    if max(again.high - 1, 1 - again.low) <= QUIET:
+        return []
+    return [
+        f"THIS MACHINE IS NOT IDLE: what was timed twice in each round took {again.low:.2f} to {again.high:.2f} times as long "
+        "the second time. Bars on times that are kept or missed here say little."
+    ]
 
 
 def now(device: torch.device) -> float:

@@ -24,6 +24,7 @@ from benchmarks.guided import (
 from benchmarks.memory import peak_bytes
 from benchmarks.paper import count_step
 from benchmarks.report import Bar, Report, publish
+from benchmarks.timing import Spread, say_if_noisy
 
 torch.set_num_threads(1)
 
@@ -166,6 +167,18 @@ def test_paper_counts_what_the_benchmarks_that_compute_count():
     assert counted["keys_values"] == 2 * steps.reference.nbytes
     assert counted["unet"] == sum(weight.nbytes for weight in steps.unet.parameters())
     assert abs(counted["peak"] / peak - 1) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_noisy"),
+    [(0.96, 1.04, False), (0.9, 1.0, True), (1.0, 1.1, True)],
+)
+def test_a_machine_on_which_the_same_differs_from_itself_is_said(
+    low: float, high: float, is_noisy: bool
+):
+    lines = say_if_noisy(Spread(1.0, low, high))
+    assert bool(lines) == is_noisy
+    assert not lines or f"{low:.2f} to {high:.2f} times" in lines[0]
 
 
 def test_a_missed_bar_is_said_and_fails(capsys: pytest.CaptureFixture[str]):
