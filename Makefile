@@ -11,14 +11,14 @@ PYTEST := $(BIN)/python -m pytest -rs --timeout=600
 
 setup: $(STAMP)
 
-# Pictures in demo/, the contact sheet first.
+# Images in demo/, the contact sheet first.
 demo: setup
 	$(BIN)/python -m dreamcache_core demo --out demo
 
 # The first half on all cores; ComfyUI and the browser keep them busy by themselves.
 test: setup
-	$(PYTEST) -n auto --dist worksteal tests/unit tests/backends
-	$(PYTEST) tests/comfy tests/e2e
+	$(PYTEST) -n auto --dist worksteal tests --ignore tests/nodes --ignore tests/e2e
+	$(PYTEST) tests/nodes tests/e2e
 
 # What generation costs, against bounds and against the same job written plainly; about 20 minutes on two idle cores.
 bench: setup
@@ -28,10 +28,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(PYTEST) -q -m "not slow" tests/unit
+	$(PYTEST) -q -m "not slow and not diffusers" tests --ignore tests/nodes --ignore tests/e2e
 
 test-comfy: setup
-	$(PYTEST) tests/comfy
+	$(PYTEST) tests/nodes
 
 test-e2e: setup
 	$(PYTEST) tests/e2e

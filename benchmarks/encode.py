@@ -68,20 +68,20 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 
 def _actions(steps: GuidedSteps) -> dict[str, Callable[[], Tensor | None]]:
-    picture, text, options = steps.latents[:1], steps.text[:1], steps.conditions
+    image, text, options = steps.latents[:1], steps.text[:1], steps.conditions
 
     @torch.no_grad()
     def plain() -> None:
-        steps.unet(picture, TIMESTEP, text, return_dict=False, **options)
+        steps.unet(image, TIMESTEP, text, return_dict=False, **options)
 
     @torch.no_grad()
     def whole() -> None:
         with capture_features(steps.unet) as features:
-            steps.unet(picture, 1, text, return_dict=False, **options)
+            steps.unet(image, 1, text, return_dict=False, **options)
         for layer in features:
             features[layer].cpu()
 
     def stopped() -> None:
-        capture_reference(steps.unet, picture, 1, text, unet_kwargs=options)
+        capture_reference(steps.unet, image, 1, text, unet_kwargs=options)
 
     return {PLAIN: plain, AGAIN: plain, STOPPED: stopped, WHOLE: whole}

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from dreamcache_core.reference_tokens import BACKGROUND_GROUP, num_kept
+from dreamcache_core.method.tokens import BACKGROUND_GROUP, num_kept
 
 from .arguments import settings_of
 from .flops import count_flops

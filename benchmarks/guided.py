@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dreamcache_core import AdapterSet, ReferenceCache, ReferenceUse, capture_reference, inject
-from dreamcache_core.adapter import AdapterInfo, FusedAdapterSet
-from dreamcache_core.backends import layout_of, select_sites
-from dreamcache_core.guidance import combine_guidance
+from dreamcache_core.method.adapter import AdapterInfo, FusedAdapterSet
+from dreamcache_core.method.backends import layout_of, select_sites
+from dreamcache_core.method.guidance import combine_guidance
 
 from .models import SDXL, TOKENS, make_unet
 from .textbook import TextbookAdapter
@@ -53,8 +53,8 @@ class Settings:
         dtype: Name of the float type.
         device: ``cpu`` or ``cuda``.
         batch: Images.
-        references: Pictures of the subject.
-        coverage: Share of each picture's upper rows that a subject mask keeps; 1: no mask.
+        references: Images of the subject.
+        coverage: Share of each image's upper rows that a subject mask keeps; 1: no mask.
     """
 
     size: str
@@ -89,10 +89,10 @@ class GuidedSteps:
             side, width = settings.latent, self.unet.config.cross_attention_dim
             self.latents = self._random((settings.batch, 4, side, side), dtype)
             self.text = self._random((2, TOKENS, width), dtype)  # negative, prompt
-            pictures = self._random((settings.references, 4, side, side), dtype)
+            images = self._random((settings.references, 4, side, side), dtype)
             self.conditions = self._conditions(1, dtype)
             self.reference: ReferenceCache = capture_reference(
-                self.unet, pictures, 1, self.text[:1], unet_kwargs=self.conditions
+                self.unet, images, 1, self.text[:1], unet_kwargs=self.conditions
             )
             if settings.coverage < 1:
                 self.reference = _masked(self.reference, settings.coverage)
@@ -175,7 +175,7 @@ class GuidedSteps:
 
 
 def _masked(cache: ReferenceCache, coverage: float) -> ReferenceCache:
-    """Keep the tokens of the upper rows of every picture."""
+    """Keep the tokens of the upper rows of every image."""
     masks: dict[str, Tensor] = {}
     for layer, maps in cache.features.items():
         masks[layer] = torch.zeros(len(maps), *maps.shape[2:], dtype=torch.bool)

@@ -115,7 +115,9 @@ def make_reference(model: Any, latent: int) -> tuple[Any, Any]:
 
     core, unet = loaded_core(), model.model.diffusion_model
     with torch.inference_mode(False), torch.no_grad():
-        adapters = core.AdapterSet(core.AdapterInfo(core.backends.layout_of(unet)))
+        adapters = core.AdapterSet(
+            core.AdapterInfo(sys.modules[f"{core.__name__}.method.backends"].layout_of(unet))
+        )
         text = torch.randn(1, 77, model.model.model_config.unet_config["context_dim"])
         noised = torch.randn(1, 4, latent, latent)
         weight = next(unet.parameters())

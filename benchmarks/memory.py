@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dreamcache_core import ReferenceUse
-from dreamcache_core.blending import prepare_layer
+from dreamcache_core.method.blending import prepare_layer
 
 from .arguments import settings_of
 from .guided import DREAMCACHE, DTYPES, THREE_ROWS, GuidedSteps

@@ -25,7 +25,7 @@ class Size:
         text_layers: Layers of the text encoder.
         text_heads: Attention heads of it.
         vocabulary: Entries of its embedding, at least those of the tokenizer.
-        resolution: Side of the pictures that go with it, pixels.
+        resolution: Side of the images that go with it, pixels.
         linear_projection: Whether the U-Net's attention modules project by ``Linear`` (SD 2) or by convolution (SD 1).
     """
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dreamcache_core import AdapterSet, ReferenceCache, ReferenceUse, capture_features, inject
-from dreamcache_core.adapter import AdapterInfo
-from dreamcache_core.backends import layout_of
+from dreamcache_core.method.adapter import AdapterInfo
+from dreamcache_core.method.backends import layout_of
 
 from .arguments import settings_of
 from .flops import count_flops

@@ -68,7 +68,7 @@ class TextbookLoop:
         return TextbookAdapter(block.attn1.inner_dim, block.attn1.heads)
 
     def step(self, batch: Mapping[str, Any]) -> None:
-        """Train on a batch of pictures; see ``loss``."""
+        """Train on a batch of images; see ``loss``."""
         self.backward(self.loss(batch))
         nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
         self.optimizer.step()
@@ -88,7 +88,7 @@ class TextbookLoop:
         noise, timesteps = batch["noise"], batch["timestep"]
         dropped = batch["is_dropped"].tolist()
         captions = ["" if drop else c for c, drop in zip(batch["caption"], dropped, strict=True)]
-        target, reference = (self.encode_pictures(batch[k]) for k in ("target", "reference"))
+        target, reference = (self.encode_images(batch[k]) for k in ("target", "reference"))
         states = self.encode_text([*captions, ""])
         empty = states[-1:].expand(len(target), -1, -1)
         first = torch.ones_like(timesteps)
@@ -114,10 +114,10 @@ class TextbookLoop:
         return alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """(batch, height, width, 3) in [0, 1] -> scaled latents, float32."""
         vae = self.pipeline.vae
-        pixels = (pictures.permute(0, 3, 1, 2) * 2 - 1).to(vae.dtype)
+        pixels = (images.permute(0, 3, 1, 2) * 2 - 1).to(vae.dtype)
         return (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).float()
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ class TextbookStep:
         self, unet: Any, adapters: Mapping[str, TextbookAdapter], features: Mapping[str, Tensor]
     ) -> None:
         self.unet, self.adapters = unet, adapters
-        # tokens of several pictures of one subject side by side
+        # tokens of several images of one subject side by side
         self.tokens = {
             layer: maps.flatten(2).transpose(1, 2).flatten(0, 1)[None]
             for layer, maps in features.items()

@@ -2,9 +2,9 @@
 
 ``python -m benchmarks training`` runs, in turn on the same samples and in one process:
 
-- the plain loop (``textbook.py``): pictures and captions encoded at each step, a complete pass of the U-Net over the
+- the plain loop (``textbook.py``): images and captions encoded at each step, a complete pass of the U-Net over the
   references, keys and values in the graph;
-- this trainer on pictures, which it encodes at each step; its pass over the references stops at the last cached layer;
+- this trainer on images, which it encodes at each step; its pass over the references stops at the last cached layer;
 - this trainer on a precomputed set with references on the fly (``dataset encode`` as it comes);
 - this trainer on a precomputed set with references (``dataset encode --reference_variants``).
 
@@ -35,7 +35,7 @@ from .flops import count_flops
 from .models import SIZES
 from .report import table
 from .timing import Spread, Stopwatch, alternate, ratios
-from .training_runs import MIXED_PRECISION, PICTURES, PLAIN, PRECOMPUTED, Runs, Settings
+from .training_runs import IMAGES, MIXED_PRECISION, PLAIN, PRECOMPUTED, Runs, Settings
 
 EXPECTED_RATIO = 1.3
 """Images per second with everything precomputed, the plain loop = 1."""
@@ -79,10 +79,10 @@ class Memory:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's arguments."""
     parser.add_argument("--size", choices=SIZES, default="small", help="size of the base model")
-    parser.add_argument("--batch", type=_positive, default=2, help="pictures per step")
+    parser.add_argument("--batch", type=_positive, default=2, help="images per step")
     parser.add_argument("--steps", type=_positive, default=5, help="timed steps of each loop")
     parser.add_argument(
-        "--resolution", type=_positive, help="side of the pictures; else the size's own"
+        "--resolution", type=_positive, help="side of the images; else the size's own"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=MIXED_PRECISION, default="float32")
@@ -206,7 +206,7 @@ def _print(
     print(_speed_table(results), _phase_table(results), _memory_table(memory), sep="\n\n")
     reading = runs.reading_s
     print(
-        f"\nReading a batch, not part of the above: {reading[PICTURES]:.3f} s from pictures, "
+        f"\nReading a batch, not part of the above: {reading[IMAGES]:.3f} s from images, "
         f"{reading[PRECOMPUTED]:.3f} s precomputed."
     )
 

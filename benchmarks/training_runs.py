@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
-from dreamcache_core.data.encoding import EncodeOptions, encode_dataset
+from dreamcache_core.data.precomputed.encoding import EncodeOptions, encode_dataset
 from dreamcache_core.training.config import TrainConfig
 from dreamcache_core.training.interruption import Interruption
 from dreamcache_core.training.loop import Loop
@@ -29,7 +29,7 @@ from .textbook import TextbookLoop
 from .timing import Stopwatch
 
 PLAIN = "plain loop"
-PICTURES = "trainer, pictures"
+IMAGES = "trainer, images"
 TARGETS = "trainer, targets precomputed"
 PRECOMPUTED = "trainer, all precomputed"
 
@@ -43,10 +43,10 @@ class Settings:
 
     Attributes:
         size: Name of a size of the base model.
-        batch: Pictures per step.
+        batch: Images per step.
         steps: Timed steps of each loop.
         dtype: Float type of base model and computation; the adapters stay in float32.
-        resolution: Side of the pictures, pixels.
+        resolution: Side of the images, pixels.
     """
 
     size: str
@@ -80,18 +80,18 @@ class Runs:
         data = open_training_data(config, trainer.base)
         loader: DataLoader[Any] = data.loader(config, 0, trainer.global_batch, 4)
         start = time.perf_counter()
-        pictures = list(trainer.accelerator.prepare(loader))
+        images = list(trainer.accelerator.prepare(loader))
         middle = time.perf_counter()
         encoded = list(self.loop.loader)
         end = time.perf_counter()
         targets = [
             {k: v for k, v in latents.items() if k != "reference_latent"}
             | {"reference": batch["reference"]}
-            for latents, batch in zip(encoded, pictures, strict=True)
+            for latents, batch in zip(encoded, images, strict=True)
         ]
-        batches = {PLAIN: pictures, PICTURES: pictures, TARGETS: targets, PRECOMPUTED: encoded}
+        batches = {PLAIN: images, IMAGES: images, TARGETS: targets, PRECOMPUTED: encoded}
         reading_s = {
-            PICTURES: (middle - start) / NUM_BATCHES,
+            IMAGES: (middle - start) / NUM_BATCHES,
             PRECOMPUTED: (end - middle) / NUM_BATCHES,
         }
         return batches, reading_s
@@ -118,7 +118,7 @@ class Runs:
         if name == PLAIN:
             owners = (self.plain,) * 5
         methods = {
-            "encode_pictures": "VAE",
+            "encode_images": "VAE",
             "encode_text": "text",
             "capture": "reference",
             "loss": "forward",
@@ -132,7 +132,7 @@ class Runs:
 
 def _write_inputs(settings: Settings, folder: Path) -> TrainConfig:
     model = write_model(folder / "model", SIZES[settings.size])
-    data = write_pictures(folder / "data", settings.batch * NUM_BATCHES, settings.resolution)
+    data = write_images(folder / "data", settings.batch * NUM_BATCHES, settings.resolution)
     options = EncodeOptions(
         data=str(data),
         model=str(model),
@@ -159,12 +159,12 @@ def _write_inputs(settings: Settings, folder: Path) -> TrainConfig:
     )
 
 
-def write_pictures(folder: Path, count: int, side: int) -> Path:
+def write_images(folder: Path, count: int, side: int) -> Path:
     """Write a training set in the authors' layout: a disc on grey, its mask, a caption.
 
     Args:
         folder: The folder to make.
-        count: Number of pictures.
+        count: Number of images.
         side: Their height and width, pixels.
 
     Returns:
@@ -178,8 +178,8 @@ def write_pictures(folder: Path, count: int, side: int) -> Path:
             ("generation", "RGB", (90, 90, 100), (200, 40, 20 * index % 256)),
             ("mask", "L", 0, 255),
         ):
-            picture = Image.new(mode, (side, side), ground)
-            ImageDraw.Draw(picture).ellipse(box, fill=fill)
-            picture.save(subject / f"{index:03d}_{kind}.png")
+            image = Image.new(mode, (side, side), ground)
+            ImageDraw.Draw(image).ellipse(box, fill=fill)
+            image.save(subject / f"{index:03d}_{kind}.png")
         (subject / f"{index:03d}_caption.txt").write_text("a b c", encoding="utf-8")
     return folder

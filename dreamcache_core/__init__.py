@@ -2,11 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .adapter import AdapterInfo, AdapterSet, FusedAdapterSet
-from .blending import ReferenceUse
-from .cache import ReferenceCache
-from .capture import capture_features, capture_reference
-from .checkpoints import load_adapters, save_adapters
 from .errors import (
     DreamCacheError,
     FileFormatError,
@@ -16,15 +11,19 @@ from .errors import (
     StateError,
     UnsupportedModelError,
 )
-from .guidance import Guidance, combine_guidance
-from .injection import inject, prepare_for_compile
-from .layers import Layout, family_of
-from .reference_image import prepare_reference_image
+from .images.reference import prepare_reference_image
+from .method.adapter import AdapterInfo, AdapterSet, FusedAdapterSet
+from .method.adapter_files import load_adapters, save_adapters
+from .method.blending import ReferenceUse
+from .method.cache import ReferenceCache
+from .method.capture import capture_features, capture_reference
+from .method.guidance import Guidance, combine_guidance
+from .method.injection import inject, prepare_for_compile
+from .method.layers import Layout, family_of
+from .version import __version__
 
 if TYPE_CHECKING:
-    from .pipeline import DreamCachePipeline
-
-__version__ = "0.1.0"
+    from .pipeline.pipeline import DreamCachePipeline
 
 __all__ = [
     "AdapterInfo",
@@ -42,6 +41,7 @@ __all__ = [
     "ReferenceUse",
     "StateError",
     "UnsupportedModelError",
+    "__version__",
     "capture_features",
     "capture_reference",
     "combine_guidance",
@@ -57,7 +57,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # the pipeline needs diffusers, which is optional: it loads on first use
     if name == "DreamCachePipeline":
-        from .pipeline import DreamCachePipeline
+        from .pipeline.pipeline import DreamCachePipeline
 
         return DreamCachePipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

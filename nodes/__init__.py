@@ -1,14 +1,14 @@
 """The nodes of the pack. ComfyUI's face; the mathematics is in ``dreamcache_core``."""
 
 # ruff: noqa: E402 - an older ComfyUI fails in one of these imports; the reason has to come first
-from .host_version import require_this_comfyui
+from .host.version import require_this_comfyui
 
 require_this_comfyui()
 
 from comfy_api.latest import ComfyExtension, io
 
 from . import adapters, apply, attention_map, demo, reference, reference_files, training
-from .folders import register_folders
+from .host.folders import register_folders
 
 
 class DreamCacheExtension(ComfyExtension):

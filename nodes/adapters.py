@@ -4,15 +4,15 @@ import torch
 from comfy_api.latest import io
 
 from ..dreamcache_core import AdapterSet, load_adapters, save_adapters
-from .folders import (
+from .host.folders import (
     adapter_path,
     check_choice,
     file_state,
     list_adapter_files,
     new_adapter_path,
 )
-from .report import report
-from .types import Adapters
+from .host.report import report
+from .host.types import Adapters
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 

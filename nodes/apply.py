@@ -8,16 +8,12 @@ from comfy.model_sampling import V_PREDICTION
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..dreamcache_core import (
-    AdapterSet,
-    Guidance,
-    ReferenceCache,
-    ReferenceUse,
-)
-from ..dreamcache_core.backends import require_fit
-from ..dreamcache_core.layers import require_same_layout
-from ..dreamcache_core.reference_image import is_placeholder_mask
-from .comfy_bridge import (
+from ..dreamcache_core import AdapterSet, Guidance, ReferenceCache, ReferenceUse
+from ..dreamcache_core.images.reference import is_placeholder_mask
+from ..dreamcache_core.method.backends import require_fit
+from ..dreamcache_core.method.layers import require_same_layout
+from .host.gates import gate_conditioning
+from .host.model import (
     DreamCacheCFGGuider,
     adapter_patcher,
     apply_reference,
@@ -25,9 +21,8 @@ from .comfy_bridge import (
     require_applied,
     unet_of,
 )
-from .gates import gate_conditioning
-from .report import report
-from .types import Adapters, Reference
+from .host.report import report
+from .host.types import Adapters, Reference
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +120,7 @@ class Apply(io.ComfyNode):
             logger.warning(warning)
         if mask is not None and is_placeholder_mask(mask):
             logger.info(
-                "The mask is Load Image's placeholder for a picture without alpha: it counts as no mask."
+                "The mask is Load Image's placeholder for an image without alpha: it counts as no mask."
             )
             mask = None
         patcher = adapter_patcher(adapters, model)

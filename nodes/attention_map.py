@@ -10,17 +10,17 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..dreamcache_core import InputError
-from ..dreamcache_core.attention_maps import (
+from ..dreamcache_core.images.reference import check_mask_aspect, is_placeholder_mask
+from ..dreamcache_core.method.attention_maps import (
     AttentionMaps,
     attention_maps,
     draw_attention,
     record_hidden_states,
 )
-from ..dreamcache_core.reference_image import check_mask_aspect, is_placeholder_mask
-from .applied import Applied, AppliedUse, RunStore
-from .comfy_bridge import require_applied
-from .encoding import plain_text
-from .patches import block_id, prepare_references
+from .host.applied import Applied, AppliedUse, RunStore
+from .host.encode import plain_text
+from .host.model import require_applied
+from .host.patches import block_id, prepare_references
 
 NOWHERE = -1.0
 NAME = "DreamCache Attention Map"
@@ -44,7 +44,7 @@ class AttentionMap(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The new image, from the sampler."),
                 io.Image.Input(
                     "reference_image",
-                    tooltip="The picture that went into Encode Reference; all of them for a combined reference.",
+                    tooltip="The image that went into Encode Reference; all of them for a combined reference.",
                 ),
                 io.Float.Input(
                     "percent",
@@ -96,8 +96,8 @@ class AttentionMap(io.ComfyNode):
         chosen = _choose(applied, reference_number)
         samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         region = _region(mask, (point_x, point_y), samples)
-        pictures = reference_image[..., :3]
-        sampler = _LookingSampler(applied, chosen, pictures, region)
+        images = reference_image[..., :3]
+        sampler = _LookingSampler(applied, chosen, images, region)
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": plain_text(positive, "the map is", "The prompt")})
         sampling = model.get_model_object("model_sampling")
@@ -106,7 +106,7 @@ class AttentionMap(io.ComfyNode):
         sigmas = torch.tensor([max(sigma, float(sampling.sigma_min)), 0.0])
         guider.sample(noise, samples, sampler, sigmas, disable_pbar=True, seed=0)
         assert sampler.maps is not None
-        return io.NodeOutput(draw_attention(sampler.maps, pictures, region))
+        return io.NodeOutput(draw_attention(sampler.maps, images, region))
 
 
 def _place(name: str, where: str) -> io.Float.Input:
@@ -167,10 +167,10 @@ class _LookingSampler(comfy.samplers.Sampler):
     """A sampler of one step that keeps the adapters' attention instead of the result."""
 
     def __init__(
-        self, applied: Applied, chosen: AppliedUse, pictures: Tensor, region: Tensor | None
+        self, applied: Applied, chosen: AppliedUse, images: Tensor, region: Tensor | None
     ) -> None:
         self.acting = applied.acting
-        self.chosen, self.pictures, self.region = chosen, pictures, region
+        self.chosen, self.images, self.region = chosen, images, region
         self.maps: AttentionMaps | None = None
 
     def sample(
@@ -197,7 +197,7 @@ class _LookingSampler(comfy.samplers.Sampler):
         )
         references = {layer: by_block[block_id(layer)][0] for layer in layers}
         cache = self.chosen.use.reference
-        self.maps = attention_maps(states, references, cache, self.pictures, self.region)
+        self.maps = attention_maps(states, references, cache, self.images, self.region)
         return noised
 
 

@@ -4,13 +4,13 @@ import numpy as np
 from comfy_api.latest import io, ui
 
 from ..dreamcache_core import InputError, load_adapters
-from ..dreamcache_core.demo.model_files import require_demo_files
-from ..dreamcache_core.demo.shapes import SHAPES
-from ..dreamcache_core.demo.world import PICTURE_SIZE, draw_subject, render_cutout
-from ..dreamcache_core.picture_tensors import picture_to_tensor
-from .demo_model import load_clip, load_unet, load_vae
-from .report import report
-from .types import Adapters
+from ..dreamcache_core.demo.files import require_demo_files
+from ..dreamcache_core.demo.world.shapes import SHAPES
+from ..dreamcache_core.demo.world.world import IMAGE_SIZE, draw_subject, render_cutout
+from ..dreamcache_core.images.tensors import image_to_tensor
+from .host.demo import load_clip, load_unet, load_vae
+from .host.report import report
+from .host.types import Adapters
 
 
 class DemoModel(io.ComfyNode):
@@ -29,7 +29,7 @@ class DemoModel(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For the sampler, 128 x 128 pixels."),
                 io.Clip.Output(display_name="clip", tooltip="It knows a few hundred words."),
-                io.Vae.Output(display_name="vae", tooltip="For encoding and decoding pictures."),
+                io.Vae.Output(display_name="vae", tooltip="For encoding and decoding images."),
                 Adapters.Output(display_name="adapters", tooltip="For Apply DreamCache."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -41,12 +41,12 @@ class DemoModel(io.ComfyNode):
         files = require_demo_files()
         adapters = load_adapters(files.adapters)
         loaded = (load_unet(files), load_clip(files), load_vae(files), adapters)
-        text = f"{len(SHAPES)} shapes, pictures of {PICTURE_SIZE} x {PICTURE_SIZE} pixels"
+        text = f"{len(SHAPES)} shapes, images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels"
         return io.NodeOutput(*loaded, ui=report(cls, text))
 
 
 class DemoReference(io.ComfyNode):
-    """Draw a reference picture for the demo model."""
+    """Draw a reference image for the demo model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -55,7 +55,7 @@ class DemoReference(io.ComfyNode):
             node_id="DreamCacheDemoReference",
             display_name="DreamCache Demo Reference",
             category="DreamCache/demo",
-            description="Draws a reference picture for the demo model: a shape on white, with colours and a pattern that no "
+            description="Draws a reference image for the demo model: a shape on white, with colours and a pattern that no "
             "prompt could name. Another seed is another subject.",
             inputs=[
                 io.Combo.Input(
@@ -85,7 +85,7 @@ class DemoReference(io.ComfyNode):
         if shape not in SHAPES:
             raise InputError(f"shape must be one of {', '.join(SHAPES)}; given {shape!r}.")
         random = np.random.default_rng(seed)
-        cutout = picture_to_tensor(render_cutout(draw_subject(random, shape), random))
+        cutout = image_to_tensor(render_cutout(draw_subject(random, shape), random))
         image, mask = cutout[..., :3], cutout[..., 3]
         return io.NodeOutput(image, mask, ui=ui.PreviewImage(image, cls=cls))
 

@@ -1,4 +1,4 @@
-"""Nodes that make references: prepare a picture, encode pictures or a folder of them."""
+"""Nodes that make references: prepare an image, encode images or a folder of them."""
 
 import os
 from typing import Any
@@ -8,18 +8,18 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..dreamcache_core import InputError, prepare_reference_image
-from ..dreamcache_core.image_files import read_image
-from ..dreamcache_core.reference_image import check_mask_aspect, is_placeholder_mask, resize_mask
-from .encoding import encode_reference, plain_text
-from .folders import check_choice, file_state, list_picture_folders, picture_paths
-from .report import report
-from .types import Reference
+from ..dreamcache_core.images.files import read_image
+from ..dreamcache_core.images.reference import check_mask_aspect, is_placeholder_mask, resize_mask
+from .host.encode import encode_reference, plain_text
+from .host.folders import check_choice, file_state, image_paths, list_image_folders
+from .host.report import report
+from .host.types import Reference
 
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
 
 
 def _square() -> list[Any]:
-    """Declare the square that pictures are prepared on."""
+    """Declare the square that images are prepared on."""
     return [
         io.Int.Input(
             "size",
@@ -51,16 +51,16 @@ class ReferenceImage(io.ComfyNode):
             display_name="Prepare Reference Image",
             category="DreamCache",
             description="Cuts the subject out by its mask and centres it on a plain square, as the adapters saw "
-            "references in training. A background left in the picture leaks into the result.",
+            "references in training. A background left in the image leaks into the result.",
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="Picture of the subject. Several in a batch are prepared one by one.",
+                    tooltip="Image of the subject. Several in a batch are prepared one by one.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the subject (or the background, see mask_marks) is. Without it the whole picture "
+                    tooltip="Where the subject (or the background, see mask_marks) is. Without it the whole image "
                     "counts as the subject, its background too.",
                 ),
                 io.Combo.Input(
@@ -98,7 +98,7 @@ class ReferenceImage(io.ComfyNode):
         mask: Tensor | None = None,
         mask_marks: str = "subject",
     ) -> io.NodeOutput:
-        """Prepare the pictures."""
+        """Prepare the images."""
         if mask is not None and is_placeholder_mask(mask):
             mask = None
         if mask is not None and mask_marks == "background":
@@ -119,7 +119,7 @@ class Encode(io.ComfyNode):
             node_id="DreamCacheEncode",
             display_name="Encode Reference",
             category="DreamCache",
-            description="Runs the model once over the reference picture and keeps what five of its layers saw. The result "
+            description="Runs the model once over the reference image and keeps what five of its layers saw. The result "
             "serves any number of images.",
             inputs=[
                 io.Model.Input(
@@ -129,7 +129,7 @@ class Encode(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Image.Input(
                     "image",
-                    tooltip="From Prepare Reference Image. Several pictures in a batch become several references of one "
+                    tooltip="From Prepare Reference Image. Several images in a batch become several references of one "
                     "subject.",
                 ),
                 io.Clip.Input(
@@ -147,7 +147,7 @@ class Encode(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="1 = subject: of the rest only a digest is looked at, which is faster and lets a background leak "
-                    "less. Without it all of the picture is, white around the subject included, as in training.",
+                    "less. Without it all of the image is, white around the subject included, as in training.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -182,12 +182,12 @@ class Encode(io.ComfyNode):
         conditioning: list[Any] | None = None,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        """Encode the pictures."""
+        """Encode the images."""
         text = conditioning or _empty_prompt(clip)
-        pixels, mask = _check_pictures(image, mask)
+        pixels, mask = _check_images(image, mask)
         pixels, mask = _crop_to_latent_grid(pixels, mask, vae.spacial_compression_encode())
-        # one by one: a picture's latent must not depend on what is encoded with it
-        latent = torch.cat([vae.encode(picture[..., :3]) for picture in pixels.split(1)])
+        # one by one: an image's latent must not depend on what is encoded with it
+        latent = torch.cat([vae.encode(one[..., :3]) for one in pixels.split(1)])
         reference = encode_reference(
             model,
             latent,
@@ -201,7 +201,7 @@ class Encode(io.ComfyNode):
 
 
 class EncodeFolder(io.ComfyNode):
-    """Read the features of all pictures of a folder."""
+    """Read the features of all images of a folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -210,8 +210,8 @@ class EncodeFolder(io.ComfyNode):
             node_id="DreamCacheEncodeFolder",
             display_name="Encode Reference Folder",
             category="DreamCache",
-            description="Prepares and encodes every picture of a folder below ComfyUI's input folder. The nodes after it run "
-            "once for each reference. Transparent pictures are cut out by their alpha channel.",
+            description="Prepares and encodes every image of a folder below ComfyUI's input folder. The nodes after it run "
+            "once for each reference. Transparent images are cut out by their alpha channel.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that you generate with."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
@@ -221,13 +221,13 @@ class EncodeFolder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "folder",
-                    options=list_picture_folders(),
+                    options=list_image_folders(),
                     tooltip="Folder below ComfyUI's input folder. Press R after making a new one.",
                 ),
                 io.Boolean.Input(
                     "one_subject",
                     default=False,
-                    tooltip="Off: each picture is a subject of its own. On: all show ONE subject and become one reference.",
+                    tooltip="Off: each image is a subject of its own. On: all show ONE subject and become one reference.",
                 ),
                 *_square(),
             ],
@@ -240,7 +240,7 @@ class EncodeFolder(io.ComfyNode):
                 io.String.Output(
                     display_name="name",
                     is_output_list=True,
-                    tooltip="Name of each picture without its ending, for filename_prefix.",
+                    tooltip="Name of each image without its ending, for filename_prefix.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -249,12 +249,12 @@ class EncodeFolder(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, folder: str | None = None) -> bool | str:
         """Say where folders belong when this one is not there."""
-        return check_choice(picture_paths, folder)
+        return check_choice(image_paths, folder)
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
-        """Run again when a picture comes, goes or changes."""
-        return "\n".join(file_state(path) for path in picture_paths(folder))
+        """Run again when an image comes, goes or changes."""
+        return "\n".join(file_state(path) for path in image_paths(folder))
 
     @classmethod
     def execute(
@@ -267,8 +267,8 @@ class EncodeFolder(io.ComfyNode):
         size: int,
         fill: float,
     ) -> io.NodeOutput:
-        """Encode the pictures."""
-        paths = picture_paths(folder)
+        """Encode the images."""
+        paths = image_paths(folder)
         text = _empty_prompt(clip)
         latents: list[Tensor] = []
         for path in paths:
@@ -300,11 +300,11 @@ def _empty_prompt(clip: Any) -> list[Any]:
     return plain_text(clip.encode_from_tokens_scheduled(clip.tokenize("")))
 
 
-def _check_pictures(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _check_images(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     height, width = image.shape[1:3]
     if min(height, width) < MIN_SIDE_PX or max(height, width) > MAX_SIDE_PX:
         raise InputError(
-            f"Encode Reference takes pictures of {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels a side; given {width} x {height}. Put "
+            f"Encode Reference takes images of {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels a side; given {width} x {height}. Put "
             "Prepare Reference Image before it (512 for Stable Diffusion, 1024 for SDXL)."
         )
     if mask is None or is_placeholder_mask(mask):
@@ -313,7 +313,7 @@ def _check_pictures(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor 
     check_mask_aspect(mask, height, width)
     if mask.shape[0] not in (1, image.shape[0]):
         raise InputError(
-            f"Expected one mask, or one for each of the {image.shape[0]} pictures; given {mask.shape[0]}."
+            f"Expected one mask, or one for each of the {image.shape[0]} images; given {mask.shape[0]}."
         )
     if not bool((mask.flatten(1).amax(dim=1) > 0).all()):
         raise InputError(
@@ -325,7 +325,7 @@ def _check_pictures(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor 
 def _crop_to_latent_grid(
     image: Tensor, mask: Tensor | None, factor: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Crop the middle to a multiple of the VAE's factor, as the VAE would, but picture and mask alike."""
+    """Crop the middle to a multiple of the VAE's factor, as the VAE would, but image and mask alike."""
     height, width = (side // factor * factor for side in image.shape[1:3])
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     window = (slice(None), slice(top, top + height), slice(left, left + width))

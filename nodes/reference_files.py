@@ -4,15 +4,15 @@ import torch
 from comfy_api.latest import io
 
 from ..dreamcache_core import InputError, ReferenceCache
-from .folders import (
+from .host.folders import (
     check_choice,
     file_state,
     list_reference_files,
     new_reference_path,
     reference_path,
 )
-from .report import report
-from .types import Reference
+from .host.report import report
+from .host.types import Reference
 
 AS_ENCODED = "as encoded"
 DTYPES = {
@@ -24,14 +24,14 @@ DTYPES = {
 
 
 class CombineReferences(io.ComfyNode):
-    """Join several pictures of one subject."""
+    """Join several images of one subject."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the node."""
         more = [
             Reference.Input(
-                f"reference_{i}", optional=True, tooltip="One more picture of the same subject."
+                f"reference_{i}", optional=True, tooltip="One more image of the same subject."
             )
             for i in range(3, 9)
         ]
@@ -39,16 +39,16 @@ class CombineReferences(io.ComfyNode):
             node_id="DreamCacheCombineReferences",
             display_name="Combine References",
             category="DreamCache",
-            description="Joins several pictures of ONE subject into one reference. For several subjects use one Apply "
+            description="Joins several images of ONE subject into one reference. For several subjects use one Apply "
             "DreamCache for each instead.",
             inputs=[
-                Reference.Input("reference_1", tooltip="A picture of the subject."),
+                Reference.Input("reference_1", tooltip="An image of the subject."),
                 Reference.Input(
-                    "reference_2", tooltip="Another picture of the same subject, of the same size."
+                    "reference_2", tooltip="Another image of the same subject, of the same size."
                 ),
                 *more,
             ],
-            outputs=[Reference.Output(display_name="reference", tooltip="All pictures together.")],
+            outputs=[Reference.Output(display_name="reference", tooltip="All images together.")],
             hidden=[io.Hidden.unique_id],
         )
 

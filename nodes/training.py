@@ -4,18 +4,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dreamcache_core.training.loss_curve import draw_loss_curve
-from .report import report
-from .train_loop import DivergedError, train
-from .training_run import TrainingRun
-from .types import Adapters
+from ..dreamcache_core.images.loss_curve import draw_loss_curve
+from .host.report import report
+from .host.training.loop import DivergedError, train
+from .host.training.run import TrainingRun
+from .host.types import Adapters
 
 LISTS = ("images", "masks", "captions", "conditioning")
 """Inputs that may hold several things; of the others the first counts."""
 
 
 class TrainAdapters(io.ComfyNode):
-    """Train adapters on pictures with masks and captions."""
+    """Train adapters on images with masks and captions."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -24,7 +24,7 @@ class TrainAdapters(io.ComfyNode):
             node_id="DreamCacheTrainAdapters",
             display_name="Train DreamCache Adapters",
             category="DreamCache",
-            description="Trains adapters for this model from pictures with subject masks and captions: for Stable "
+            description="Trains adapters for this model from images with subject masks and captions: for Stable "
             "Diffusion 1.5, SDXL and fine-tunes, for which none are published, or to go on from some. When it is "
             "cancelled, what was learned so far is kept in models/dreamcache.",
             is_input_list=True,
@@ -75,14 +75,14 @@ def _inputs() -> list[io.Input]:
         ),
         io.Image.Input(
             "images",
-            tooltip="The training pictures: a batch, or a list such as the core's dataset loaders give, with pictures "
+            tooltip="The training images: a batch, or a list such as the core's dataset loaders give, with images "
             "of different sizes.",
         ),
         io.String.Input(
             "captions",
             default="",
             multiline=True,
-            tooltip="What each picture shows: one line for each picture, in their order, or one line for all. Or a "
+            tooltip="What each image shows: one line for each image, in their order, or one line for all. Or a "
             "list of texts from a dataset loader.",
         ),
         io.Int.Input(
@@ -90,14 +90,14 @@ def _inputs() -> list[io.Input]:
             default=1000,
             min=1,
             max=1_000_000,
-            tooltip="Optimizer steps. The paper took 25,000 at batch 128, on 400,000 pictures.",
+            tooltip="Optimizer steps. The paper took 25,000 at batch 128, on 400,000 images.",
         ),
         io.Int.Input(
             "batch_size",
             default=4,
             min=1,
             max=1024,
-            tooltip="Pictures of a step. More is steadier and takes more memory and time.",
+            tooltip="Images of a step. More is steadier and takes more memory and time.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -121,19 +121,19 @@ def _inputs() -> list[io.Input]:
             options=["identity", "self_attention", "paper"],
             default="identity",
             tooltip="Start values. 'identity': training starts at exactly the plain model. 'self_attention': so too, and the "
-            "adapters look at the reference as the model looks at its own picture. 'paper': everything random. "
+            "adapters look at the reference as the model looks at its own image. 'paper': everything random. "
             "Without effect when adapters is connected.",
         ),
         io.Mask.Input(
             "masks",
             optional=True,
-            tooltip="Where the subject of each picture is. Without them all of the picture counts as the subject, and "
+            tooltip="Where the subject of each image is. Without them all of the image counts as the subject, and "
             "backgrounds leak into the results.",
         ),
         io.Conditioning.Input(
             "conditioning",
             optional=True,
-            tooltip="Encoded captions, one for each picture, as some dataset loaders give them. Replaces captions.",
+            tooltip="Encoded captions, one for each image, as some dataset loaders give them. Replaces captions.",
         ),
         Adapters.Input(
             "adapters",
@@ -164,13 +164,13 @@ def _inputs() -> list[io.Input]:
             max=2048,
             step=64,
             optional=True,
-            tooltip="Advanced: side of the pictures in training, pixels. 0 is the model's: 512, for SDXL 1024.",
+            tooltip="Advanced: side of the images in training, pixels. 0 is the model's: 512, for SDXL 1024.",
         ),
         io.Boolean.Input(
             "buckets",
             default=False,
             optional=True,
-            tooltip="Advanced: keep the aspect of pictures that are not square (in sizes of equal area) instead of "
+            tooltip="Advanced: keep the aspect of images that are not square (in sizes of equal area) instead of "
             "cutting the middle square out.",
         ),
         io.Int.Input(
@@ -179,7 +179,7 @@ def _inputs() -> list[io.Input]:
             min=1,
             max=10_000,
             optional=True,
-            tooltip="Advanced: how many differently cut-out references of each picture are made before training. They "
+            tooltip="Advanced: how many differently cut-out references of each image are made before training. They "
             "come round again after as many epochs.",
         ),
         io.Boolean.Input(

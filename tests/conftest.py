@@ -1,4 +1,4 @@
-"""For all tiers that run in this interpreter."""
+"""For all tests that run in this interpreter."""
 
 import torch
 

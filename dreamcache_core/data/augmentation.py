@@ -10,8 +10,8 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from ..errors import InputError
-from ..picture_tensors import picture_to_tensor, tensor_to_picture
-from ..reference_image import check_image, check_placement, cut_out_subject, subject_opacity
+from ..images.reference import check_image, check_placement, cut_out_subject, subject_opacity
+from ..images.tensors import image_to_tensor, tensor_to_image
 
 FILL = (0.7, 1.0)
 """Share of the square's side that the subject's longer side takes."""
@@ -62,13 +62,13 @@ def augment_reference(
     generator: torch.Generator,
     alterations: Alterations = ALL_ALTERATIONS,
 ) -> Tensor:
-    """Make a training reference from a picture of the subject.
+    """Make a training reference from an image of the subject.
 
     Source: DreamCache, training references. Differs from it in: colours are altered on the subject alone, so that
     the white around it stays white.
 
     Args:
-        image: The picture, (1, height, width, 3 or 4), float, in [0, 1]; a 4th channel is alpha.
+        image: The image, (1, height, width, 3 or 4), float, in [0, 1]; a 4th channel is alpha.
         mask: Where the subject is, (1, height, width) in [0, 1], any size of the same aspect; ``None``: everywhere,
             or where alpha says.
         size: Side of the square, pixels; a multiple of 8 in 64 ... 2048.
@@ -84,7 +84,7 @@ def augment_reference(
     long_side = check_placement(size, _uniform(*FILL, generator))
     check_image(image)
     if len(image) != 1:
-        raise InputError(f"Expected one picture, got a batch of {len(image)}. Give one at a time.")
+        raise InputError(f"Expected one image, got a batch of {len(image)}. Give one at a time.")
     opacity = subject_opacity(image, mask)
     colour, subject = cut_out_subject(image[0], None if opacity is None else opacity[0], long_side)
     if _happens(FLIP_PROBABILITY, generator) and alterations.flip:
@@ -108,21 +108,21 @@ def _jitter(colour: Tensor, opacity: Tensor, generator: torch.Generator) -> Tens
     # the mean of the subject where there is none of it, or else contrast would turn about another grey
     mean = colour.mean(dim=(0, 1)) / alpha.mean()
     straight = torch.where(alpha > 0, colour / alpha.clamp_min(1e-6), mean).clamp(0, 1)
-    picture = tensor_to_picture(straight.expand(-1, -1, 3)[None])
+    image = tensor_to_image(straight.expand(-1, -1, 3)[None])
     for change in torch.randperm(4, generator=generator).tolist():
-        picture = _change(picture, change, generator)
-    return picture_to_tensor(picture)[0].to(colour.device) * alpha
+        image = _change(image, change, generator)
+    return image_to_tensor(image)[0].to(colour.device) * alpha
 
 
-def _change(picture: Image.Image, change: int, generator: torch.Generator) -> Image.Image:
+def _change(image: Image.Image, change: int, generator: torch.Generator) -> Image.Image:
     if change == 3:
-        return _shift_hue(picture, _uniform(-HUE_JITTER, HUE_JITTER, generator))
+        return _shift_hue(image, _uniform(-HUE_JITTER, HUE_JITTER, generator))
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    return kinds[change](picture).enhance(_uniform(1 - JITTER, 1 + JITTER, generator))
+    return kinds[change](image).enhance(_uniform(1 - JITTER, 1 + JITTER, generator))
 
 
-def _shift_hue(picture: Image.Image, turns: float) -> Image.Image:
-    hue, saturation, value = picture.convert("HSV").split()
+def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
     shift = round(turns * 256)
     hue = hue.point([(level + shift) % 256 for level in range(256)])
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")

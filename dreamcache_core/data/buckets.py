@@ -1,4 +1,4 @@
-"""Sizes of targets: one square, or the aspect bucket nearest to each picture; and cropping to them."""
+"""Sizes of targets: one square, or the aspect bucket nearest to each image; and cropping to them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..errors import InputError
-from ..latents import LATENT_FACTOR
-from ..reference_image import resize_smoothly
-from .source import PairSource
+from ..images.reference import resize_smoothly
+from ..pipeline.latents import LATENT_FACTOR
+from .sources.source import PairSource
 
 MAX_ASPECT = 2.0
 """Longer side of a bucket over its shorter side, at most."""
@@ -46,8 +46,8 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) 
     """Find the bucket whose aspect is nearest, as a ratio of ratios; the first among equals.
 
     Args:
-        height: Of the picture, pixels.
-        width: Of the picture, pixels.
+        height: Of the image, pixels.
+        width: Of the image, pixels.
         buckets: Heights and widths to choose from.
 
     Returns:
@@ -63,7 +63,7 @@ def target_sizes(
     """Choose the size of every target of a set.
 
     Args:
-        source: The set; with buckets, the header of every picture is read.
+        source: The set; with buckets, the header of every image is read.
         resolution: Side of the square, pixels, a multiple of 8.
         has_buckets: Whether targets keep their aspect, as far as the buckets have it.
 
@@ -71,8 +71,8 @@ def target_sizes(
         Height and width, pixels, by index.
 
     Raises:
-        InputError: ``resolution`` is unfit, or a picture is too large.
-        FileFormatError: A picture cannot be read.
+        InputError: ``resolution`` is unfit, or an image is too large.
+        FileFormatError: An image cannot be read.
     """
     if resolution < LATENT_FACTOR or resolution % LATENT_FACTOR:
         raise InputError(
@@ -86,7 +86,7 @@ def target_sizes(
 
 
 def crop_target(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize a picture until it just covers a size, without aliasing, and cut out its centre.
+    """Resize an image until it just covers a size, without aliasing, and cut out its centre.
 
     Args:
         image: (batch, height, width, channels), float, in [0, 1].

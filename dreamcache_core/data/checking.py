@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import DreamCacheError, FileFormatError, InputError, MissingPackageError
-from ..image_files import contact_sheet
+from ..images.files import contact_sheet
 from .augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from .buckets import aspect_buckets, crop_target, nearest_bucket
 from .order import sample_seed
-from .reading import MaskError, located, weak_mask
-from .source import Pair, PairSource
+from .sources.reading import MaskError, located, weak_mask
+from .sources.source import Pair, PairSource
 
 INCOMPLETE = "incomplete samples, left out"
 UNREADABLE = "unreadable files"
@@ -51,7 +51,7 @@ class SetReport:
         num_enlarged: Targets with a side shorter than in training.
         num_cropped: Targets of whose mask training's crop holds less than half.
         num_transparent: Targets that are partly transparent: what is hidden there is background in training.
-        num_without_mask: Pairs whose whole subject picture is the reference.
+        num_without_mask: Pairs whose whole subject image is the reference.
         caption_words: Words of every readable pair's caption.
         caption_tokens: Tokens of the same, start and end included; ``None``: not counted.
     """
@@ -256,7 +256,7 @@ def _examine(
 
 
 def _share_inside(pair: Pair, size: tuple[int, int]) -> float:
-    """Return which share of the target's mask its crop holds; 1 where the mask is another picture's."""
+    """Return which share of the target's mask its crop holds; 1 where the mask is another image's."""
     if pair.mask is None or pair.subject is not pair.target:
         return 1
     sides = pair.mask.shape[1:]
@@ -273,10 +273,10 @@ def _doubts(pair: Pair) -> Iterator[tuple[str, str]]:
     if pair.mask is not None and float(pair.mask.min()) >= FULL_FROM:
         yield (
             FULL_MASK,
-            "the mask marks the whole picture, background included; mark the subject alone.",
+            "the mask marks the whole image, background included; mark the subject alone.",
         )
     weakness = "" if pair.mask is None else weak_mask(pair.mask)
     if weakness:
         yield WEAK_MASK, weakness
     if not pair.caption:
-        yield NO_CAPTION, "the caption is empty; describe the picture."
+        yield NO_CAPTION, "the caption is empty; describe the image."

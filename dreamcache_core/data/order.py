@@ -8,7 +8,7 @@ import numpy as np
 class SampleOrder:
     """The endless order of a run: epoch after epoch, each a permutation of its own.
 
-    With buckets, every group of consecutive positions holds pictures of one bucket; a bucket that does not fill its
+    With buckets, every group of consecutive positions holds images of one bucket; a bucket that does not fill its
     last group repeats some of its samples, so that each sample is seen at least once an epoch.
 
     Args:

@@ -1,4 +1,4 @@
-"""Pictures that show the method: subjects from reference pictures in new scenes, beside the same seeds without."""
+"""Images that show the method: subjects from reference images in new scenes, beside the same seeds without."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import AdapterSet
-from ..blending import ReferenceUse
-from ..image_files import contact_sheet
-from ..picture_tensors import picture_to_tensor
-from ..pipeline import DreamCachePipeline
-from .world import Scene, Subject, draw_subject, render_cutout, write_caption
+from ..images.files import contact_sheet
+from ..images.tensors import image_to_tensor
+from ..method.adapter import AdapterSet
+from ..method.blending import ReferenceUse
+from ..pipeline.pipeline import DreamCachePipeline
+from .world.world import Scene, Subject, draw_subject, render_cutout, write_caption
 
 STEPS = 16
 TEXT_GUIDANCE = 2.0
@@ -27,7 +27,7 @@ SCENES_SHOWN = (Scene("grass"), Scene("night"), Scene("beach", place="left"))
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the demo's pictures are sampled.
+    """How the demo's images are sampled.
 
     Attributes:
         steps: Sampling steps.
@@ -44,15 +44,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Theme:
-    """One reference picture with the prompts that it is shown in.
+    """One reference image with the prompts that it is shown in.
 
     Attributes:
         name: Name of its files.
-        reference: The reference picture, (1, height, width, 3) in [0, 1].
+        reference: The reference image, (1, height, width, 3) in [0, 1].
         mask: Where the subject is on it, (1, height, width) in [0, 1]; ``None``: not known.
         prompts: What to draw.
         scenes: The scenes that these describe, where the world knows them.
-        subject: Who is on the picture; ``None`` for a picture of the user's own.
+        subject: Who is on the image; ``None`` for an image of the user's own.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Panel:
 
     Attributes:
         theme: The theme.
-        with_reference: A picture for each prompt, (prompts, height, width, 3) in [0, 1].
+        with_reference: An image for each prompt, (prompts, height, width, 3) in [0, 1].
         without_reference: The same seeds and prompts, likewise.
     """
 
@@ -93,9 +93,9 @@ def choose_themes(seed: int, shapes: Sequence[str] = SHAPES_SHOWN) -> list[Theme
         prompts = [
             write_caption(subject, scene, random, name_pattern=False) for scene in SCENES_SHOWN
         ]
-        cutout = picture_to_tensor(render_cutout(subject, random))
-        picture, mask = cutout[..., :3], cutout[..., 3]
-        themes.append(Theme(shape, picture, mask, prompts, SCENES_SHOWN, subject))
+        cutout = image_to_tensor(render_cutout(subject, random))
+        image, mask = cutout[..., :3], cutout[..., 3]
+        themes.append(Theme(shape, image, mask, prompts, SCENES_SHOWN, subject))
     return themes
 
 
@@ -112,7 +112,7 @@ def draw_panels(
         pipeline: The demo's model.
         adapters: Its adapters.
         themes: What to draw.
-        seed: Picture number p of a theme is drawn from ``seed + p``.
+        seed: Image number p of a theme is drawn from ``seed + p``.
         sampling: How.
 
     Yields:
@@ -122,11 +122,11 @@ def draw_panels(
         reference = pipeline.encode_reference(
             theme.reference, mask=theme.mask, layers=adapters.layers
         )
-        pictures = [
+        images = [
             sample(pipeline, uses, theme.prompts, seed, sampling)
             for uses in ([ReferenceUse(reference, adapters)], [])
         ]
-        yield Panel(theme, *pictures)
+        yield Panel(theme, *images)
 
 
 def sample(
@@ -136,13 +136,13 @@ def sample(
     seed: int,
     sampling: Sampling,
 ) -> Tensor:
-    """Draw a picture for each prompt.
+    """Draw an image for each prompt.
 
     Args:
         pipeline: The demo's model.
-        uses: References; none of them: ordinary pictures.
+        uses: References; none of them: ordinary images.
         prompts: What to draw.
-        seed: Picture number p is drawn from ``seed + p``.
+        seed: Image number p is drawn from ``seed + p``.
         sampling: How.
 
     Returns:
@@ -171,14 +171,14 @@ def draw_sheet(panels: Sequence[Panel]) -> Tensor:
         The sheet, (1, height, width, 3) in [0, 1].
     """
     blank = torch.ones_like(panels[0].theme.reference)
-    rows = [[picture for panel in panels for picture in (panel.theme.reference, blank)]]
+    rows = [[image for panel in panels for image in (panel.theme.reference, blank)]]
     captions = [[text for _ in panels for text in ("reference", "")]]
     for number in range(len(panels[0].theme.prompts)):
         rows.append(
             [
-                pictures[number : number + 1]
+                images[number : number + 1]
                 for panel in panels
-                for pictures in (panel.with_reference, panel.without_reference)
+                for images in (panel.with_reference, panel.without_reference)
             ]
         )
         captions.append(

@@ -1,4 +1,4 @@
-"""What ``dreamcache demo`` does: load the model that comes along, draw, and write pictures and a contact sheet."""
+"""What ``dreamcache demo`` does: load the model that comes along, draw, and write images and a contact sheet."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checkpoints import load_adapters
-from ..diffusers_loading import load_diffusers_pipeline
 from ..errors import MissingPackageError
-from ..image_files import read_image, save_png
-from ..pipeline import DreamCachePipeline
-from ..reference_image import prepare_reference_image
+from ..images.files import read_image, save_png
+from ..images.reference import prepare_reference_image
+from ..method.adapter_files import load_adapters
+from ..pipeline.loading import load_diffusers_pipeline
+from ..pipeline.pipeline import DreamCachePipeline
+from .files import require_demo_files
 from .gallery import Panel, Sampling, Theme, choose_themes, draw_panels, draw_sheet
-from .model_files import require_demo_files
-from .world import PICTURE_SIZE, with_article
+from .world.world import IMAGE_SIZE, with_article
 
 if TYPE_CHECKING:
-    from ..demo_cli import DemoOptions
+    from ..cli.demo import DemoOptions
 
 SHEET = "contact_sheet.png"
 METADATA_KEY = "dreamcache"
@@ -31,7 +31,7 @@ FILL = 0.85
 
 
 def show_demo(options: DemoOptions, folder: Path | None = None) -> Iterator[str]:
-    """Draw the demo's pictures and write them.
+    """Draw the demo's images and write them.
 
     Args:
         options: What to draw and where to write it.
@@ -41,7 +41,7 @@ def show_demo(options: DemoOptions, folder: Path | None = None) -> Iterator[str]
         Lines that tell what was made.
 
     Raises:
-        DreamCacheError: The model or the reference picture cannot be read.
+        DreamCacheError: The model or the reference image cannot be read.
         OSError: A file could not be written.
     """
     files = require_demo_files(folder)
@@ -55,7 +55,7 @@ def show_demo(options: DemoOptions, folder: Path | None = None) -> Iterator[str]
     for panel in draw_panels(pipeline, adapters, themes, options.seed, sampling):
         panels.append(panel)
         _write(panel, out, options, sampling)
-        yield f"{panel.theme.name}: {len(panel.theme.prompts)} pictures with and without reference"
+        yield f"{panel.theme.name}: {len(panel.theme.prompts)} images with and without reference"
     save_png(out / SHEET, draw_sheet(panels))
     try:
         yield from _measured(panels)
@@ -80,17 +80,17 @@ def _with_prompt(theme: Theme, prompt: str | None) -> Theme:
 
 
 def _read_reference(path: str) -> tuple[Tensor, Tensor | None]:
-    """Read a picture and put its subject, cut out by its alpha channel, on a white square; its mask, if it has one."""
-    picture, alpha = read_image(path)
+    """Read an image and put its subject, cut out by its alpha channel, on a white square; its mask, if it has one."""
+    image, alpha = read_image(path)
     fill = 1.0 if alpha is None else FILL
-    prepared, mask = prepare_reference_image(picture, alpha, size=PICTURE_SIZE, fill=fill)
+    prepared, mask = prepare_reference_image(image, alpha, size=IMAGE_SIZE, fill=fill)
     return prepared, None if alpha is None else mask
 
 
 def _measured(panels: Sequence[Panel]) -> Iterator[str]:
-    """Tell how well the pictures keep to subject and prompt, where the world knows both."""
-    from ..evaluation.demo_classifier import load_classifier, recognise
-    from ..evaluation.demo_measures import measure_match
+    """Tell how well the images keep to subject and prompt, where the world knows both."""
+    from .measures.classifier import load_classifier, recognise
+    from .measures.match import measure_match
 
     classifier, _ = load_classifier()
     heading = "subject match (0 to 1), scene and shape recognised"
@@ -101,9 +101,9 @@ def _measured(panels: Sequence[Panel]) -> Iterator[str]:
         if heading:
             yield f"{heading:>52}"
             heading = ""
-        for kind, pictures in _kinds(panel).items():
-            pixels = (pictures * 255.0).round().byte().numpy()
-            match = [measure_match(picture, subject).match for picture in pixels]
+        for kind, images in _kinds(panel).items():
+            pixels = (images * 255.0).round().byte().numpy()
+            match = [measure_match(image, subject).match for image in pixels]
             seen = recognise(pixels, classifier)
             scenes_seen = [s.background == w.background for s, w in zip(seen, scenes, strict=True)]
             shapes_seen = [s.shape == subject.shape for s in seen]
@@ -118,16 +118,16 @@ def _kinds(panel: Panel) -> dict[str, Tensor]:
 
 
 def _write(panel: Panel, out: Path, options: DemoOptions, sampling: Sampling) -> None:
-    """Write a theme's reference and pictures, each with the parameters that it was made with."""
+    """Write a theme's reference and images, each with the parameters that it was made with."""
     name = panel.theme.name
     save_png(out / f"{name}_reference.png", panel.theme.reference)
     settings = {
         "cfg" if key == "text_guidance" else key: value for key, value in asdict(sampling).items()
     }
-    for kind, pictures in _kinds(panel).items():
-        for number, (prompt, picture) in enumerate(
-            zip(panel.theme.prompts, torch.unbind(pictures), strict=True)
+    for kind, images in _kinds(panel).items():
+        for number, (prompt, image) in enumerate(
+            zip(panel.theme.prompts, torch.unbind(images), strict=True)
         ):
             values = {**settings, "prompt": prompt, "seed": options.seed + number}
             metadata = {METADATA_KEY: json.dumps(values)}
-            save_png(out / f"{name}_{number}_{kind}.png", picture[None], metadata)
+            save_png(out / f"{name}_{number}_{kind}.png", image[None], metadata)

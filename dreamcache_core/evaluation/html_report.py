@@ -1,4 +1,4 @@
-"""A report of tables and pictures as one HTML page that needs no other file; knows nothing of what it reports."""
+"""A report of tables and images as one HTML page that needs no other file; knows nothing of what it reports."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import InputError, MissingPackageError
-from ..image_files import PictureFile, open_picture
-from ..picture_tensors import tensor_to_picture
-from ..whole_files import whole_file
+from ..files.whole_files import whole_file
+from ..images.files import ImageFile, open_image
+from ..images.tensors import tensor_to_image
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 JPEG_QUALITY = 85
@@ -40,25 +40,25 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Thumbnail:
-    """A picture of the report.
+    """An image of the report.
 
     Attributes:
-        picture: A file, read when the report is written, or a tensor, (1, height, width, 3), float, in [0, 1].
+        image: A file, read when the report is written, or a tensor, (1, height, width, 3), float, in [0, 1].
         caption: Text below it.
     """
 
-    picture: PictureFile | Tensor
+    image: ImageFile | Tensor
     caption: str = ""
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """Pictures side by side.
+    """Images side by side.
 
     Attributes:
         title: Heading.
-        thumbnails: The pictures.
-        side_px: The longer side of each; larger pictures are shrunk, smaller ones stay.
+        thumbnails: The images.
+        side_px: The longer side of each; larger images are shrunk, smaller ones stay.
     """
 
     title: str
@@ -74,9 +74,9 @@ def write_html_report(
     image_rows: Iterable[ImageRow] = (),
     notes: Iterable[str] = (),
 ) -> None:
-    """Write a page with notes, tables and pictures, in this order; it holds its pictures and styles itself.
+    """Write a page with notes, tables and images, in this order; it holds its images and styles itself.
 
-    Every text is escaped. Pictures are read one after the other, so that a page of thousands needs little memory.
+    Every text is escaped. Images are read one after the other, so that a page of thousands needs little memory.
 
     Args:
         path: The file to write, in an existing folder; an older one is replaced.
@@ -86,8 +86,8 @@ def write_html_report(
         notes: Paragraphs: what was measured, and how.
 
     Raises:
-        FileFormatError: A picture file is damaged.
-        InputError: A picture is missing, or a row of a table has too many or too few cells.
+        FileFormatError: An image file is damaged.
+        InputError: An image is missing, or a row of a table has too many or too few cells.
         MissingPackageError: jinja2 is not installed.
     """
     tables = list(tables)
@@ -129,21 +129,21 @@ def _cell(value: str | float | None, decimals: int) -> str:
     return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
 
 
-def _data_url(picture: PictureFile | Tensor, side_px: int) -> str:
-    """Return a picture, shrunk, as the text that a page can hold in place of a file's name."""
+def _data_url(image: ImageFile | Tensor, side_px: int) -> str:
+    """Return an image, shrunk, as the text that a page can hold in place of a file's name."""
     stream = io.BytesIO()
-    _shrunk(picture, side_px).save(stream, format="JPEG", quality=JPEG_QUALITY)
+    _shrunk(image, side_px).save(stream, format="JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
-def _shrunk(source: PictureFile | Tensor, side_px: int) -> Image.Image:
-    """Return an RGB picture whose sides are at most so long; transparent parts become white."""
+def _shrunk(source: ImageFile | Tensor, side_px: int) -> Image.Image:
+    """Return an RGB image whose sides are at most so long; transparent parts become white."""
     if isinstance(source, Tensor):
-        picture = tensor_to_picture(source)
-        picture.thumbnail((side_px, side_px))
-        return picture
-    with open_picture(source) as stored:
-        picture = ImageOps.exif_transpose(stored).convert("RGBA")
-    picture.thumbnail((side_px, side_px))
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+        image = tensor_to_image(source)
+        image.thumbnail((side_px, side_px))
+        return image
+    with open_image(source) as stored:
+        image = ImageOps.exif_transpose(stored).convert("RGBA")
+    image.thumbnail((side_px, side_px))
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")

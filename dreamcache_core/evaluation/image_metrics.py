@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..diffusers_loading import quiet_loading
 from ..errors import FileFormatError, InputError, MissingPackageError, UnsupportedModelError
+from ..pipeline.loading import quiet_loading
 
 
 def check_model_folders(*, dino: str | Path, clip: str | Path) -> None:
@@ -31,8 +31,8 @@ def check_model_folders(*, dino: str | Path, clip: str | Path) -> None:
     _require_kind(Path(clip), "clip", "clip")
 
 
-class PictureEncoder(ABC):
-    """Pictures to vectors, resized as the processor in the model's folder says.
+class ImageEncoder(ABC):
+    """Images to vectors, resized as the processor in the model's folder says.
 
     Args:
         folder: Local folder of the model, with its processor.
@@ -50,24 +50,24 @@ class PictureEncoder(ABC):
         self.model, self.device = model.to(device), device
 
     @torch.inference_mode()
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Embed pictures.
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embed images.
 
         Args:
-            pictures: Of mode RGB, of any size.
+            images: Of mode RGB, of any size.
 
         Returns:
-            Unit vectors, (pictures, width), float32, on the CPU.
+            Unit vectors, (images, width), float32, on the CPU.
         """
-        inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
+        inputs = self.processor(images=list(images), return_tensors="pt").to(self.device)
         return _unit(self._embed(inputs))
 
     @abstractmethod
     def _embed(self, inputs: Any) -> Tensor: ...
 
 
-class DinoEncoder(PictureEncoder):
-    """Pictures to DINO's class tokens.
+class DinoEncoder(ImageEncoder):
+    """Images to DINO's class tokens.
 
     Source: METHOD.md section 8: ViT-S/16.
     """
@@ -75,11 +75,11 @@ class DinoEncoder(PictureEncoder):
     parts = ("dino", "ViTModel", "AutoImageProcessor", "vit")
 
     def _embed(self, inputs: Any) -> Tensor:
-        return self.model(**inputs).last_hidden_state[:, 0]  # of (pictures, 1 + patches, width)
+        return self.model(**inputs).last_hidden_state[:, 0]  # of (images, 1 + patches, width)
 
 
-class ClipEncoder(PictureEncoder):
-    """Pictures and texts to CLIP's common space.
+class ClipEncoder(ImageEncoder):
+    """Images and texts to CLIP's common space.
 
     Source: METHOD.md section 8: ViT-B/32. What a text has beyond the model's limit is cut off.
     """

@@ -20,7 +20,7 @@ PATHS = ("data", "encoded", "model", "model_config", "out", "adapters", "validat
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """Train DreamCache adapters on pictures with masks and captions."""
+    """Train DreamCache adapters on images with masks and captions."""
 
     model: str = field(metadata={"help": "base model: diffusers folder or single-file checkpoint"})
     out: str = field(metadata={"help": "folder of the run: checkpoints, log, final adapters"})
@@ -49,7 +49,7 @@ class TrainConfig(Config):
         metadata={"help": "cache references under their caption, not the empty prompt"},
     )
     resolution: int | None = field(
-        default=None, metadata={"help": "side of the pictures in pixels; else the model's"}
+        default=None, metadata={"help": "side of the images in pixels; else the model's"}
     )
     buckets: bool = field(
         default=False, metadata={"help": "keep the targets' aspect: buckets of equal area"}
@@ -58,7 +58,7 @@ class TrainConfig(Config):
     reference_jitter: bool = field(default=True, metadata=JITTER_HELP)
     reference_erase: bool = field(default=True, metadata=ERASE_HELP)
     steps: int = field(default=25_000, metadata={"help": "optimizer steps of the run"})
-    batch_size: int = field(default=4, metadata={"help": "pictures per process and forward pass"})
+    batch_size: int = field(default=4, metadata={"help": "images per process and forward pass"})
     gradient_accumulation: int = field(
         default=1, metadata={"help": "forward passes per optimizer step"}
     )
@@ -93,7 +93,7 @@ class TrainConfig(Config):
     )
     seed: int = field(default=0, metadata={"help": "seed of order, noise and augmentation"})
     workers: int = field(
-        default=2, metadata={"help": "processes that read pictures, per training process"}
+        default=2, metadata={"help": "processes that read images, per training process"}
     )
     log_every: int = field(default=10, metadata={"help": "steps between two entries of the log"})
     tracker: Tracker = field(

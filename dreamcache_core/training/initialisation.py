@@ -6,9 +6,9 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from ..adapter import AdapterInfo, AdapterSet, ReferenceAdapter
-from ..backends import layout_of
 from ..errors import InputError
+from ..method.adapter import AdapterInfo, AdapterSet, ReferenceAdapter
+from ..method.backends import layout_of
 
 Init = Literal["identity", "paper", "sum", "self_attention"]
 

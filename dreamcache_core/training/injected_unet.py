@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import AdapterSet
-from ..backends import backend_for, layout_of, require_fit
-from ..blending import ReferenceUse
-from ..cache import ReferenceCache
-from ..capture import capture_features
-from ..injection import inject
+from ..method.adapter import AdapterSet
+from ..method.backends import backend_for, layout_of, require_fit
+from ..method.blending import ReferenceUse
+from ..method.cache import ReferenceCache
+from ..method.capture import capture_features
+from ..method.injection import inject
 
 
 class InjectedUNet(nn.Module):

@@ -13,22 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .. import __version__
-from ..adapter import AdapterInfo, AdapterSet
-from ..checkpoints import save_adapters
 from ..errors import InputError, StateError
-from ..latents import LATENT_FACTOR
-from ..unet_rows import Text
+from ..method.adapter import AdapterInfo, AdapterSet
+from ..method.adapter_files import save_adapters
+from ..pipeline.latents import LATENT_FACTOR
+from ..pipeline.sampling import Text
+from ..version import __version__
 from .interruption import Interruption
 from .meter import Meter, TakenStep
 from .moving_average import MovingAverage
 from .objective import denoising_loss
 from .samples import FAILURE
-from .self_attention_start import (
-    NUM_PICTURES,
-    observe_self_attention,
-    start_from_self_attention,
-)
+from .self_attention_start import NUM_IMAGES, observe_self_attention, start_from_self_attention
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -87,7 +83,7 @@ class Loop:
                     self.base.unet_kwargs(text, *self._reference_size_px),
                 )
                 seen += len(noised)
-                if seen >= NUM_PICTURES:
+                if seen >= NUM_IMAGES:
                     break
         start_from_self_attention(self.base.unet, module.adapters, guesses)
 
@@ -228,13 +224,13 @@ class Loop:
     def _target_latent(self, batch: Mapping[str, Any]) -> Tensor:
         if "target_latent" in batch:
             return batch["target_latent"].float()
-        return self.base.encode_pictures(batch["target"]).float()
+        return self.base.encode_images(batch["target"]).float()
 
     def _noised_reference(self, batch: Mapping[str, Any]) -> Tensor:
         if "reference_latent" in batch:
             latent = batch["reference_latent"].float()
         else:
-            latent = self.base.encode_pictures(batch["reference"]).float()
+            latent = self.base.encode_images(batch["reference"]).float()
         timestep = self.trainer.module.adapters.info.timestep
         timesteps = torch.full((len(latent),), timestep, device=latent.device)
         return self.schedule.add_noise(latent, batch["reference_noise"], timesteps)

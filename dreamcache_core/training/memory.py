@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import AdapterSet
-from ..latents import LATENT_FACTOR
+from ..method.adapter import AdapterSet
+from ..pipeline.latents import LATENT_FACTOR
 from .injected_unet import InjectedUNet
 
 TEXT_TOKENS = 77

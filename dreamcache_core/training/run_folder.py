@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import InputError, StateError
-from ..whole_files import whole_file
+from ..files.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 

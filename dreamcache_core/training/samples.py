@@ -15,11 +15,11 @@ from torch.utils.data import Dataset, default_collate
 
 from ..data.augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from ..data.buckets import crop_target
-from ..data.encoded import EncodedSet
 from ..data.order import SampleOrder, sample_seed
-from ..data.source import PairSource
+from ..data.precomputed.encoded import EncodedSet
+from ..data.sources.source import PairSource
 from ..errors import DreamCacheError
-from ..latents import LATENT_FACTOR
+from ..pipeline.latents import LATENT_FACTOR
 from .objective import NUM_TIMESTEPS
 
 

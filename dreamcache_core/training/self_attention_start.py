@@ -1,4 +1,4 @@
-"""Start values with which adapters look at a reference as the base model's self-attention looks at its own picture."""
+"""Start values with which adapters look at a reference as the base model's self-attention looks at its own image."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import AdapterSet
-from ..backends import select_sites
 from ..errors import StateError
+from ..method.adapter import AdapterSet
+from ..method.backends import select_sites
 
-NUM_PICTURES = 256
+NUM_IMAGES = 256
 """References that are looked at; their tokens number thousands at the smallest layer."""
 
 RIDGE = 1e-4

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..adapter import AdapterSet
-from ..backends import require_fit
-from ..base_model import UNET_PARTS, BaseModel, model_fingerprint
-from ..checkpoints import load_adapters
 from ..errors import InputError, MissingPackageError, StateError
+from ..method.adapter import AdapterSet
+from ..method.adapter_files import load_adapters
+from ..method.backends import require_fit
+from ..pipeline.base_model import UNET_PARTS, BaseModel, model_fingerprint
 from ..processes import require_all_processes
 from .config import TrainConfig
 from .initialisation import new_adapters

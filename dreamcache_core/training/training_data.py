@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader
 
-from ..base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
 from ..data.buckets import target_sizes
-from ..data.encoded import ALTERATION_FIELDS, EncodedSet, require_same_set
-from ..data.opening import open_source
 from ..data.order import SampleOrder
-from ..data.source import PairSource, fingerprint
+from ..data.precomputed.encoded import ALTERATION_FIELDS, EncodedSet, require_same_set
+from ..data.sources.opening import open_source
+from ..data.sources.source import PairSource, fingerprint
 from ..errors import InputError
+from ..pipeline.base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
 from .config import TrainConfig
 from .interruption import leave_signals_to_parent
 from .samples import SampleSettings, TrainingSet, collate
@@ -135,6 +135,6 @@ def _check_encoded(
     require_same_set(encoded.index, wanted)
     if not encoded.num_variants and source is None:
         raise InputError(
-            f"{encoded.folder} holds no references (it was made with reference_variants = 0), so their pictures are "
+            f"{encoded.folder} holds no references (it was made with reference_variants = 0), so their images are "
             "needed: give data as well."
         )

@@ -1,4 +1,4 @@
-"""Pictures during training: each reference, its prompt without it, and its prompt with it."""
+"""Images during training: each reference, its prompt without it, and its prompt with it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter import AdapterSet
-from ..base_model import BaseModel
-from ..blending import ReferenceUse
-from ..data.opening import open_source
-from ..data.source import PairSource
+from ..data.sources.opening import open_source
+from ..data.sources.source import PairSource
 from ..errors import InputError
-from ..image_files import contact_sheet, save_png
-from ..reference_image import prepare_reference_image
+from ..images.files import contact_sheet, save_png
+from ..images.reference import prepare_reference_image
+from ..method.adapter import AdapterSet
+from ..method.blending import ReferenceUse
+from ..pipeline.base_model import BaseModel
 from .config import TrainConfig
 
 SEED = 0
@@ -41,7 +41,7 @@ class Validation:
             source = open_source(config.validation_data)
         if source is None:
             raise InputError(
-                "The validation needs pictures, and the training set is given in its precomputed form alone. Give "
+                "The validation needs images, and the training set is given in its precomputed form alone. Give "
                 "validation_data (or data), or validate_every = 0."
             )
         self.base, self.config, self.resolution = base, config, resolution
@@ -64,17 +64,17 @@ class Validation:
         Returns:
             A contact sheet, (1, height, width, 3) in [0, 1]: a row for each reference.
         """
-        uses = [self._use(picture, adapters) for picture in self.references]
+        uses = [self._use(image, adapters) for image in self.references]
         if self._without is None:
             self._without = [
                 self._image(prompt, use, scale=0.0)
                 for prompt, use in zip(self.prompts, uses, strict=True)
             ]
         rows: list[Sequence[Tensor]] = []
-        for prompt, use, picture, plain in zip(
+        for prompt, use, image, plain in zip(
             self.prompts, uses, self.references, self._without, strict=True
         ):
-            rows.append([picture, plain, self._image(prompt, use)])
+            rows.append([image, plain, self._image(prompt, use)])
         captions = [["reference", f"without: {prompt}", "with it"] for prompt in self.prompts]
         return contact_sheet(rows, captions)
 
@@ -85,9 +85,9 @@ class Validation:
         save_png(folder / f"step-{step:06d}.png", sheet)
         return sheet
 
-    def _use(self, picture: Tensor, adapters: AdapterSet) -> ReferenceUse:
+    def _use(self, image: Tensor, adapters: AdapterSet) -> ReferenceUse:
         reference = self.base.pipeline.encode_reference(
-            picture, timestep=adapters.info.timestep, layers=adapters.layers
+            image, timestep=adapters.info.timestep, layers=adapters.layers
         )
         return ReferenceUse(reference, adapters)
 

@@ -93,18 +93,18 @@ class Server:
         assert entry["status"]["status_str"] == "success", entry["messages"]["execution_error"]
         return entry
 
-    def saved_picture(self, entry: dict[str, Any], node: str) -> np.ndarray:
-        """The picture that a SaveImage node wrote, from its file."""
+    def saved_image(self, entry: dict[str, Any], node: str) -> np.ndarray:
+        """The image that a SaveImage node wrote, from its file."""
         saved = entry["outputs"][node]["images"][0]
         assert saved["type"] == "output"
-        with Image.open(self.base / "output" / saved["subfolder"] / saved["filename"]) as picture:
-            return np.asarray(picture.convert("RGB"))
+        with Image.open(self.base / "output" / saved["subfolder"] / saved["filename"]) as image:
+            return np.asarray(image.convert("RGB"))
 
-    def shown_picture(self, shown: dict[str, str]) -> np.ndarray:
-        """A picture of a node's preview, as the page fetches it."""
+    def shown_image(self, shown: dict[str, str]) -> np.ndarray:
+        """An image of a node's preview, as the page fetches it."""
         query = urllib.parse.urlencode(shown)
-        with Image.open(io.BytesIO(self.get(f"/view?{query}"))) as picture:
-            return np.asarray(picture.convert("RGB"))
+        with Image.open(io.BytesIO(self.get(f"/view?{query}"))) as image:
+            return np.asarray(image.convert("RGB"))
 
     def adapter_choices(self) -> list[str]:
         info = self.get_json("/object_info/DreamCacheLoadAdapters")["DreamCacheLoadAdapters"]

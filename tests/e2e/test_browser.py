@@ -38,7 +38,7 @@ SET_WIDGETS = """changes => window.app.graph._nodes.forEach(node => {
     for (const [name, value] of Object.entries(changes[node.type] ?? {}))
         node.widgets.find(widget => widget.name === name).value = value;
 })"""
-SHOWN_PICTURES = """types => {
+SHOWN_IMAGES = """types => {
     const nodes = window.app.graph._nodes.filter(node => types.includes(node.type));
     const images = nodes.map(node => node.imgs?.[0]);
     return images.every(image => image?.complete && image.naturalWidth) && images.map(image => image.src);
@@ -153,7 +153,7 @@ def test_the_page_reads_the_file_as_our_converter_does(page, opened_workflow, ob
         assert {name: theirs[key]["inputs"][name] for name in node["inputs"]} == node["inputs"]
 
 
-def test_queueing_in_the_page_shows_the_pictures(page, opened_workflow, name, adapters, server):
+def test_queueing_in_the_page_shows_the_images(page, opened_workflow, name, adapters, server):
     small = {
         "DreamCacheLoadAdapters": {"adapters": adapters},
         "DreamCacheReferenceImage": {"size": 128},
@@ -163,14 +163,14 @@ def test_queueing_in_the_page_shows_the_pictures(page, opened_workflow, name, ad
     }
     page.evaluate(SET_WIDGETS, small)
     page.get_by_test_id("queue-button").click()
-    shown = page.wait_for_function(SHOWN_PICTURES, arg=SHOWING[name], timeout=DONE_MS)
+    shown = page.wait_for_function(SHOWN_IMAGES, arg=SHOWING[name], timeout=DONE_MS)
     page.wait_for_timeout(500)
     page.screenshot(path=server.base / f"{name}.png")
     assert page.problems == []
     for source in shown.json_value():
-        with Image.open(io.BytesIO(server.get(source.removeprefix(server.url)))) as picture:
-            assert picture.size == (128, 128)
-            assert np.asarray(picture).std() > 5
+        with Image.open(io.BytesIO(server.get(source.removeprefix(server.url)))) as image:
+            assert image.size == (128, 128)
+            assert np.asarray(image).std() > 5
 
 
 def test_the_subgraph_is_found_and_does_what_its_four_nodes_do(page, adapters):

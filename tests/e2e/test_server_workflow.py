@@ -1,6 +1,6 @@
 """The shipped workflow on a real ComfyUI server, over HTTP, with a real photograph.
 
-The models are tiny and random (``tiny_models_pack``), so the pictures are not pretty; everything else is as a user has it.
+The models are tiny and random (``tiny_models_pack``), so the images are not pretty; everything else is as a user has it.
 After a wanted change of the nodes: ``UPDATE_SNAPSHOT=1 pytest tests/e2e -k snapshot`` writes ``node_snapshot.json`` anew.
 """
 
@@ -50,8 +50,8 @@ def node_id(prompt: dict[str, Any], class_type: str) -> str:
     return next(key for key, node in prompt.items() if node["class_type"] == class_type)
 
 
-def picture(server, prompt: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
-    return server.saved_picture(entry, node_id(prompt, "SaveImage"))
+def image(server, prompt: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
+    return server.saved_image(entry, node_id(prompt, "SaveImage"))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -67,7 +67,7 @@ def test_no_node_of_a_shipped_workflow_is_missing(server, object_info, path):
 
 def test_the_photograph_goes_through_the_shipped_workflow(server, first_run):
     prompt, entry = first_run
-    pixels = picture(server, prompt, entry)
+    pixels = image(server, prompt, entry)
     assert pixels.shape == (128, 128, 3)
     assert pixels.std() > 5
     previews = entry["outputs"][node_id(prompt, "DreamCacheReferenceImage")]["images"]
@@ -79,14 +79,14 @@ def test_the_photograph_goes_through_the_shipped_workflow(server, first_run):
 
 def test_a_second_queue_with_another_seed_does_not_encode_again(server, first_run):
     prompt, entry = first_run
-    first = picture(server, prompt, entry)
+    first = image(server, prompt, entry)
     sampler = prompt[node_id(prompt, "KSampler")]["inputs"]
     again = {**prompt, node_id(prompt, "KSampler"): {"class_type": "KSampler"}}
 
     def run_with_seed(seed: int) -> tuple[np.ndarray, list[str]]:
         again[node_id(prompt, "KSampler")]["inputs"] = {**sampler, "seed": seed}
         run = server.run(again)
-        return picture(server, again, run), run["messages"]["execution_cached"]["nodes"]
+        return image(server, again, run), run["messages"]["execution_cached"]["nodes"]
 
     other, cached = run_with_seed(8)
     assert node_id(prompt, "DreamCacheEncode") in cached
@@ -100,15 +100,15 @@ def test_a_second_queue_with_another_seed_does_not_encode_again(server, first_ru
 
 def test_scale_zero_is_the_plain_model_and_scale_one_is_not(server, object_info, first_run):
     prompt, entry = first_run
-    with_reference = picture(server, prompt, entry)
+    with_reference = image(server, prompt, entry)
     off = small_prompt(object_info, ADAPTERS, DreamCacheApply={"scale": 0.0})
-    scale_zero = picture(server, off, server.run(off))
+    scale_zero = image(server, off, server.run(off))
     apply, loader = node_id(prompt, "DreamCacheApply"), node_id(prompt, "CheckpointLoaderSimple")
     plain = {key: node for key, node in prompt.items() if not node["class_type"].startswith(OURS)}
     assert plain[node_id(prompt, "KSampler")]["inputs"]["model"] == [apply, 0]
     sampler = {**plain[node_id(prompt, "KSampler")]["inputs"], "model": [loader, 0]}
     plain[node_id(prompt, "KSampler")] = {"class_type": "KSampler", "inputs": sampler}
-    np.testing.assert_array_equal(scale_zero, picture(server, plain, server.run(plain)))
+    np.testing.assert_array_equal(scale_zero, image(server, plain, server.run(plain)))
     assert np.abs(with_reference.astype(int) - scale_zero).mean() > 1
 
 
@@ -122,7 +122,7 @@ def test_the_quickstart_needs_no_model_file_and_its_reference_tells(server, obje
             node["inputs"].update(steps=4, seed=7)
     outputs = server.run(prompt)["outputs"]
     with_reference, without = (
-        [server.shown_picture(shown) for shown in outputs[key]["images"]]
+        [server.shown_image(shown) for shown in outputs[key]["images"]]
         for key, node in prompt.items()
         if node["class_type"] == "PreviewImage"
     )
@@ -144,9 +144,9 @@ def test_a_transparent_background_is_cut_away(server, object_info, adapters, fir
     opaque_prompt, entry = first_run
     cut = small_prompt(object_info, adapters, LoadImage={"image": "cut_out.png"})
     run = server.run(cut)
-    assert not np.array_equal(picture(server, cut, run), picture(server, opaque_prompt, entry))
+    assert not np.array_equal(image(server, cut, run), image(server, opaque_prompt, entry))
     shown = run["outputs"][node_id(cut, "DreamCacheReferenceImage")]["images"][0]
-    preview = server.shown_picture(shown)
+    preview = server.shown_image(shown)
     assert (preview[:4] == 255).all()
     assert (preview[:, :4] == 255).all()
     assert preview[48:80, 48:80].std() > 5
@@ -193,7 +193,7 @@ def test_bad_adapter_files_come_back_as_a_readable_node_error(server, object_inf
     assert "bad.safetensors" in error["exception_message"]
 
 
-def test_the_template_browser_lists_the_workflow_and_serves_its_picture(server):
+def test_the_template_browser_lists_the_workflow_and_serves_its_image(server):
     listed = server.get_json("/workflow_templates")[PACK_FOLDER]
     assert sorted(listed) == [path.stem for path in WORKFLOWS]
     for name in listed:

@@ -14,15 +14,15 @@ from tiny_pipeline import ddim
 from torch import Tensor
 
 from dreamcache_core import ReferenceUse, capture_reference, inject, save_adapters
-from dreamcache_core.demo.architecture import (
+from dreamcache_core.demo.files import PREVIEW_FILE
+from dreamcache_core.demo.world.world import SCENE_BACKGROUNDS, Scene, draw_subject, write_caption
+from dreamcache_core.training.initialisation import new_adapters
+from research.demo_model.architecture import (
     make_autoencoder,
     make_text_encoder,
     make_unet,
     train_tokenizer,
 )
-from dreamcache_core.demo.model_files import PREVIEW_FILE
-from dreamcache_core.demo.world import SCENE_BACKGROUNDS, Scene, draw_subject, write_caption
-from dreamcache_core.training.initialisation import new_adapters
 
 PROMPT = "a striped mug on the grass, left"
 TIMESTEPS = (601, 20)

@@ -72,13 +72,13 @@ def _write_preprocessor(folder: Path, kind: str, **sizes) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
 
 
-def save_picture(path: Path, seed: int, side: int = 40) -> Path:
-    """Write a picture of coloured tiles."""
+def save_image(path: Path, seed: int, side: int = 40) -> Path:
+    """Write an image of coloured tiles."""
     path.parent.mkdir(parents=True, exist_ok=True)
     random = torch.Generator().manual_seed(seed)
     tiles = torch.randint(0, 256, (5, 5, 3), generator=random, dtype=torch.uint8)
-    picture = Image.frombytes("RGB", (5, 5), bytes(tiles.flatten().tolist()))
-    picture.resize((side, side), Image.Resampling.NEAREST).save(path)
+    image = Image.frombytes("RGB", (5, 5), bytes(tiles.flatten().tolist()))
+    image.resize((side, side), Image.Resampling.NEAREST).save(path)
     return path
 
 

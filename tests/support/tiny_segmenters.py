@@ -94,9 +94,9 @@ def save_grounding_dino(folder: Path, seed: int = 0) -> Path:
         num_feature_levels=3,
         max_text_len=64,
     )
-    pictures = GroundingDinoImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
+    images = GroundingDinoImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
     words_in = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
-    processor = GroundingDinoProcessor(pictures, words_in)
+    processor = GroundingDinoProcessor(images, words_in)
     return _save(folder, processor, GroundingDinoForObjectDetection, config, seed)
 
 
@@ -123,13 +123,13 @@ def save_sam(folder: Path, seed: int = 0) -> Path:
             "iou_head_hidden_dim": 16,
         },
     )
-    pictures = SamImageProcessor(
+    images = SamImageProcessor(
         size={"longest_edge": 64},
         pad_size=SQUARE,
         mask_size={"longest_edge": 16},
         mask_pad_size={"height": 16, "width": 16},
     )
-    return _save(folder, SamProcessor(pictures), SamModel, config, seed)
+    return _save(folder, SamProcessor(images), SamModel, config, seed)
 
 
 def _save(folder: Path, processor, kind, config, seed: int) -> Path:

@@ -32,7 +32,7 @@ def disc() -> Tensor:
 
 
 def draw(colours: Tensor, grounds: Tensor) -> Tensor:
-    """Draw discs: colours and grounds (pictures, 3) in [0, 1] -> (pictures, height, width, 3)."""
+    """Draw discs: colours and grounds (images, 3) in [0, 1] -> (images, height, width, 3)."""
     mask = disc()[None, :, :, None]
     return torch.where(mask, colours[:, None, None], grounds[:, None, None])
 

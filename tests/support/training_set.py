@@ -15,12 +15,12 @@ def write_pairs(folder: Path, count: int = 6, size: tuple[int, int] = (96, 80)) 
     for index in range(count):
         subject = folder / f"subject_{index % 2}"
         subject.mkdir(parents=True, exist_ok=True)
-        picture, mask = Image.new("RGB", size, (90, 90, 100)), Image.new("L", size, 0)
+        photo, mask = Image.new("RGB", size, (90, 90, 100)), Image.new("L", size, 0)
         box = (20 + index, 10, 60 + index, 50)
-        for image, fill in ((picture, COLOURS[index % len(COLOURS)]), (mask, 255)):
+        for image, fill in ((photo, COLOURS[index % len(COLOURS)]), (mask, 255)):
             draw = ImageDraw.Draw(image)
             (draw.ellipse if index % 2 else draw.rectangle)(box, fill=fill)
-        picture.save(subject / f"{index:03d}_generation.png")
+        photo.save(subject / f"{index:03d}_generation.png")
         mask.save(subject / f"{index:03d}_mask.png")
         (subject / f"{index:03d}_caption.txt").write_text("a b", encoding="utf-8")
     return folder

@@ -11,7 +11,7 @@ from comfy.text_encoders.sd2_clip import SD2Tokenizer
 from torch import Tensor, nn
 
 VOCABULARY = 512
-PICTURE_CHANNELS = (3,)
+IMAGE_CHANNELS = (3,)
 TEXT_CONFIG = {
     "num_hidden_layers": 3,
     "hidden_size": 1024,
@@ -133,4 +133,4 @@ def _weight(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
         return gain * normal / tensor[0].numel() ** 0.5
     if name.endswith("weight"):
         return 1 + 0.1 * normal
-    return 0.02 * normal + (0.5 if tuple(tensor.shape) == PICTURE_CHANNELS else 0.0)
+    return 0.02 * normal + (0.5 if tuple(tensor.shape) == IMAGE_CHANNELS else 0.0)

@@ -1,0 +1,110 @@
+"""Say what a file of weights is: adapters, a saved reference, or something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import FileFormatError
+from ..files.tensor_file import FORMAT_KEY, is_torch_file, kind_of_weights, refuse_non_weights
+from ..method import adapter_files as checkpoints
+from ..method import cache
+from ..method.adapter import AdapterSet
+from ..method.adapter_files import load_adapters
+from ..method.cache import ReferenceCache
+
+
+def describe_file(path: Path) -> dict[str, str]:
+    """Describe a file of weights, line by line.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Text by heading, in the order to show it.
+
+    Raises:
+        FileFormatError: The file is missing, damaged, or no file of weights at all.
+    """
+    dtypes, metadata = read_header(path)
+    kind, found = kind_of_weights(set(dtypes)), metadata.get(FORMAT_KEY)
+    if found == cache.FORMAT:
+        return {"file": str(path), **_describe_reference(ReferenceCache.load(path))}
+    is_released = found is None and kind.startswith("DreamCache adapters")
+    if found == checkpoints.FORMAT or is_released:
+        text = _describe_adapters(load_adapters(path), is_released)
+        return {"file": str(path), **text, "dtype": ", ".join(sorted(set(dtypes.values())))}
+    what = kind if found is None else f"a DreamCache file of unknown format {found}"
+    return {
+        "file": str(path),
+        "kind": f"{what}: neither DreamCache adapters nor a saved reference",
+        "tensors": str(len(dtypes)),
+    }
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Read the type of each tensor and the metadata; of a safetensors file without the values.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Name of the type by key (``float16``), and the metadata as stored.
+
+    Raises:
+        FileFormatError: The file is missing, damaged, or no file of weights at all.
+    """
+    if is_torch_file(refuse_non_weights(path)):
+        tensors, metadata = checkpoints.read_weights(path)
+        return {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}, metadata
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:  # pyright: ignore[reportUnknownVariableType]
+            keys: list[str] = list(file.keys())
+            return {key: _dtype_name(file.get_slice(key)) for key in keys}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileFormatError(
+            f"{path} is not a complete safetensors file ({error}). Copy or download it again."
+        ) from error
+
+
+def _dtype_name(tensor: Any) -> str:
+    name = str(tensor.get_dtype())
+    return {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}.get(
+        name, name
+    )
+
+
+def _describe_adapters(adapters: AdapterSet, is_released: bool) -> dict[str, str]:
+    info = adapters.info
+    family = f"{info.layout.family} (text width {info.layout.context_width})"
+    if is_released:
+        family += ", assumed: a released file carries none"
+    return {
+        "kind": "DreamCache adapters, " + ("as released" if is_released else "own format"),
+        "family": family,
+        "layers": ", ".join(f"{name} ({width})" for name, width in info.layout.channels.items()),
+        "parameters": f"{adapters.num_parameters:,}",
+        "timestep": str(info.timestep),
+        "prediction": info.prediction,
+        "base model": info.base_model or "not stated",
+        **info.extra,
+    }
+
+
+def _describe_reference(reference: ReferenceCache) -> dict[str, str]:
+    height, width = reference.latent_size
+    features = reference.features.items()
+    return {
+        "kind": "saved DreamCache reference",
+        "family": f"{reference.family} (text width {reference.context_width})",
+        "layers": ", ".join(f"{name} {tuple(f.shape[1:])}" for name, f in features),
+        "images": str(reference.num_references),
+        "latent": f"{height} x {width} (height x width)",
+        "timestep": str(reference.timestep),
+        "seed": "not stated" if reference.seed is None else str(reference.seed),
+        "mask": "none" if reference.masks is None else "subject marked",
+        "dtype": str(next(iter(reference.features.values())).dtype).removeprefix("torch."),
+        "size": f"{reference.nbytes / 2**20:.1f} MiB",
+    }

@@ -1,0 +1,1 @@
+"""Training sets that VAE and text encoders have run over before."""

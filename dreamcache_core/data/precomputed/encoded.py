@@ -1,0 +1,200 @@
+"""Precomputed training sets: VAE latents and text states in safetensors shards, beside an index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...errors import FileFormatError, InputError
+from ...files.whole_files import whole_file
+
+FORMAT = "encoded/1"
+INDEX_FILE = "index.json"
+
+
+ALTERATION_FIELDS = ("reference_flip", "reference_jitter", "reference_erase")
+"""Fields of the index that say what may have happened to the references."""
+
+COMPARED = (
+    "data_fingerprint",
+    "model_fingerprint",
+    "resolution",
+    "sizes",
+    "samples_per_shard",
+    "num_variants",
+    "dtype",
+    "seed",
+    *ALTERATION_FIELDS,
+)
+"""Fields of the index in which a set must agree with what is already in its folder."""
+
+IDENTITY_KEY = "dreamcache.encoded"
+"""Key in a shard's metadata of its set's identity."""
+
+
+@dataclass(frozen=True)
+class EncodedIndex:
+    """What a precomputed set says of itself.
+
+    Attributes:
+        keys: Name of every pair, in the order of the set that was encoded.
+        sizes: Height and width of every target, pixels.
+        captions: Caption of every pair.
+        samples_per_shard: Pairs in a file, but for the last.
+        num_variants: Latents of differently augmented references for every pair; 0: none.
+        has_pooled: Whether there are SDXL's pooled text vectors.
+        resolution: Side of the reference square, pixels.
+        data_fingerprint: Of the set that was encoded.
+        model_fingerprint: Of the VAE and text encoders.
+        dtype: Float type of the tensors.
+        seed: Seed of the references' augmentation.
+        reference_flip: Whether references may be mirrored.
+        reference_jitter: Whether their colours may be altered.
+        reference_erase: Whether a part of them may be white.
+        format: Version of this layout.
+    """
+
+    keys: Sequence[str]
+    sizes: Sequence[tuple[int, int]]
+    captions: Sequence[str]
+    samples_per_shard: int
+    num_variants: int
+    has_pooled: bool
+    resolution: int
+    data_fingerprint: str
+    model_fingerprint: str
+    dtype: str
+    seed: int
+    reference_flip: bool = True
+    reference_jitter: bool = True
+    reference_erase: bool = True
+    format: str = FORMAT
+
+    @property
+    def identity(self) -> str:
+        """Hash of all fields in which a shard must agree with its set."""
+        values = json.dumps({name: getattr(self, name) for name in COMPARED})
+        return hashlib.sha256(values.encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the index, all or nothing."""
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> EncodedIndex:
+        """Read the index of a set.
+
+        Raises:
+            FileFormatError: There is none, or it is damaged or of another version.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise ValueError(f"format {values['format']}")
+            values["sizes"] = [(height, width) for height, width in values["sizes"]]
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FileFormatError(
+                f"{path.parent} is no complete precomputed set ({type(error).__name__}: {error}). Run 'dataset encode' again: "
+                "it goes on where it stopped."
+            ) from error
+
+
+class EncodedSet:
+    """Random access to a precomputed set.
+
+    Args:
+        folder: Folder that ``dataset encode`` wrote.
+
+    Raises:
+        FileFormatError: The folder holds no complete precomputed set.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.index = EncodedIndex.load(self.folder / INDEX_FILE)
+        self._open: dict[int, Any] = {}
+
+    @property
+    def num_variants(self) -> int:
+        """Latents of differently augmented references for every pair; 0: none."""
+        return self.index.num_variants
+
+    def read_target(self, index: int) -> dict[str, Tensor]:
+        """Read what belongs to the target of a pair.
+
+        Returns:
+            ``target_latent`` (channels, height / 8, width / 8), ``text_states`` (tokens, width) and for SDXL
+            ``text_pooled`` (width,).
+
+        Raises:
+            FileFormatError: A shard is missing or damaged.
+        """
+        names = ["target_latent", "text_states"]
+        if self.index.has_pooled:
+            names.append("text_pooled")
+        return {name: self._read(index, name) for name in names}
+
+    def read_reference(self, index: int, epoch: int) -> dict[str, Tensor]:
+        """Read the latent of a pair's reference: in every epoch the next of its variants.
+
+        Returns:
+            ``reference_latent``, (channels, resolution / 8, resolution / 8).
+
+        Raises:
+            FileFormatError: A shard is missing or damaged.
+        """
+        variant = epoch % self.num_variants
+        return {"reference_latent": self._read(index, f"reference_latent.{variant}")}
+
+    def _read(self, index: int, name: str) -> Tensor:
+        shard, key = index // self.index.samples_per_shard, f"{index}.{name}"
+        path = self.folder / shard_name(shard)
+        try:
+            if shard not in self._open:
+                self._open[shard] = safe_open(path, framework="pt", device="cpu")
+            return self._open[shard].get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise FileFormatError(
+                f"{path} is missing or damaged ({error}). Delete it and run 'dataset encode' again."
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind: every reading process opens its own."""
+        return {**self.__dict__, "_open": {}}
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"{number:06d}.safetensors"
+
+
+def require_same_set(index: EncodedIndex, wanted: Mapping[str, object]) -> None:
+    """Refuse a precomputed set that was made from something else than what it is used with.
+
+    Args:
+        index: What the set says of itself.
+        wanted: Expected value by field of ``EncodedIndex``.
+
+    Raises:
+        InputError: A field differs; the message names it.
+    """
+    for name, value in wanted.items():
+        if getattr(index, name) != value:
+            raise InputError(
+                f"The precomputed set was made with another {name.replace('_', ' ')}: {_short(getattr(index, name))}, "
+                f"expected {_short(value)}. Run 'dataset encode' into a new folder."
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

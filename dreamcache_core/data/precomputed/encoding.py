@@ -1,0 +1,230 @@
+"""``dreamcache dataset encode``: run VAE and text encoders over a training set once, instead of at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from ...config import Config
+from ...errors import DreamCacheError, InputError
+from ...files.whole_files import whole_file
+from ...images.reference import check_placement
+from ...pipeline.base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
+from ...pipeline.loading import require_diffusers
+from ...processes import require_all_processes
+from ..augmentation import ERASE_HELP, FLIP_HELP, JITTER_HELP, Alterations, augment_reference
+from ..buckets import crop_target, target_sizes
+from ..order import sample_seed
+from ..sources.opening import open_source
+from ..sources.source import Pair, PairSource, fingerprint
+from .encoded import COMPARED, IDENTITY_KEY, INDEX_FILE, EncodedIndex, require_same_set, shard_name
+
+UNFINISHED_FILE = "index.unfinished.json"
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class EncodeOptions(Config):
+    """Compute the latents and text states of a training set once."""
+
+    data: str = field(metadata={"help": "training set: folder, manifest, shards or parquet"})
+    model: str = field(metadata={"help": "base model: diffusers folder or single-file checkpoint"})
+    out: str = field(metadata={"help": "folder for the shards"})
+    model_config: str | None = field(
+        default=None, metadata={"help": "for a single file: a diffusers folder like it"}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "side of the images in pixels; else the model's"}
+    )
+    buckets: bool = field(default=False, metadata={"help": "keep the targets' aspect"})
+    reference_variants: int = field(
+        default=0,
+        metadata={"help": "augmented references per image; 0: augmented and encoded in training"},
+    )
+    reference_flip: bool = field(default=True, metadata=FLIP_HELP)
+    reference_jitter: bool = field(default=True, metadata=JITTER_HELP)
+    reference_erase: bool = field(default=True, metadata=ERASE_HELP)
+    batch_size: int = field(default=8, metadata={"help": "images encoded at a time"})
+    samples_per_shard: int = field(default=1000, metadata={"help": "images in a file"})
+    dtype: Literal["float16", "bfloat16", "float32"] = field(
+        default="float16", metadata={"help": "float type of the files"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the augmentation"})
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: One is out of range.
+        """
+        lowest = {"reference_variants": 0, "batch_size": 1, "samples_per_shard": 1, "seed": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise InputError(f"{name} must be at least {low}; given {getattr(self, name)}.")
+        if self.resolution is not None:
+            check_placement(self.resolution, 1.0)
+
+    @property
+    def alterations(self) -> Alterations:
+        """What may happen to references."""
+        return Alterations(self.reference_flip, self.reference_jitter, self.reference_erase)
+
+
+def encode_dataset(options: EncodeOptions) -> Path:
+    """Encode a set; a run that was cut off goes on where it stopped, several processes share the shards.
+
+    Args:
+        options: What to do.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DreamCacheError: Bad input; the message says what and what to do.
+    """
+    require_diffusers()
+    from accelerate import PartialState
+
+    state: Any = PartialState()
+    require_all_processes(state.num_processes)
+    source = open_source(options.data)
+    base = BaseModel(options.model, options.model_config, torch.float32)
+    resolution = options.resolution or min(base.pipeline.default_size_px)
+    sizes = target_sizes(source, resolution, has_buckets=options.buckets)
+    index = EncodedIndex(
+        keys=list(source.keys),
+        sizes=sizes,
+        captions=[source.caption(i) for i in range(len(sizes))],
+        samples_per_shard=options.samples_per_shard,
+        num_variants=options.reference_variants,
+        has_pooled=base.pipeline.is_sdxl,
+        resolution=resolution,
+        data_fingerprint=fingerprint(source),
+        model_fingerprint=model_fingerprint(options.model, ENCODER_PARTS),
+        dtype=options.dtype,
+        seed=options.seed,
+        reference_flip=options.reference_flip,
+        reference_jitter=options.reference_jitter,
+        reference_erase=options.reference_erase,
+    )
+    base.warn_about_long_captions(index.captions[:MAX_CHECKED_CAPTIONS])
+    folder = Path(options.out)
+    if state.is_main_process:
+        _begin(folder, index)
+    state.wait_for_everyone()
+    base.to(state.device)
+    encoder = _Encoder(options, source, base, index)
+    shards = range(-(-len(sizes) // options.samples_per_shard))
+    mine = shards[state.process_index :: state.num_processes]
+    for shard in tqdm(mine, unit="shard", desc="encoding", disable=not state.is_main_process):
+        encoder.write(folder / shard_name(shard), shard)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        (folder / UNFINISHED_FILE).replace(folder / INDEX_FILE)
+    state.wait_for_everyone()
+    return folder
+
+
+def _begin(folder: Path, index: EncodedIndex) -> None:
+    """Make the folder, or check that what lies in it is of the same set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (INDEX_FILE, UNFINISHED_FILE):
+        if (folder / name).exists():
+            before = EncodedIndex.load(folder / name)
+            require_same_set(before, {name: getattr(index, name) for name in COMPARED})
+    if (folder / INDEX_FILE).exists():
+        (folder / INDEX_FILE).replace(folder / UNFINISHED_FILE)
+    index.save(folder / UNFINISHED_FILE)
+
+
+class _Encoder:
+    """Turns pairs into the tensors of a shard."""
+
+    def __init__(
+        self, options: EncodeOptions, source: PairSource, base: BaseModel, index: EncodedIndex
+    ) -> None:
+        self.options, self.source, self.base, self.index = options, source, base, index
+
+    def write(self, path: Path, shard: int) -> None:
+        """Write a shard, all or nothing; one of the same set that exists is left."""
+        if self._is_written(path):
+            return
+        first = shard * self.options.samples_per_shard
+        last = min(first + self.options.samples_per_shard, len(self.index.sizes))
+        tensors: dict[str, Tensor] = {}
+        for start in range(first, last, self.options.batch_size):
+            tensors |= self.encode(range(start, min(start + self.options.batch_size, last)))
+        try:
+            with whole_file(path) as temporary:
+                temporary.write_bytes(
+                    save(tensors, {IDENTITY_KEY: self.index.identity})
+                )  # save_file's are their owner's alone
+        except OSError as error:
+            raise InputError(
+                f"Cannot write {path}: {error}. Make room and start the command again: it goes on where it stopped."
+            ) from error
+
+    def _is_written(self, path: Path) -> bool:
+        try:
+            with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+                return (file.metadata() or {}).get(IDENTITY_KEY) == self.index.identity
+        except (OSError, SafetensorError):
+            return False
+
+    def encode(self, indices: range) -> dict[str, Tensor]:
+        """Encode some pairs -> tensors by key."""
+        pairs = [self._read(index) for index in indices]
+        tensors: dict[str, Tensor] = {}
+        text = self.base.encode_text([pair.caption for pair in pairs])
+        images: dict[str, Tensor] = {}
+        for row, (index, pair) in enumerate(zip(indices, pairs, strict=True)):
+            tensors[f"{index}.text_states"] = text.states[row]
+            if text.pooled is not None:
+                tensors[f"{index}.text_pooled"] = text.pooled[row]
+            target = crop_target(pair.target, *self.index.sizes[index])
+            images[f"{index}.target_latent"] = target
+            for variant in range(self.options.reference_variants):
+                reference = self._reference(pair, index, variant)
+                images[f"{index}.reference_latent.{variant}"] = reference
+        tensors |= self._latents(images)
+        dtype = DTYPES[self.options.dtype]
+        return {key: tensor.to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+
+    def _latents(self, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encode images by key, as many of one size together as a batch holds."""
+        latents: dict[str, Tensor] = {}
+        for size in {image.shape for image in images.values()}:
+            keys = [key for key, image in images.items() if image.shape == size]
+            for start in range(0, len(keys), self.options.batch_size):
+                some = keys[start : start + self.options.batch_size]
+                encoded = self.base.encode_images(torch.cat([images[key] for key in some]))
+                latents |= dict(zip(some, encoded, strict=True))
+        return latents
+
+    def _read(self, index: int) -> Pair:
+        try:
+            return self.source.read(index)
+        except DreamCacheError as error:
+            raise InputError(
+                f"Sample {index} ({', '.join(self.source.files(index))}) cannot be encoded: {error} Find all such "
+                "samples with 'dataset check'."
+            ) from error
+
+    def _reference(self, pair: Pair, index: int, variant: int) -> Tensor:
+        seed = sample_seed(self.options.seed, index * self.options.reference_variants + variant)
+        return augment_reference(
+            pair.subject,
+            pair.mask,
+            size=self.index.resolution,
+            generator=torch.Generator().manual_seed(seed),
+            alterations=self.options.alterations,
+        )

@@ -1,0 +1,1 @@
+"""Readers: every form of a training set becomes a ``PairSource``."""

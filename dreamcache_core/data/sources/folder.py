@@ -1,0 +1,152 @@
+"""The authors' layout: folders with ``X_generation.png``, ``X_mask.png`` and ``X_caption.txt``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ...errors import InputError
+from ...images.files import read_image, read_mask
+from .reading import (
+    decode_caption,
+    image_size,
+    make_pair,
+    printable,
+    read_bytes,
+    settle,
+    stamp_files,
+)
+from .source import Pair
+
+PARTS = ("generation", "mask", "caption")
+_MEMBER = re.compile(
+    r"(?P<stem>.*)_(?:(?P<image>generation|mask)\.(?:png|jpe?g|webp)|(?P<text>caption)\.txt)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class _Files(NamedTuple):
+    folder: str
+    generation: str
+    mask: str
+    caption: str
+
+    def path(self, part: str) -> str:
+        return os.path.join(self.folder, getattr(self, part))
+
+
+class FolderSource:
+    """Pairs in folders of any depth, in the order of their names; no file is opened until a pair is read.
+
+    Files and folders whose names begin with a dot are passed over. Images may be PNG, JPEG or WebP.
+
+    Args:
+        folder: The folder.
+
+    Attributes:
+        keys: Path of every pair below the folder, without ``_generation.png``, with forward slashes.
+        problems: What was left out as incomplete, and why.
+
+    Raises:
+        InputError: There is no such folder, or no complete pair in it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.root = Path(folder)
+        if not self.root.is_dir():
+            raise InputError(f"Expected a folder of pairs, got {folder}, which is none.")
+        problems: list[str] = []
+        found = sorted(_scan(self.root, problems))
+        self.keys = tuple(key for key, _ in found)
+        self._pairs = tuple(files for _, files in found)
+        self.problems = settle(self.root, len(found), sorted(problems))
+
+    def files(self, index: int) -> tuple[str, ...]:
+        """Paths of image, mask and caption."""
+        return tuple(self._pairs[index].path(part) for part in PARTS)
+
+    def stamp(self, index: int) -> str:
+        """Names, sizes and times of the files of a pair."""
+        return stamp_files(self.root, self.files(index))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the target, pixels, from its header."""
+        return image_size(self._pairs[index].path("generation"))
+
+    def caption(self, index: int) -> str:
+        """Caption of a pair."""
+        path = self._pairs[index].path("caption")
+        return decode_caption(read_bytes(path), path)
+
+    def read(self, index: int) -> Pair:
+        """Read a pair; the target is its own subject."""
+        image, mask, _ = self.files(index)
+        target, alpha = read_image(image)
+        caption = self.caption(index)
+        return make_pair(
+            target,
+            target,
+            alpha,
+            read_mask(mask),
+            caption,
+            name=mask,
+            has_hidden_pixels=alpha is not None,
+        )
+
+
+def _scan(root: Path, problems: list[str]) -> Iterator[tuple[str, _Files]]:
+    """Yield key and files of every complete pair; note the others."""
+    seen_links = {os.path.realpath(root)}  # links may lead in circles
+
+    def note(error: OSError) -> None:
+        problems.append(f"{error.filename} cannot be opened: {error.strerror}.")
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=note):
+        subfolders[:] = [n for n in subfolders if _is_new(os.path.join(folder, n), seen_links)]
+        below = os.path.relpath(folder, root).replace(os.sep, "/")
+        prefix = "" if below == "." else f"{below}/"
+        for stem, parts in _by_stem(names).items():
+            key = printable(prefix + stem)
+            doubt = _incomplete(parts)
+            if doubt:
+                problems.append(f"{key}: {doubt}")
+            else:
+                yield key, _Files(folder, *(parts[part][0] for part in PARTS))
+
+
+def _is_new(folder: str, seen_links: set[str]) -> bool:
+    if os.path.basename(folder).startswith("."):
+        return False
+    if not os.path.islink(folder):
+        return True
+    real = os.path.realpath(folder)
+    is_new = real not in seen_links
+    seen_links.add(real)
+    return is_new
+
+
+def _by_stem(names: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Group the files of one folder: stem to part to names."""
+    stems: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        match = None if name.startswith(".") else _MEMBER.fullmatch(name)
+        if match:
+            part = (match["image"] or match["text"]).lower()
+            stems.setdefault(match["stem"], {}).setdefault(part, []).append(name)
+    return stems
+
+
+def _incomplete(parts: dict[str, list[str]]) -> str:
+    """Say what is wrong with the files of one stem, if anything."""
+    missing = [part for part in PARTS if part not in parts]
+    if missing:
+        there = ", ".join(name for names in parts.values() for name in names)
+        wanted = " and ".join(
+            f"_{part}.{'txt' if part == 'caption' else 'png'}" for part in missing
+        )
+        return f"there is {there}, but no {wanted}; add it."
+    doubles = [" and ".join(sorted(names)) for names in parts.values() if len(names) > 1]
+    return f"{doubles[0]} are two files for one part; remove one." if doubles else ""

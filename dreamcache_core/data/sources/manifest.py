@@ -1,0 +1,215 @@
+"""A list of pairs in one JSONL or CSV file: ``image``, ``caption``, and where wanted ``mask`` and ``subject``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...errors import FileFormatError, InputError
+from ...images.files import read_image, read_mask
+from .reading import image_size, make_pair, printable, read_bytes, settle, stamp_files
+from .source import Pair
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".csv")
+COLUMNS = ("image", "caption", "mask", "subject")
+
+
+class _Row(NamedTuple):
+    """Paths are full; empty where there is none."""
+
+    image: str
+    caption: str
+    mask: str
+    subject: str
+
+
+class ManifestSource:
+    """Pairs that a file lists, one to a line, in its order.
+
+    Columns (CSV) or keys (JSONL): ``image``, the target; ``caption``; optionally ``subject``, another image of the
+    target's subject, else it is the target itself; optionally ``mask``, of the subject's image, else the alpha
+    channel of that image serves, and without one the whole image is the subject. Paths are relative to the file's
+    folder. Further columns are not read.
+
+    Args:
+        path: The file, UTF-8, ending in ``.jsonl`` or ``.csv``.
+
+    Attributes:
+        keys: The ``image`` of every pair as it is written; ``#2`` and so on follow where it is listed again.
+        problems: What was left out as incomplete, and why.
+
+    Raises:
+        InputError: There is no such file, a column is missing, or no pair is complete.
+        FileFormatError: It is not UTF-8 or no CSV.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file() or self.path.suffix.lower() not in SUFFIXES:
+            raise InputError(f"Expected a file ending in {' or '.join(SUFFIXES)}, got {path}.")
+        problems: list[str] = []
+        lines = list(_entries(self.path, problems))
+        _note_unread(self.path, lines)
+        found = list(_complete(self.path, lines, problems))
+        self.keys = tuple(_unique(key for key, _ in found))
+        self._rows = tuple(row for _, row in found)
+        self.problems = settle(self.path, len(found), problems)
+
+    def files(self, index: int) -> tuple[str, ...]:
+        """Paths of the images of a pair."""
+        row = self._rows[index]
+        return tuple(path for path in (row.image, row.subject, row.mask) if path)
+
+    def stamp(self, index: int) -> str:
+        """Caption of a pair; names, sizes and times of its images."""
+        return f"{self.caption(index)}; {stamp_files(self.path.parent, self.files(index))}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the target, pixels, from its header."""
+        return image_size(self._rows[index].image)
+
+    def caption(self, index: int) -> str:
+        """Caption of a pair."""
+        return self._rows[index].caption
+
+    def read(self, index: int) -> Pair:
+        """Read a pair."""
+        row = self._rows[index]
+        target, alpha = read_image(row.image)
+        subject, has_hidden_pixels = target, alpha is not None
+        if row.subject:
+            subject, alpha = read_image(row.subject)
+        mask = read_mask(row.mask) if row.mask else None
+        name = row.mask or row.subject or row.image
+        return make_pair(
+            target,
+            subject,
+            alpha,
+            mask,
+            row.caption,
+            name=name,
+            has_hidden_pixels=has_hidden_pixels,
+        )
+
+
+def _entries(path: Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield line number and columns of each line that holds any."""
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(
+            f"Expected {path} in UTF-8: {error}. Save it again as UTF-8 text."
+        ) from error
+    if path.suffix.lower() == ".jsonl":
+        yield from _json_lines(path, text, problems)
+    else:
+        yield from _csv_lines(path, text)
+
+
+def _json_lines(
+    path: Path, text: str, problems: list[str]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{path.name}, line {number}: no JSON ({error}); write one object.")
+            continue
+        if isinstance(entry, dict):
+            yield number, entry
+        else:
+            problems.append(f"{path.name}, line {number}: no object in {{}}; write one.")
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
+    try:
+        missing = [name for name in COLUMNS[:2] if name not in (reader.fieldnames or ())]
+        if missing:
+            raise InputError(
+                f"Expected a first line with the columns {', '.join(COLUMNS[:2])} in {path}, separated by commas; "
+                f"{' and '.join(missing)} missing in {list(reader.fieldnames or ())}. Name the columns so."
+            )
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise FileFormatError(
+            f"Expected CSV in {path}, line {reader.line_num}: {error}. Mind the quotes."
+        ) from error
+
+
+def _note_unread(path: Path, lines: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+    """Name columns that are not read: one of them may be misspelt."""
+    unread = sorted({str(key) for _, entry in lines for key in entry} - {*COLUMNS, ""})
+    if unread:
+        logger.warning(
+            "%s: of its columns %s are not read; those that are: %s.",
+            path,
+            ", ".join(unread),
+            ", ".join(COLUMNS),
+        )
+
+
+def _complete(
+    path: Path, lines: Iterable[tuple[int, Mapping[str, Any]]], problems: list[str]
+) -> Iterator[tuple[str, _Row]]:
+    """Yield key and row of each line whose files are there; note the others."""
+    exists = _Listing()
+    for number, entry in lines:
+        texts = [entry.get(column) or "" for column in COLUMNS]
+        if not all(isinstance(text, str) for text in texts) or not texts[0]:
+            problems.append(f"{path.name}, line {number}: needs a text for image and for caption.")
+            continue
+        if "caption" not in entry or entry["caption"] is None:
+            problems.append(f"{path.name}, line {number}: {texts[0]} has no caption; add one.")
+            continue
+        image, mask, subject = (
+            os.path.join(path.parent, texts[i]) if texts[i] else "" for i in (0, 2, 3)
+        )
+        lost = [file for file in (image, mask, subject) if file and not exists(file)]
+        if lost:
+            problems.append(f"{path.name}, line {number}: there is no {lost[0]}; add the file.")
+            continue
+        yield printable(texts[0]), _Row(image, _one_line(texts[1]), mask, subject)
+
+
+def _one_line(caption: str) -> str:
+    return printable(" ".join(caption.split()))
+
+
+class _Listing:
+    """Tells whether files exist; lists each folder once, as asking for each file is slow on network drives."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, set[str]] = {}
+
+    def __call__(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._names:
+            try:
+                self._names[folder] = {entry.name for entry in os.scandir(folder or ".")}
+            except (OSError, ValueError):
+                self._names[folder] = set()
+        # not listed: perhaps in other capitals, on a file system that does not mind
+        return name in self._names[folder] or os.path.isfile(path)
+
+
+def _unique(keys: Iterable[str]) -> Iterator[str]:
+    counts: dict[str, int] = {}
+    for key in keys:
+        unique = key
+        while unique in counts:  # a row may be named as another one's repetition
+            counts[key] += 1
+            unique = f"{key}#{counts[key]}"
+        counts[unique] = 1
+        yield unique

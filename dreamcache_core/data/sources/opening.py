@@ -1,0 +1,79 @@
+"""Open a training set, whichever of the known forms it has."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ...errors import DreamCacheError, InputError
+from . import manifest
+from .folder import FolderSource
+from .manifest import ManifestSource
+from .shards import ShardSource, shard_files
+from .source import PairSource
+from .subjects200k import Subjects200KSource, parquet_files
+
+logger = logging.getLogger(__name__)
+
+FORMS = (
+    "a folder, of any depth, with X_generation.png, X_mask.png and X_caption.txt for every pair; "
+    "a manifest (.jsonl or .csv) with image, caption and, if there are, mask and subject; "
+    "WebDataset shards (a .tar file or a folder of them) with KEY.generation.png, KEY.mask.png and KEY.caption.txt; "
+    "Subjects200K (a .parquet file or the folder of them)"
+)
+
+
+def open_source(path: str | os.PathLike[str]) -> PairSource:
+    """Open a set. In a folder, shards count before parquet files, and these before single images.
+
+    Shards or parquet files that hold no pair are passed over for images beside them, with a warning.
+
+    Args:
+        path: File or folder.
+
+    Returns:
+        The set; its ``problems`` name what was left out as incomplete.
+
+    Raises:
+        InputError: It has none of the known forms, or no complete pair.
+        FileFormatError: It has one, but cannot be read.
+        MissingPackageError: It needs an optional package.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if suffix in manifest.SUFFIXES:
+        return ManifestSource(path)
+    if suffix == ".tar":
+        return ShardSource(path)
+    if suffix == ".parquet":
+        return Subjects200KSource(path)
+    found = "a file of another kind" if path.exists() else "not there"
+    raise InputError(f"Expected a training set: {FORMS}. {path} is {found}. Give one of these.")
+
+
+def _open_folder(path: Path) -> PairSource:
+    if shard_files(path):
+        return _open_packed(path, ShardSource, "tar files")
+    if parquet_files(path):
+        return _open_packed(path, Subjects200KSource, "parquet files")
+    try:
+        return FolderSource(path)
+    except InputError as error:
+        raise InputError(f"{error} A training set is {FORMS}.") from error
+
+
+def _open_packed(path: Path, form: Callable[[Path], PairSource], name: str) -> PairSource:
+    """Open a folder of shards or parquet files; if they are none, they may lie there by chance."""
+    try:
+        return form(path)
+    except DreamCacheError as error:
+        try:
+            source = FolderSource(path)
+        except InputError:
+            raise error from None
+        logger.warning("%s: its images are read, its %s are not: %s", path, name, error)
+        return source

@@ -1,0 +1,1 @@
+"""Building a synthetic training set: captions, images, masks, quality."""

@@ -1,0 +1,163 @@
+"""Find a named subject in an image with models of ``transformers``, from local folders. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import FileFormatError, InputError, MissingPackageError, UnsupportedModelError
+from ...images.tensors import tensor_to_image
+from ...pipeline.loading import quiet_loading
+
+
+class Segmenter(Protocol):
+    """Marks a subject in an image."""
+
+    def __call__(self, image: Tensor, subject: str) -> Tensor:
+        """Find the subject.
+
+        Args:
+            image: (1, height, width, 3), float, in [0, 1].
+            subject: What to look for.
+
+        Returns:
+            (1, height, width), bool, on the CPU; all false where the subject was not found.
+        """
+        ...
+
+
+class ClipSegmenter:
+    """CLIPSeg: one model from text to a soft mask."""
+
+    def __init__(self, model: str, *, threshold: float, device: torch.device) -> None:
+        """Load the model.
+
+        Args:
+            model: Its folder.
+            threshold: Probability from which on a pixel belongs to the subject, in (0, 1).
+            device: Where it runs, in float32.
+
+        Raises:
+            DreamCacheError: The folder is missing, damaged or holds another kind of model.
+        """
+        parts = _load(model, "segmenter_model", "CLIPSegForImageSegmentation", ("clipseg",), device)
+        self.processor, self.model = parts
+        self.threshold, self.device = threshold, device
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor, subject: str) -> Tensor:
+        """See ``Segmenter``."""
+        inputs = self.processor(
+            text=[subject],
+            images=[tensor_to_image(image)],
+            truncation=True,
+            return_tensors="pt",
+        )
+        logits = self.model(**inputs.to(self.device)).logits
+        logits = logits.reshape(1, 1, *logits.shape[-2:]).float()
+        size = (image.shape[1], image.shape[2])
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return (logits.sigmoid() > self.threshold)[0].cpu()
+
+
+class GroundedSegmenter:
+    """Grounding DINO finds the subject's box, SAM its outline."""
+
+    def __init__(
+        self, detector: str, segmenter: str, *, box_threshold: float, device: torch.device
+    ) -> None:
+        """Load both models.
+
+        Args:
+            detector: Folder of Grounding DINO.
+            segmenter: Folder of SAM.
+            box_threshold: Score from which on a box counts as found, in (0, 1).
+            device: Where they run, in float32.
+
+        Raises:
+            DreamCacheError: A folder is missing, damaged or holds another kind of model.
+        """
+        kinds = ("grounding-dino", "mm-grounding-dino")
+        name = "AutoModelForZeroShotObjectDetection"
+        self.detector = _load(detector, "detector_model", name, kinds, device)
+        self.segmenter = _load(segmenter, "segmenter_model", "SamModel", ("sam",), device)
+        self.box_threshold, self.device = box_threshold, device
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor, subject: str) -> Tensor:
+        """See ``Segmenter``; of several boxes, the one with the highest score counts."""
+        pil_image = tensor_to_image(image)
+        box = self._best_box(pil_image, subject)
+        if box is None:
+            return torch.zeros(image.shape[:3], dtype=torch.bool)
+        processor, model = self.segmenter
+        inputs = processor(images=pil_image, input_boxes=[[box]], return_tensors="pt")
+        sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
+        outputs = model(**inputs.to(self.device, torch.float32), multimask_output=False)
+        masks = processor.post_process_masks(outputs.pred_masks.cpu(), *sizes)
+        return masks[0].reshape(image.shape[:3])  # of one image, one box, one mask
+
+    def _best_box(self, image: Any, subject: str) -> list[float] | None:
+        """Return left, top, right and bottom in pixels."""
+        processor, model = self.detector
+        text = subject.lower().rstrip(".") + "."
+        inputs = processor(images=image, text=text, return_tensors="pt").to(self.device)
+        found = processor.post_process_grounded_object_detection(
+            model(**inputs),
+            inputs["input_ids"],
+            threshold=self.box_threshold,
+            text_threshold=self.box_threshold,
+            target_sizes=[(image.height, image.width)],
+        )[0]
+        if not len(found["scores"]):
+            return None
+        return found["boxes"][found["scores"].argmax()].tolist()
+
+
+def _load(
+    folder: str, field: str, model_class: str, kinds: tuple[str, ...], device: torch.device
+) -> tuple[Any, Any]:
+    """Load a processor and its model in float32."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingPackageError(
+            f"Finding subjects needs transformers ({error}). Install it: pip install 'dreamcache[train]'."
+        ) from error
+    _require_kind(Path(folder), field, kinds)
+    try:
+        with quiet_loading():
+            processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+            kind: Any = getattr(transformers, model_class)
+            model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    except Exception as error:  # damaged files make transformers raise nearly anything
+        raise FileFormatError(
+            f"{folder} could not be loaded as a {model_class} ({type(error).__name__}: {error}). Check that its files, "
+            "those of its processor too, are complete."
+        ) from error
+    return processor, model.eval().to(device)
+
+
+def _require_kind(folder: Path, field: str, kinds: tuple[str, ...]) -> None:
+    """Refuse a folder that is missing or says that it holds another kind of model."""
+    if not folder.is_dir():
+        raise InputError(
+            f"Expected {field} to be a local model folder; there is no {folder}. Nothing is downloaded: fetch it first."
+        )
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(
+            f"Expected {field} to be a folder with a {kinds[0]} model; {folder} has no config.json that names a model "
+            f"({type(error).__name__}). Give the folder that holds config.json and the weights."
+        ) from error
+    if found not in kinds:
+        raise UnsupportedModelError(
+            f"Expected {field} to be a folder with a {kinds[0]} model; {folder} holds a {found} model. Give another "
+            "folder, or another --segmenter."
+        )

@@ -1,0 +1,1 @@
+"""What a drawn image shows: the subject, its place and colours, the scene."""

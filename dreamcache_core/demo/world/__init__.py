@@ -1,0 +1,1 @@
+"""The world of drawn subjects and scenes that the demo model knows."""

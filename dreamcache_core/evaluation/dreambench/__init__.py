@@ -1,0 +1,1 @@
+"""The DreamBench protocol (METHOD.md section 8)."""

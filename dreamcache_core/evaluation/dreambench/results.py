@@ -1,0 +1,282 @@
+"""From scores of images to tables, CSV files and a report."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ...errors import MissingPackageError
+from ...files.whole_files import whole_file
+from ..html_report import ImageRow, Table, Thumbnail, write_html_report
+from .dataset import Candidate, Subject
+from .log import METRICS, ImageScore
+
+CONFIDENCE = 0.95
+NAMES = {
+    "dino": "DINO",
+    "clip_i": "CLIP-I",
+    "clip_t": "CLIP-T",
+    "masked_dino": "masked DINO",
+    "masked_clip_i": "masked CLIP-I",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its confidence interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end at 95 %; ``None`` where there are fewer than two values.
+        high: Upper end.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        """Write it as ``0.767 [0.741, 0.790]``."""
+        if self.low is None or self.high is None:
+            return f"{self.mean:.3f}"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a subject, or a group of them.
+
+    Attributes:
+        name: Of the subject or group.
+        num_subjects: How many.
+        num_images: Judged images.
+        metrics: By name; without those that no image has.
+    """
+
+    name: str
+    num_subjects: int
+    num_images: int
+    metrics: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Results:
+    """All tables.
+
+    Attributes:
+        overall: All subjects, the two kinds, and the real images among themselves.
+        subjects: A row for each; plain means of its images.
+    """
+
+    overall: Sequence[Row]
+    subjects: Sequence[Row]
+
+
+def estimate_mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
+    """Estimate a mean, with a percentile bootstrap interval at 95 % from 9,999 resamples.
+
+    Args:
+        values: One for each subject, at least one.
+        seed: Of the resampling.
+
+    Returns:
+        The mean, and the interval where there are at least two values.
+
+    Raises:
+        MissingPackageError: scipy is not installed.
+    """
+    if len(values) < 2:
+        return Estimate(fmean(values))
+    try:
+        import numpy as np
+        from scipy.stats import bootstrap
+    except ImportError as error:
+        raise MissingPackageError(
+            f"Confidence intervals need scipy ({error}). Install it: pip install 'dreamcache[eval]'."
+        ) from error
+    found: Any = bootstrap(
+        (np.asarray(values),),
+        np.mean,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    interval = found.confidence_interval
+    return Estimate(fmean(values), float(interval.low), float(interval.high))
+
+
+def summarise(scores: Sequence[ImageScore], subjects: Sequence[Subject]) -> Results:
+    """Average scores over a subject's images, and these means over subjects.
+
+    Args:
+        scores: Of all images.
+        subjects: The subjects that they show.
+
+    Returns:
+        The tables.
+
+    Raises:
+        MissingPackageError: scipy is not installed.
+    """
+    generated = [score for score in scores if not score.is_real]
+    rows = {s.name: _subject_row(s, generated) for s in subjects}
+    real = [_subject_row(s, [score for score in scores if score.is_real]) for s in subjects]
+    live = {s.name for s in subjects if s.entry.is_live}
+    groups = {
+        "all subjects": list(rows.values()),
+        "objects": [row for name, row in rows.items() if name not in live],
+        "live subjects": [row for name, row in rows.items() if name in live],
+        "real images": real,
+    }
+    overall = [_group_row(name, group) for name, group in groups.items()]
+    return Results(
+        [row for row in overall if row.num_images],
+        [row for row in rows.values() if row.num_images],
+    )
+
+
+def write_tables(folder: Path, results: Results, scores: Sequence[ImageScore]) -> None:
+    """Write ``overall.csv``, ``subjects.csv`` and ``images.csv``.
+
+    Args:
+        folder: Existing folder.
+        results: The tables.
+        scores: Of all images.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    ends = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
+    heading = ["name", "subjects", "images"]
+    _write_csv(
+        folder / "overall.csv", [*heading, *ends], (_cells(row, True) for row in results.overall)
+    )
+    _write_csv(
+        folder / "subjects.csv",
+        [*heading, *METRICS],
+        (_cells(row, False) for row in results.subjects),
+    )
+    fields = [field.name for field in dataclasses.fields(ImageScore)]
+    _write_csv(folder / "images.csv", fields, (list(dataclasses.astuple(s)) for s in scores))
+
+
+def write_report(
+    path: Path,
+    results: Results,
+    scored: Sequence[tuple[Candidate, ImageScore]],
+    *,
+    notes: Sequence[str],
+    num_repeats: int = 1,
+) -> None:
+    """Write the HTML page: tables, then for each subject its reference and its images.
+
+    Args:
+        path: The file.
+        results: The tables.
+        scored: All images with their scores.
+        notes: Paragraphs: what was measured, and how.
+        num_repeats: Images of each prompt that are shown; 0: no images.
+
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+    """
+    write_html_report(
+        path,
+        title="DreamBench",
+        tables=_tables(results),
+        image_rows=_image_rows(scored, num_repeats),
+        notes=notes,
+    )
+
+
+def overall_lines(results: Results) -> Iterator[str]:
+    """Yield the table of all subjects as text.
+
+    Args:
+        results: The tables.
+    """
+    for row in results.overall:
+        metrics = ", ".join(f"{NAMES[name]} {value}" for name, value in row.metrics.items())
+        yield f"{row.name} ({row.num_subjects} subjects, {row.num_images} images): {metrics}"
+
+
+def _subject_row(subject: Subject, scores: Sequence[ImageScore]) -> Row:
+    own = [score for score in scores if score.subject == subject.name]
+    values = {name: [getattr(score, name) for score in own] for name in METRICS}
+    known = {name: [v for v in entries if v is not None] for name, entries in values.items()}
+    metrics = {name: Estimate(fmean(entries)) for name, entries in known.items() if entries}
+    return Row(subject.name, 1, len(own), metrics)
+
+
+def _group_row(name: str, rows: Sequence[Row]) -> Row:
+    filled = [row for row in rows if row.num_images]
+    means = {
+        metric: [row.metrics[metric].mean for row in filled if metric in row.metrics]
+        for metric in METRICS
+    }
+    metrics = {metric: estimate_mean(values) for metric, values in means.items() if values}
+    return Row(name, len(filled), sum(row.num_images for row in filled), metrics)
+
+
+def _cells(row: Row, has_interval: bool) -> list[Any]:
+    cells: list[Any] = [row.name, row.num_subjects, row.num_images]
+    for name in METRICS:
+        value = row.metrics.get(name)
+        ends = [None] * 3 if value is None else [value.mean, value.low, value.high]
+        cells += ends if has_interval else ends[:1]
+    return cells
+
+
+def _write_csv(path: Path, heading: Sequence[str], rows: Iterator[list[Any]]) -> None:
+    with (
+        whole_file(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as stream,
+    ):
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(heading)
+        writer.writerows(rows)
+
+
+def _tables(results: Results) -> list[Table]:
+    used = [name for name in METRICS if any(name in row.metrics for row in results.overall)]
+    headings = [NAMES[name] for name in used]
+
+    def values(row: Row) -> list[str | None]:
+        found = [row.metrics.get(name) for name in used]
+        return [None if value is None else str(value) for value in found]
+
+    return [
+        Table(
+            "Overall, with 95 % confidence intervals over subjects",
+            ["", "subjects", "images", *headings],
+            [[row.name, row.num_subjects, row.num_images, *values(row)] for row in results.overall],
+        ),
+        Table(
+            "Subjects",
+            ["subject", "images", *headings],
+            [[row.name, row.num_images, *values(row)] for row in results.subjects],
+        ),
+    ]
+
+
+def _image_rows(
+    scored: Sequence[tuple[Candidate, ImageScore]], num_repeats: int
+) -> Iterator[ImageRow]:
+    shown: dict[str, list[tuple[Candidate, ImageScore]]] = {}
+    for candidate, score in scored:
+        if candidate.repeat is not None and candidate.repeat < num_repeats:
+            shown.setdefault(candidate.subject.name, []).append((candidate, score))
+    for name, pairs in shown.items():
+        reference = pairs[0][0].subject.reference.image
+        thumbnails = [Thumbnail(candidate.photo.image, _caption(s)) for candidate, s in pairs]
+        yield ImageRow(name, [Thumbnail(reference, "reference"), *thumbnails])
+
+
+def _caption(score: ImageScore) -> str:
+    values = (("DINO", score.dino), ("CLIP-I", score.clip_i), ("CLIP-T", score.clip_t))
+    return f"{score.prompt} | " + ", ".join(f"{n} {v:.2f}" for n, v in values if v is not None)

@@ -1,0 +1,42 @@
+"""Logs of one JSON object a line, which a process may be killed while writing."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the objects of a log; a line that was cut short, or is no object, is left out.
+
+    Args:
+        path: The log; where there is none, there are no lines.
+
+    Yields:
+        The objects, in order.
+    """
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def append_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Add objects to a log, below a line that was cut short; they are on the disk when this returns.
+
+    Args:
+        path: The log, in an existing folder; created where there is none.
+        entries: What to add; all that JSON can hold.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written to.
+    """
+    is_torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+    text = "".join(f"{json.dumps(entry)}\n" for entry in entries)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("\n" + text if is_torn else text)

@@ -1,0 +1,1 @@
+"""Images: files, tensors, and the reference image that the method asks for."""

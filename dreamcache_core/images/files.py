@@ -1,0 +1,298 @@
+"""Image files in and out, by Pillow; knows nothing of models or of how a reference is placed."""
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+from uuid import uuid4
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from ..errors import DreamCacheError, FileFormatError, InputError
+from ..files.whole_files import whole_file
+from .tensors import image_to_tensor, tensor_to_image
+
+ImageFile: TypeAlias = str | os.PathLike[str] | bytes
+"""An image file by its path, or its contents."""
+
+MAX_PIXELS = 100_000_000
+"""Images with more pixels are refused from their header alone."""
+
+# Formats that Pillow decodes by itself; EPS, which would start another program, is not among them.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")
+
+_READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,  # AVIF decoder
+    MemoryError,  # JPEG 2000 decoder, of damaged sizes
+    struct.error,
+    zlib.error,
+)
+
+_NOT_IMAGES = {
+    b"<!doctype html": "a web page (HTML)",
+    b"<html": "a web page (HTML)",
+    b"version https://git-lfs": "a Git LFS pointer",
+}
+
+
+@contextmanager
+def open_image(file: ImageFile, name: str | None = None) -> Iterator[Image.Image]:
+    """Open an image; nothing but its header is read until its pixels are asked for.
+
+    What goes wrong while it is open becomes an error of ours, and Pillow's warnings are held back.
+
+    Args:
+        file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
+        name: What to call it in messages; ``None``: the file's own name.
+
+    Yields:
+        The image as it is stored.
+
+    Raises:
+        InputError: There is no such file, or the image is too large.
+        FileFormatError: The file is no image, or is damaged.
+    """
+    name = name or ("an image" if isinstance(file, bytes) else Path(file).name)
+    try:
+        with warnings.catch_warnings(), _open_bytes(file, name) as stream:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)  # of odd EXIF blocks
+            _refuse_known_others(stream.read(256), name)
+            stream.seek(0)
+            with Image.open(stream, formats=_known_formats()) as image:
+                _check_size(image, name)
+                yield image
+    except DreamCacheError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(name, str(error)) from error
+    except _READ_ERRORS as error:
+        raise FileFormatError(
+            f"Expected an image file ({', '.join(_known_formats())}), got {name}, which cannot be read: {error}. The "
+            "file is damaged, cut short or of another kind; fetch it again or save it as PNG."
+        ) from error
+
+
+def read_image(file: ImageFile, name: str | None = None) -> tuple[Tensor, Tensor | None]:
+    """Read an image as it is meant to be seen, and its alpha channel.
+
+    EXIF orientation is applied. Greyscale, palette, 16-bit and CMYK images become RGB. Of an
+    animation the first frame is read.
+
+    Args:
+        file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
+        name: What to call it in messages; ``None``: the file's own name.
+
+    Returns:
+        The image, (1, height, width, 3), float32 in [0, 1], and its alpha as a mask,
+        (1, height, width), 1 = opaque = subject, or None where there is no alpha or all is opaque.
+        Colours are as stored: not multiplied by alpha.
+
+    Raises:
+        InputError: There is no such file, or the image is too large.
+        FileFormatError: The file is no image, or is damaged.
+    """
+    with open_image(file, name) as opened:
+        upright = _to_plain_mode(ImageOps.exif_transpose(opened))
+    pixels = image_to_tensor(upright)
+    if pixels.shape[-1] == 3:
+        return pixels, None
+    image, alpha = pixels[..., :3].contiguous(), pixels[..., 3].contiguous()
+    return image, None if bool((alpha == 1).all()) else alpha
+
+
+def read_mask(file: ImageFile, name: str | None = None) -> Tensor:
+    """Read a mask: white is the subject, black and transparent are not.
+
+    Args:
+        file: An image file, as for ``read_image``.
+        name: What to call it in messages; ``None``: the file's own name.
+
+    Returns:
+        (1, height, width), float32 in [0, 1]: the mean of red, green and blue, times alpha.
+
+    Raises:
+        InputError: There is no such file, or the image is too large.
+        FileFormatError: The file is no image, or is damaged.
+    """
+    image, alpha = read_image(file, name)
+    grey = image.mean(dim=-1)
+    return grey if alpha is None else grey * alpha
+
+
+def save_png(
+    path: str | os.PathLike[str], image: Tensor, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one image as an 8-bit PNG with text chunks; the file appears whole or not at all.
+
+    Args:
+        path: The file to write, in an existing folder; an older file is replaced.
+        image: (1, height, width, 3), any float dtype, in [0, 1]; values outside are clamped.
+        metadata: Key to text. Keys have 1 to 79 Latin-1 characters; texts may be any Unicode.
+
+    Raises:
+        InputError: The image is misshapen or not finite, a key is unfit, or there is no folder.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"Expected an existing folder to write to, got {path.parent}. Create it.")
+    content = encode_png(image, metadata)
+    with whole_file(path, by=uuid4().hex) as temporary:
+        temporary.write_bytes(content)
+
+
+def encode_png(image: Tensor, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return what ``save_png`` writes.
+
+    Args:
+        image: (1, height, width, 3), any float dtype, in [0, 1]; values outside are clamped. Or a
+            mask, (1, height, width): the file is then greyscale.
+        metadata: Text chunks, see ``save_png``.
+
+    Returns:
+        The contents of an 8-bit PNG file.
+
+    Raises:
+        InputError: The image is misshapen or not finite, or a key is unfit.
+    """
+    if image.ndim == 3:
+        pil_image = tensor_to_image(image[..., None].expand(-1, -1, -1, 3)).convert("L")
+    else:
+        pil_image = tensor_to_image(image)
+    stream = io.BytesIO()
+    pil_image.save(stream, format="PNG", pnginfo=_text_chunks(metadata or {}))
+    return stream.getvalue()
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Tensor]],
+    captions: Sequence[Sequence[str]] | None = None,
+    *,
+    cell_px: int = 256,
+) -> Tensor:
+    """Lay images out in a grid on white, each shrunk or enlarged to fit its square cell.
+
+    Args:
+        rows: The images by row, each (1, height, width, 3) in [0, 1]; sizes may differ, and rows
+            may be of different length.
+        captions: Text under each image, nested as ``rows``; None leaves no room for text.
+        cell_px: Side of a cell, pixels.
+
+    Returns:
+        The sheet, (1, height, width, 3), float32 in [0, 1].
+
+    Raises:
+        InputError: There is no image, an image is misshapen, or captions and images differ
+            in number.
+    """
+    counts = [len(row) for row in rows]
+    if not any(counts):
+        raise InputError("Expected at least one image for the sheet, got none. Give some.")
+    if captions is not None and [len(row) for row in captions] != counts:
+        raise InputError(
+            f"Expected captions nested as the images, {counts} per row, got "
+            f"{[len(row) for row in captions]}. Give one caption for each image."
+        )
+    text_px = 0 if captions is None else 20
+    sheet = Image.new("RGB", (max(counts) * cell_px, len(rows) * (cell_px + text_px)), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            corner = (x * cell_px, y * (cell_px + text_px))
+            cell = ImageOps.pad(tensor_to_image(image), (cell_px, cell_px), color="white")
+            sheet.paste(cell, corner)
+            if captions is not None:
+                _write_caption(sheet, captions[y][x], (corner[0], corner[1] + cell_px), cell_px)
+    return image_to_tensor(sheet)
+
+
+def _open_bytes(file: ImageFile, name: str) -> BinaryIO:
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"Expected an image file, got {path}, which is none. Check the path.")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise FileFormatError(
+            f"Expected a readable image file, got {name}: {error}. Check its permissions."
+        ) from error
+
+
+def _refuse_known_others(head: bytes, name: str) -> None:
+    """Refuse empty files, web pages and Git LFS pointers by name."""
+    head = head.lstrip().lower()
+    kinds = [kind for start, kind in _NOT_IMAGES.items() if head.startswith(start)]
+    if not head:
+        kinds = ["an empty file"]
+    if kinds:
+        raise FileFormatError(
+            f"Expected an image file, got {name}, which is {kinds[0]}. Download the image itself again."
+        )
+
+
+def _known_formats() -> list[str]:
+    """Return those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    """Refuse an image by the size that its header states, before anything is decoded."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _too_large(name, f"{width} x {height} pixels")
+
+
+def _too_large(name: str, given: str) -> InputError:
+    """Return the error for an image with too many pixels."""
+    return InputError(
+        f"Expected an image of at most {MAX_PIXELS // 1_000_000} megapixels, got {name}: "
+        f"{given}. Make it smaller first; the subject is resized to a square of 512 to 1024 anyway."
+    )
+
+
+def _to_plain_mode(image: Image.Image) -> Image.Image:
+    """Convert to RGB, RGBA, or, where greyscale is deeper than 8 bits, to I or F."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return image if image.mode == "F" else image.convert("I")
+    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
+    return image.convert("RGBA" if has_alpha else "RGB")
+
+
+def _text_chunks(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    """Return the text chunks of a PNG; refuse keys that the format cannot hold."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in metadata.items():
+        if not 1 <= len(key) <= 79 or not key.isprintable() or max(map(ord, key)) > 255:
+            raise InputError(
+                f"Expected metadata keys of 1 to 79 printable Latin-1 characters, got {key!r}. "
+                "Use a short plain name."
+            )
+        chunks.add_text(key, text)
+    return chunks
+
+
+def _write_caption(sheet: Image.Image, text: str, corner: tuple[int, int], width: int) -> None:
+    """Write one line below a cell, cut to the cell's width."""
+    # Pillow's built-in bitmap font, used where FreeType is missing, holds Latin-1 only.
+    text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    if draw.textlength(text, font=font) > width - 8:
+        while text and draw.textlength(text + "...", font=font) > width - 8:
+            text = text[:-1]
+        text += "..."
+    draw.text((corner[0] + 4, corner[1] + 4), text, fill="black", font=font)

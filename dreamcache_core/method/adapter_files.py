@@ -1,0 +1,333 @@
+"""Adapter files in and out: our safetensors format and the released one. The only place that knows the released keys."""
+
+import json
+import logging
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FileFormatError, InputError
+from ..files.tensor_file import (
+    FORMAT_KEY,
+    is_torch_file,
+    kind_of_weights,
+    read_safetensors,
+    refuse_non_weights,
+    verify_tensor_file,
+    write_tensor_file,
+)
+from .adapter import AdapterInfo, AdapterSet
+from .layers import FAMILY_OF_CONTEXT_WIDTH, Layout
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "adapters/1"
+FOLDER_BIT = 0x10
+"""External attribute of a zip archive's member: torch writes it nowhere, and takes such a member for empty."""
+
+WHERE_FROM = (
+    "Adapters for Stable Diffusion 2.1-base are the file cross_attention-<step>.pt that the DreamCache authors "
+    "released; others are trained with this pack."
+)
+
+_RELEASED_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+_RELEASED_NAMES = {
+    "attn_mem.to_q.weight": "to_q.weight",
+    "attn_mem.to_k.weight": "to_k.weight",
+    "attn_mem.to_v.weight": "to_v.weight",
+    "attn_mem.to_out.0.weight": "to_out.weight",
+    "attn_mem.to_out.0.bias": "to_out.bias",
+    "norm2_mem.weight": "norm.weight",
+    "norm2_mem.bias": "norm.bias",
+    "linear_cat.weight": "merge.weight",
+    "linear_cat.bias": "merge.bias",
+}
+_LAYER = r"(?:input_blocks|output_blocks)\.\d+\.\d+|middle_block\.\d+"
+_RELEASED_KEY = re.compile(
+    rf"(?P<prefix>(?:model\.)?diffusion_model\.|)(?P<layer>{_LAYER})\.transformer_blocks\.0\.(?P<name>.+)"
+)
+_OWN_KEY = re.compile(rf"(?P<layer>{_LAYER})\.(?P<name>.+)")
+
+
+def save_adapters(
+    adapters: AdapterSet, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write adapters in our format, all or nothing.
+
+    Args:
+        adapters: The adapters.
+        path: Target; its folder must exist.
+        dtype: Float type on disk; ``None`` keeps that of each tensor.
+
+    Raises:
+        InputError: The folder does not exist or cannot be written to, or the adapters are fused.
+    """
+    if not isinstance(adapters, AdapterSet):
+        raise InputError(
+            f"Expected an AdapterSet, given {type(adapters).__name__}. Save the set that it was fused from."
+        )
+    info = adapters.info
+    tensors = {
+        f"{layer}.{name}": tensor.to(dtype or tensor.dtype)
+        for layer in adapters.layers
+        for name, tensor in adapters[layer].state_dict().items()
+    }
+    metadata = {
+        **info.extra,
+        "format": FORMAT,
+        "family": info.layout.family,
+        "context_width": str(info.layout.context_width),
+        "layers": json.dumps(info.layout.layers),
+        "timestep": str(info.timestep),
+        "base_model": info.base_model,
+        "prediction": info.prediction,
+    }
+    write_tensor_file(path, tensors, metadata)
+
+
+def load_adapters(path: str | os.PathLike[str], *, family: str | None = None) -> AdapterSet:
+    """Read adapters in our format or as the authors released them.
+
+    Args:
+        path: A ``.safetensors`` or ``.pt`` file. Pickles are read weights-only.
+        family: Family of a released file, which does not carry one: ``sd15``, ``sd21``, ``sdxl`` or
+            ``custom-<width>``; ``None`` counts as ``sd21``. Ignored for files in our format.
+
+    Returns:
+        The adapters in float32 on the CPU, every tensor and shape checked.
+
+    Raises:
+        FileFormatError: The file is damaged, something else, or has missing, unknown, misshapen or non-finite
+            tensors; the message says which and what to do.
+        InputError: ``family`` is unknown.
+    """
+    file = Path(path)
+    tensors, entries = read_weights(file)
+    if FORMAT_KEY in entries:
+        return _from_own(file, tensors, verify_tensor_file(file, tensors, entries, FORMAT))
+    return adapters_from_released(tensors, family=family, source=str(file))
+
+
+def adapters_from_released(
+    tensors: Mapping[str, Tensor], *, family: str | None = None, source: str = "The state dict"
+) -> AdapterSet:
+    """Build adapters from a state dict with the released key names.
+
+    Source: METHOD.md section 6.
+
+    Args:
+        tensors: Tensors by released key, any of the three prefixes, any float type.
+        family: See ``load_adapters``.
+        source: What to call it in messages.
+
+    Returns:
+        The adapters in float32.
+
+    Raises:
+        FileFormatError: See ``load_adapters``.
+    """
+    own: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    prefixes: set[str] = set()
+    for key, tensor in tensors.items():
+        match = _RELEASED_KEY.fullmatch(key)
+        if match and match["name"] in _RELEASED_NAMES:
+            own[f"{match['layer']}.{_RELEASED_NAMES[match['name']]}"] = tensor
+            prefixes.add(match["prefix"])
+        else:
+            unknown.append(key)
+    if not own:
+        kind = kind_of_weights(set(tensors))
+        if kind.startswith("DreamCache"):
+            kind = f"under an unknown prefix ({_shorten(sorted(tensors), 1)})"
+        raise FileFormatError(f"{source} is {kind}, not DreamCache adapters. {WHERE_FROM}")
+    if len(prefixes) > 1:
+        raise FileFormatError(
+            f"{source} mixes keys of several prefixes ({', '.join(repr(p) for p in sorted(prefixes))}): two sets of "
+            "adapters in one file. Save one of them on its own."
+        )
+    if family is None:
+        logger.info(
+            "%s carries no model family: it counts as sd21 (Stable Diffusion 2.1-base). If it is for another: dreamcache "
+            "convert --family sd15, say.",
+            source,
+        )
+    return _build(source, own, unknown, _context_width("sd21" if family is None else family), {})
+
+
+def _from_own(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterSet:
+    unknown = [key for key in tensors if not _OWN_KEY.fullmatch(key)]
+    known = {key: tensor for key, tensor in tensors.items() if key not in unknown}
+    try:
+        return _build(str(file), known, unknown, int(metadata["context_width"]), metadata)
+    except FileFormatError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(
+            f"{file} lacks a valid metadata entry ({error}). Convert or save the adapters again."
+        ) from error
+
+
+def _build(
+    source: str,
+    tensors: dict[str, Tensor],
+    unknown: list[str],
+    context_width: int,
+    metadata: Mapping[str, str],
+) -> AdapterSet:
+    found = {match["layer"] for key in tensors if (match := _OWN_KEY.fullmatch(key))}
+    layers = json.loads(metadata["layers"]) if metadata else sorted(found, key=_execution_order)
+    channels: dict[str, int] = {}
+    for layer in layers:
+        # every tensor's first axis is the layer's width: what most of them say counts
+        widths = [t.shape[0] for k, t in tensors.items() if k.startswith(f"{layer}.") and t.ndim]
+        channels[layer] = max(sorted(widths), key=widths.count, default=1) or 1
+    known = {
+        "layers",
+        "format",
+        "family",
+        "context_width",
+        "timestep",
+        "base_model",
+        "prediction",
+        "sha256",
+    }
+    info = AdapterInfo(
+        Layout(context_width, channels),
+        timestep=int(metadata.get("timestep", "1")),
+        base_model=metadata.get("base_model", ""),
+        prediction=metadata.get("prediction", "epsilon"),
+        extra={key: value for key, value in metadata.items() if key not in known},
+    )
+    with torch.device("meta"):
+        adapters = AdapterSet(info)
+    expected = {
+        f"{layer}.{name}": tensor
+        for layer in layers
+        for name, tensor in adapters[layer].state_dict().items()
+    }
+    _check_tensors(source, expected, tensors, unknown)
+    for layer in layers:
+        state = {name: tensors[f"{layer}.{name}"].float() for name in adapters[layer].state_dict()}
+        adapters[layer].load_state_dict(state, assign=True)
+    return adapters
+
+
+def _check_tensors(
+    source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], unknown: list[str]
+) -> None:
+    unknown = [*unknown, *(set(tensors) - set(expected))]
+    present = [key for key in expected if key in tensors]
+    misshapen = [
+        f"{key} {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in present
+        if tensors[key].shape != expected[key].shape
+    ]
+    not_float = [key for key in present if not tensors[key].is_floating_point()]
+    problems = {
+        "missing": sorted(set(expected) - set(tensors)),
+        "unknown": sorted(unknown),
+        "misshapen": sorted(misshapen),
+        "not of a float type": sorted(not_float),
+        "with NaN or infinite values": sorted(
+            key
+            for key in present
+            if key not in not_float and not tensors[key].float().isfinite().all()
+        ),
+    }
+    listed = [f"{len(keys)} {what}: {_shorten(keys)}" for what, keys in problems.items() if keys]
+    if listed:
+        raise FileFormatError(
+            f"{source} does not hold complete DreamCache adapters. Tensors {'; '.join(listed)}. Download or convert "
+            "the file again."
+        )
+
+
+def _shorten(keys: list[str], most: int = 6) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a safetensors file or a torch pickle, whatever they are.
+
+    Args:
+        file: The file. Pickles are read weights-only.
+
+    Returns:
+        Tensors by key on the CPU, and the metadata as stored; none for a pickle.
+
+    Raises:
+        FileFormatError: The file is missing, damaged, or holds something else than tensors.
+    """
+    if is_torch_file(refuse_non_weights(file)):
+        return _read_pickle(file), {}
+    return read_safetensors(file)
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        _refuse_damaged_archive(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are about the pickle's protocol
+            loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except FileFormatError:
+        raise
+    except Exception as error:
+        # a damaged pickle can raise nearly anything
+        if type(error).__name__ == "UnpicklingError" and "GLOBAL" in str(error):
+            raise FileFormatError(
+                f"{file} holds more than tensors, so reading it could run code; it was not read. Expected a torch "
+                "file with a flat dictionary of tensors."
+            ) from error
+        raise FileFormatError(
+            f"{file} is not a complete torch file ({type(error).__name__}). Download it again."
+        ) from error
+    is_dict = isinstance(loaded, dict)
+    if not is_dict or not all(isinstance(value, Tensor) for value in loaded.values()):
+        held = _shorten([str(key) for key in loaded]) if is_dict else type(loaded).__name__
+        raise FileFormatError(
+            f"{file} is {kind_of_weights(_all_keys(loaded))}, not a flat dictionary of tensors (found {held}). "
+            f"{WHERE_FROM}"
+        )
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _all_keys(nested: Any, prefix: str = "") -> set[str]:
+    if not isinstance(nested, dict):
+        return {prefix}
+    return set[str]().union(*(_all_keys(value, f"{prefix}{key}.") for key, value in nested.items()))
+
+
+def _refuse_damaged_archive(file: Path) -> None:
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        folders = [each.filename for each in archive.infolist() if each.external_attr & FOLDER_BIT]
+        damaged = folders[0] if folders else archive.testzip()
+    if damaged is not None:
+        raise FileFormatError(f"{file} is damaged at {damaged}. Download it again.")
+
+
+def _context_width(family: str) -> int:
+    for width, name in FAMILY_OF_CONTEXT_WIDTH.items():
+        if name == family:
+            return width
+    if match := re.fullmatch(r"custom-([1-9]\d*)", family):
+        return int(match[1])
+    raise InputError(
+        f"Unknown family {family!r}. Give sd15, sd21, sdxl or custom-<context width>, custom-512 say."
+    )
+
+
+def _execution_order(layer: str) -> tuple[int, list[int]]:
+    part, *numbers = layer.split(".")
+    order = ("input_blocks", "middle_block", "output_blocks").index(part)
+    return order, [int(number) for number in numbers]

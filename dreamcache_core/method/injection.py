@@ -1,0 +1,261 @@
+"""Put adapters into a U-Net and take them out again, by hooks; the mathematics is in ``blending``."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, StateError
+from .backends import require_fit, select_sites
+from .blending import LayerReference, ReferenceUse, blend_references, prepare_layer
+from .compiling import is_compiled, plain_module
+from .layers import AttentionSite
+
+_injected: "WeakSet[nn.Module]" = WeakSet()
+_compilable: "WeakKeyDictionary[nn.Module, dict[str, _Site]]" = WeakKeyDictionary()
+
+
+@contextmanager
+def inject(
+    unet: nn.Module,
+    uses: ReferenceUse | Sequence[ReferenceUse],
+    *,
+    rows: Sequence[bool] | Tensor | None = None,
+) -> Iterator["Injection"]:
+    """Run a U-Net with references: inside the context ``unet(...)`` sees them.
+
+    Leaves nothing behind, also on exceptions. Keys and values are computed once per context while gradients are off.
+    When training keep the context open until after ``backward``: activation checkpointing runs blocks again.
+
+    Args:
+        unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``, not compiled.
+        uses: One or several uses.
+        rows: Which batch rows see the references, bool (batch,); ``None``: all. Rows that are off equal the plain
+            U-Net on the same batch bit for bit.
+
+    Yields:
+        What can choose other rows for the calls to come.
+
+    Raises:
+        InputError: ``rows`` is no list of bools, or of another length than the batch.
+        MismatchError: A use was made for another model.
+        StateError: The U-Net already has references injected, or is compiled.
+        UnsupportedModelError: The model is not a supported U-Net.
+    """
+    unet = _usable(unet)
+    uses = (uses,) if isinstance(uses, ReferenceUse) else tuple(uses)
+    for use in uses:
+        require_fit(unet, use.adapters.info.layout, "the adapters")
+    if unet in _injected:
+        raise StateError(
+            "This U-Net already has references injected. Leave the other inject context first, or give all uses "
+            "to one call."
+        )
+    active = [use for use in uses if use.is_active]
+    layers = tuple(dict.fromkeys(layer for use in active for layer in use.adapters.layers))
+    sites = _sites(unet, layers)
+    injection = Injection(rows)
+    _injected.add(unet)
+    try:
+        for site in sites:
+            site.open(active, injection)
+        yield injection
+    finally:
+        for site in sites:
+            site.close()
+        _injected.discard(unet)
+
+
+def prepare_for_compile(unet: nn.Module, layers: Sequence[str] | None = None) -> None:
+    """Let ``inject`` work on a U-Net that is compiled afterwards by ``torch.compile``.
+
+    Hooks that come after compiling are ignored, so these come before it and stay; they do nothing while no reference
+    is injected. Other references, adapters and scales of the same shapes need no compiling anew.
+
+    Args:
+        unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``, not compiled yet.
+        layers: Canonical names of the adapters' layers; ``None`` takes METHOD.md's rule.
+
+    Raises:
+        MismatchError: The U-Net has no layer of that name.
+        StateError: The U-Net is compiled already, or has references injected.
+        UnsupportedModelError: The model is not a supported U-Net.
+    """
+    if is_compiled(unet) or unet in _injected:
+        raise StateError(
+            "Expected a U-Net that is not compiled and has no references injected. Call prepare_for_compile first, "
+            "then torch.compile, then inject."
+        )
+    for site in _compilable.pop(unet, {}).values():
+        site.remove()
+    sites = {name: _Site(site) for name, site in select_sites(unet, layers).items()}
+    for site in sites.values():
+        site.install()
+    _compilable[unet] = sites
+
+
+def _usable(unet: nn.Module) -> nn.Module:
+    """Return the module that is to get hooks, or has got them before it was compiled."""
+    plain = plain_module(unet)
+    if is_compiled(unet) and plain not in _compilable:
+        raise StateError(
+            "Expected the plain U-Net, given one compiled by torch.compile (or holding compiled blocks), which would "
+            "ignore hooks. Call prepare_for_compile(unet) before you compile it, or pass the original module "
+            "(unet._orig_mod)."
+        )
+    return plain
+
+
+def _sites(unet: nn.Module, layers: tuple[str, ...]) -> list["_Site"]:
+    """Where to inject: new places, or those that a U-Net was compiled with."""
+    if not layers:
+        return []
+    known = _compilable.get(unet)
+    if known is None:
+        return [_Site(site, is_lasting=False) for site in select_sites(unet, layers).values()]
+    if missing := [layer for layer in layers if layer not in known]:
+        raise StateError(
+            f"The U-Net was prepared for compiling with the layers {', '.join(known)}; these adapters need "
+            f"{', '.join(missing)}. Give prepare_for_compile the adapters' layers."
+        )
+    return [known[layer] for layer in layers]
+
+
+class Injection:
+    """Which batch rows see the references while ``inject`` is open.
+
+    Args:
+        rows: As ``inject`` takes them.
+    """
+
+    def __init__(self, rows: Sequence[bool] | Tensor | None = None) -> None:
+        self.choose_rows(rows)
+
+    def choose_rows(self, rows: Sequence[bool] | Tensor | None) -> None:
+        """Choose the rows of the calls to come; keys and values stay as they are.
+
+        Args:
+            rows: Bool (batch,), or ``None`` for all.
+
+        Raises:
+            InputError: It is no list of bools.
+        """
+        self._index = None if rows is None else _row_index(rows)
+        self.num_rows = None if rows is None else len(rows)
+
+    def index_on(self, device: torch.device) -> Tensor | None:
+        """Indices of the rows that see the references, int64; ``None`` for all. Copied to a device once."""
+        if self._index is not None:
+            self._index = self._index.to(device)
+        return self._index
+
+
+def _row_index(rows: Sequence[bool] | Tensor) -> Tensor:
+    rows = torch.as_tensor(rows)
+    if rows.ndim != 1 or rows.dtype != torch.bool:
+        raise InputError(
+            f"rows must be one bool per batch row, not indices; given {rows.tolist()} of {rows.dtype}."
+        )
+    return rows.nonzero().flatten()
+
+
+class _Site:
+    """The hooks at one attention module, and what they hand to each other within one forward pass.
+
+    Args:
+        site: Where.
+        is_lasting: Whether the hooks stay when an injection ends, for a U-Net that is compiled with them.
+    """
+
+    def __init__(self, site: AttentionSite, *, is_lasting: bool = True) -> None:
+        self.site, self.is_lasting = site, is_lasting
+        self.heads = site.heads
+        self.size = (0, 0)
+        self.hidden_states: Tensor | None = None
+        self.handles: list[Any] = []
+        self.close()
+
+    def open(self, uses: Sequence[ReferenceUse], injection: "Injection") -> None:
+        """Begin to use references."""
+        self.uses = [use for use in uses if self.site.name in use.adapters.layers]
+        self.injection = injection
+        if not self.is_lasting:
+            self.install()
+        elif (
+            not torch.is_grad_enabled()
+        ):  # compiled code shall find keys and values, not compute them
+            parameter = next(self.site.module.parameters())
+            self.references(parameter)
+            injection.index_on(parameter.device)
+
+    def close(self) -> None:
+        """End it, and forget everything."""
+        self.uses: list[ReferenceUse] = []
+        self.injection: Injection | None = None
+        self.prepared: dict[tuple[Any, ...], list[LayerReference]] = {}
+        if self.handles and not self.is_lasting:
+            self.remove()
+
+    def install(self) -> None:
+        block: Any = self.site.block
+        self.handles = [
+            self.site.module.register_forward_pre_hook(self.read_size, with_kwargs=True),
+            block.norm1.register_forward_pre_hook(self.read_hidden_states),
+            block.attn1.register_forward_hook(self.replace_output),
+        ]
+
+    def remove(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+    def read_size(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
+        self.size = (height, width)
+
+    def read_hidden_states(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.hidden_states = args[0]
+
+    def replace_output(self, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        x, self.hidden_states = self.hidden_states, None
+        if self.injection is None:
+            return output
+        assert x is not None
+        self.check_rows(x, self.injection.num_rows)
+        rows = self.injection.index_on(x.device)
+        if rows is not None and not len(rows):
+            return output
+        return blend_references(
+            x, output, self.references(x), heads=self.heads, size=self.size, rows=rows
+        )
+
+    def check_rows(self, x: Tensor, num_rows: int | None) -> None:
+        if num_rows is not None and num_rows != x.shape[0]:
+            raise InputError(
+                f"rows must have one entry per batch row: the batch has {x.shape[0]}, rows {num_rows}."
+            )
+        for use in self.uses:
+            if use.per_row and x.shape[0] % use.reference.num_references:
+                raise InputError(
+                    "With per_row the batch must have one row for each reference, or a multiple of that: "
+                    f"{x.shape[0]} rows, {use.reference.num_references} references."
+                )
+
+    def references(self, x: Tensor) -> list[LayerReference]:
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        if torch.is_grad_enabled():  # keys and values are part of the graph
+            return self.prepare(x, is_autocast)
+        key = (x.device, x.dtype, is_autocast)
+        if key not in self.prepared:
+            self.prepared[key] = self.prepare(x, is_autocast)
+        return self.prepared[key]
+
+    def prepare(self, x: Tensor, is_autocast: bool) -> list[LayerReference]:
+        layer, prepared = self.site.name, list[LayerReference]()
+        for use in self.uses:
+            adapter = use.adapters[layer]
+            dtype = x.dtype if is_autocast else next(adapter.parameters()).dtype
+            prepared.append(prepare_layer(use, layer, adapter, device=x.device, dtype=dtype))
+        return prepared

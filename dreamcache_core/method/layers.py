@@ -1,0 +1,135 @@
+"""Which layers of a U-Net are cached and adapted, and which U-Nets belong together.
+
+Knows module trees only through ``AttentionSite``; the back ends make those.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from ..errors import MismatchError
+
+Part = Literal["encoder", "middle", "decoder"]
+
+FAMILY_OF_CONTEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+
+
+def family_of(context_width: int) -> str:
+    """Name the model family whose text states have this width.
+
+    Args:
+        context_width: Channels of the text states that the U-Net attends to.
+
+    Returns:
+        ``sd15`` (768), ``sd21`` (1024), ``sdxl`` (2048), else ``custom-<width>``.
+    """
+    return FAMILY_OF_CONTEXT_WIDTH.get(context_width, f"custom-{context_width}")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """One attention module of a U-Net (SpatialTransformer, Transformer2DModel).
+
+    Attributes:
+        name: Canonical name, the ldm one: ``output_blocks.4.1``.
+        native_name: Name in this U-Net's own module tree.
+        part: Where in the U-Net it stands.
+        module: The attention module; its input is the feature map that a reference cache keeps.
+    """
+
+    name: str
+    native_name: str
+    part: Part
+    module: nn.Module
+
+    @property
+    def block(self) -> Any:
+        """The transformer block that an adapter sits on: the first of the module."""
+        blocks: Any = self.module.transformer_blocks
+        return blocks[0]
+
+    @property
+    def channels(self) -> int:
+        """Width of the hidden states."""
+        return int(self.block.norm1.normalized_shape[-1])
+
+    @property
+    def heads(self) -> int:
+        """Number of heads of the self-attention; the adapter uses as many."""
+        return int(self.block.attn1.heads)
+
+    @property
+    def context_width(self) -> int:
+        """Channels of the text states."""
+        return int(self.block.attn2.to_k.in_features)
+
+
+def default_layers(sites: Sequence[AttentionSite]) -> tuple[str, ...]:
+    """Choose the cached layers by the method's rule.
+
+    Source: METHOD.md section 2. The attention modules are numbered in execution order from 0, encoder first; cached
+    are the middle block's and every decoder one whose number is even.
+
+    Args:
+        sites: All attention modules in execution order.
+
+    Returns:
+        Canonical names in execution order.
+    """
+    return tuple(
+        site.name
+        for number, site in enumerate(sites)
+        if site.part == "middle" or (site.part == "decoder" and number % 2 == 0)
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What adapters, references and U-Nets must share to work together.
+
+    Attributes:
+        context_width: Channels of the text states.
+        channels: Width of each cached layer by canonical name, in execution order.
+    """
+
+    context_width: int
+    channels: Mapping[str, int]
+
+    @property
+    def family(self) -> str:
+        """Model family, see ``family_of``."""
+        return family_of(self.context_width)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Canonical layer names in execution order."""
+        return tuple(self.channels)
+
+    def describe(self) -> str:
+        """One line for messages: family, text width, and layers with their widths."""
+        layers = ", ".join(f"{name} ({width})" for name, width in self.channels.items())
+        return f"{self.family} (text width {self.context_width}), layers {layers}"
+
+
+def require_same_layout(first: Layout, first_name: str, second: Layout, second_name: str) -> None:
+    """Refuse two things that were made for different models.
+
+    Args:
+        first: Layout of the one thing.
+        first_name: What it is, for the message: ``"The reference"``.
+        second: Layout of the other.
+        second_name: What that is: ``"the adapters"``.
+
+    Raises:
+        MismatchError: Context width, layer list or a width differs; the message names both sides.
+    """
+    same_widths = dict(first.channels) == dict(second.channels)
+    if first.context_width == second.context_width and same_widths:
+        return
+    raise MismatchError(
+        f"{first_name} and {second_name} do not belong together. {first_name}: {first.describe()}. "
+        f"{second_name[:1].upper()}{second_name[1:]}: {second.describe()}. "
+        "Use adapters trained for this model, and encode the reference with this model."
+    )

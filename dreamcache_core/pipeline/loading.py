@@ -1,0 +1,188 @@
+"""Load a diffusers pipeline from local files. Nothing is downloaded; diffusers is imported on first use."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FileFormatError, InputError, MissingPackageError, UnsupportedModelError
+from ..files.tensor_file import refuse_non_weights
+
+
+def require_diffusers() -> Any:
+    """Import diffusers.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingPackageError: diffusers or transformers is not installed.
+    """
+    try:
+        import diffusers
+        import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise MissingPackageError(
+            f"DreamCachePipeline needs diffusers and transformers ({error}). Install the extra: "
+            "pip install 'dreamcache[diffusers]'."
+        ) from error
+    return diffusers
+
+
+def load_diffusers_pipeline(
+    model: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Load a Stable Diffusion 1.x, 2.x or SDXL pipeline from local files; nothing is downloaded.
+
+    Args:
+        model: A diffusers folder, or a single-file checkpoint (``.safetensors``, ``.ckpt``).
+        config: For a single file: a local diffusers folder of the same family, of which the configurations and the
+            tokenizer are read.
+        dtype: Float type of the weights.
+
+    Returns:
+        A ``StableDiffusionPipeline`` (without safety checker) or ``StableDiffusionXLPipeline``, on the CPU.
+
+    Raises:
+        FileFormatError: The files are missing, damaged or something else.
+        InputError: A single file without ``config``.
+        MissingPackageError: diffusers is not installed.
+        UnsupportedModelError: The folder holds a model of another kind.
+    """
+    path, folder = Path(model), _config_folder(Path(model), config)
+    is_sdxl = "tokenizer_2" in _read_model_index(folder)
+    diffusers = require_diffusers()
+    name = "StableDiffusionXLPipeline" if is_sdxl else "StableDiffusionPipeline"
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if not is_sdxl:
+        options |= {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+    try:
+        with quiet_loading():
+            kind = getattr(diffusers, name)
+            if path.is_dir():
+                pipeline = kind.from_pretrained(str(path), variant=weights_variant(path), **options)
+            else:
+                pipeline = kind.from_single_file(str(path), config=str(folder), **options)
+            # older releases of diffusers do not know the option dtype
+            return pipeline if pipeline.unet.dtype == dtype else pipeline.to(dtype)
+    except Exception as error:  # damaged files make diffusers raise nearly anything
+        raise FileFormatError(
+            f"{path} could not be loaded as a {name} ({type(error).__name__}: {error}). Check that the files are "
+            "complete and that --config, if given, is of the same family."
+        ) from error
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hold back the libraries' progress bars and remarks; errors still come as exceptions."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
+    for lib in libraries:
+        lib.set_verbosity_error()
+        lib.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for lib, (verbosity, has_bar) in zip(libraries, before, strict=True):
+            lib.set_verbosity(verbosity)
+            if has_bar:
+                lib.enable_progress_bar()
+
+
+def weights_variant(folder: Path) -> str | None:
+    """Name the variant of a folder that holds half-precision files only.
+
+    Args:
+        folder: A diffusers folder with a U-Net.
+
+    Returns:
+        ``fp16``, or ``None`` where there are plain files.
+    """
+    names = {file.name for file in (folder / "unet").glob("diffusion_pytorch_model*")}
+    is_plain = any(name.split(".")[1] in ("safetensors", "bin") for name in names)
+    return "fp16" if not is_plain and any(".fp16" in name for name in names) else None
+
+
+def _config_folder(path: Path, config: str | os.PathLike[str] | None) -> Path:
+    if path.is_dir():
+        if config is not None:
+            raise InputError(
+                f"--config goes with a single-file checkpoint; {path} is a folder with its own configuration. Leave it out."
+            )
+        return path
+    if not path.exists():
+        raise FileFormatError(
+            f"There is no model file or folder {path}. Nothing is downloaded: give a local path."
+        )
+    refuse_non_weights(path)
+    if config is None:
+        raise InputError(
+            f"{path} is a single-file checkpoint, which lacks configurations and tokenizer, and nothing is "
+            "downloaded. Give --config with a local diffusers folder of the same family."
+        )
+    if not Path(config).is_dir():
+        raise InputError(f"Expected --config to be a local diffusers folder; there is no {config}.")
+    return Path(config)
+
+
+def _read_model_index(folder: Path) -> dict[str, Any]:
+    file = folder / "model_index.json"
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        unet, tokenizer = index.get("unet"), index.get("tokenizer")
+    except (OSError, ValueError, AttributeError) as error:
+        raise FileFormatError(
+            f"{folder} is not a diffusers folder: no valid model_index.json in it ({type(error).__name__}). Give the "
+            "folder that holds unet, vae, text_encoder, tokenizer and scheduler."
+        ) from error
+    if not unet or unet[1] != "UNet2DConditionModel" or not tokenizer or not tokenizer[1]:
+        raise UnsupportedModelError(
+            f"DreamCache works on Stable Diffusion 1.x, 2.x and SDXL; {folder} holds a {index.get('_class_name')}."
+        )
+    return index
+
+
+def is_sdxl(pipeline: Any) -> bool:
+    """Tell SDXL from SD by duck typing; refuse everything else.
+
+    Args:
+        pipeline: A loaded diffusers pipeline.
+
+    Returns:
+        Whether it has SDXL's two text encoders.
+
+    Raises:
+        UnsupportedModelError: It is no plain text-to-image pipeline of Stable Diffusion 1.x, 2.x or SDXL.
+    """
+    parts = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", "encode_prompt")
+    missing = [part for part in parts if getattr(pipeline, part, None) is None]
+    name = type(pipeline).__name__
+    if missing:
+        raise UnsupportedModelError(
+            f"Expected a StableDiffusionPipeline or StableDiffusionXLPipeline; {name} lacks {', '.join(missing)}."
+        )
+    is_xl = getattr(pipeline, "tokenizer_2", None) is not None
+    config = pipeline.unet.config
+    has_added = getattr(config, "addition_embed_type", None) is not None
+    is_distilled = getattr(config, "time_cond_proj_dim", None) is not None
+    is_plain = config.in_channels == pipeline.vae.config.latent_channels
+    if has_added != is_xl or is_distilled or not is_plain:
+        raise UnsupportedModelError(
+            f"Expected a plain text-to-image Stable Diffusion 1.x, 2.x or SDXL pipeline; the U-Net of this {name} takes "
+            "other inputs (inpainting, instruction or guidance-distilled models do)."
+        )
+    return is_xl

@@ -1,0 +1,1 @@
+"""What talks to ComfyUI: its model patches, samplers, folders and progress."""

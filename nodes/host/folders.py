@@ -1,0 +1,252 @@
+"""Where adapters and saved references lie on disk, as ComfyUI knows its folders."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import folder_paths
+
+from ...dreamcache_core import InputError
+from ...dreamcache_core.method.adapter_files import WHERE_FROM
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "dreamcache"
+EXTENSIONS = {".safetensors", ".pt"}
+REFERENCES = "references"
+PLACEHOLDER = "no adapter file found: put one into models/dreamcache and press R"
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+NO_FOLDER = "no folder with images found: make one below ComfyUI's input folder"
+NO_REFERENCE = "no saved reference found: make one with Save Reference"
+
+
+def register_folders() -> None:
+    """Make ``models/dreamcache`` known to ComfyUI, beside what ``extra_model_paths.yaml`` names."""
+    default = os.path.join(folder_paths.models_dir, FOLDER)
+    try:
+        os.makedirs(os.path.join(default, REFERENCES), exist_ok=True)
+    except OSError as error:
+        # a models folder that is shared and read-only must not cost the user all nodes
+        logger.warning(
+            "DreamCache cannot make %s (%s). Nodes that save adapters need it; all others work.",
+            default,
+            error.strerror,
+        )
+    folder_paths.add_model_folder_path(FOLDER, default)
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | EXTENSIONS)
+
+
+def list_adapter_files() -> list[str]:
+    """List adapter files for the combo; a hint where there is none."""
+    names = [
+        name
+        for name in folder_paths.get_filename_list(FOLDER)
+        if name.replace("\\", "/").split("/")[0] != REFERENCES
+    ]
+    return names or [PLACEHOLDER]
+
+
+def adapter_path(name: str) -> str:
+    """Find an adapter file.
+
+    Args:
+        name: Entry of the combo.
+
+    Returns:
+        Its full path.
+
+    Raises:
+        InputError: No such file; the message lists the folders and where adapters come from.
+    """
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        searched = ", ".join(folder_paths.get_folder_paths(FOLDER))
+        raise InputError(
+            f"There is no adapter file {name!r}. Put a .safetensors or .pt file into one of: {searched}. Then press R to "
+            f"refresh the list. {WHERE_FROM}"
+        )
+    return path
+
+
+def list_reference_files() -> list[str]:
+    """List saved references for the combo; a hint where there is none."""
+    names = [
+        f"{name} [{label}]"
+        for label, folder in _reference_roots()
+        if os.path.isdir(folder)
+        for name in sorted(_files_below(folder))
+        if name.endswith(".safetensors")
+    ]
+    return names or [NO_REFERENCE]
+
+
+def reference_path(choice: str) -> str:
+    """Find a saved reference.
+
+    Args:
+        choice: Entry of the combo: ``name [output]``, ``name [input]`` or ``name [references]``.
+
+    Returns:
+        Its full path.
+
+    Raises:
+        InputError: No such file, or one outside the named folder.
+    """
+    name, _, label = choice.rpartition(" [")
+    for root_label, folder in _reference_roots():
+        if f"{root_label}]" != label:
+            continue
+        path = os.path.abspath(os.path.join(folder, name.replace("\\", "/")))
+        if _is_inside(path, folder) and os.path.isfile(path):
+            return path
+    searched = ", ".join(folder for _, folder in _reference_roots())
+    raise InputError(
+        f"There is no saved reference {choice!r}. Expected 'name [output]', 'name [input]' or 'name [references]' below "
+        f"{searched}. Make one with Save Reference and press R."
+    )
+
+
+def list_image_folders() -> list[str]:
+    """List folders with images below ComfyUI's input folder for the combo; a hint where there is none."""
+    root = folder_paths.get_input_directory()
+    names = {
+        os.path.dirname(name).replace("\\", "/")
+        for name in _files_below(root)
+        if name.lower().endswith(IMAGES)
+    }
+    return sorted(names - {""}) or [NO_FOLDER]
+
+
+def image_paths(name: str) -> list[str]:
+    """Find the images of a folder below ComfyUI's input folder, sorted by name; not those of its subfolders.
+
+    Args:
+        name: Entry of the combo.
+
+    Returns:
+        Their full paths, at least one.
+
+    Raises:
+        InputError: There is no such folder with images, or it is outside the input folder.
+    """
+    root = os.path.abspath(folder_paths.get_input_directory())
+    folder = os.path.abspath(os.path.join(root, name))
+    is_there = _is_inside(folder, root) and os.path.isdir(folder)
+    files = sorted(os.listdir(folder)) if is_there else []
+    paths = [os.path.join(folder, file) for file in files if file.lower().endswith(IMAGES)]
+    if not paths:
+        raise InputError(
+            f"There is no folder {name!r} with images below {root}. Expected {', '.join(IMAGES)} files in it. Make one, "
+            "and press R."
+        )
+    return paths
+
+
+def check_choice(find: Callable[[str], object], choice: str | None) -> bool | str:
+    """Check a combo's entry before anything runs; the core would only say that it is not in the list.
+
+    Args:
+        find: What finds the file, and raises ``InputError`` where it cannot.
+        choice: Entry of the combo; ``None`` where it comes over a link.
+
+    Returns:
+        True, or what is wrong, as a node's ``validate_inputs`` returns it.
+    """
+    try:
+        if choice is not None:
+            find(choice)
+    except InputError as error:
+        return str(error)
+    return True
+
+
+def new_adapter_path(prefix: str) -> str:
+    """Choose the file that adapters are saved to, in the first ``models/dreamcache`` folder.
+
+    Args:
+        prefix: File name prefix, subfolders allowed.
+
+    Returns:
+        A path that does not exist yet; its folder exists.
+
+    Raises:
+        InputError: The prefix has no name, leads out of the folder or to where references lie, or the folder cannot be
+            made.
+    """
+    rule = f"Adapters are saved by name below models/{FOLDER}, and not in its folder {REFERENCES}"
+    root = folder_paths.get_folder_paths(FOLDER)[0]
+    return _new_path(prefix, root, rule, "my_adapters", reserved=REFERENCES)
+
+
+def new_reference_path(prefix: str) -> str:
+    """Choose the file that a reference is saved to, below ComfyUI's output folder.
+
+    Args:
+        prefix: File name prefix, subfolders allowed.
+
+    Returns:
+        A path that does not exist yet; its folder exists.
+
+    Raises:
+        InputError: The prefix has no name or leads out of the output folder, or the folder cannot be made.
+    """
+    rule = "References are saved by name below ComfyUI's output folder"
+    return _new_path(prefix, folder_paths.get_output_directory(), rule, "dreamcache/my_dog")
+
+
+def file_state(path: str) -> str:
+    """Fingerprint of a file for ComfyUI's output cache: it changes when the file does."""
+    stat = os.stat(path)
+    return f"{path}:{stat.st_mtime_ns}:{stat.st_size}"
+
+
+_listed: dict[str, tuple[list[str], dict[str, float]]] = {}
+"""Files below folders that were listed, and when each of their subfolders had changed last."""
+
+
+def _files_below(folder: str) -> list[str]:
+    """List a folder with its subfolders; one that did not change is not walked again, as outputs may be many."""
+    files, changed = _listed.get(folder, ([], {}))
+    if not changed or any(_changed_at(path) != at for path, at in changed.items()):
+        files, changed = _listed[folder] = folder_paths.recursive_search(folder, [".git"])
+    return files
+
+
+def _changed_at(path: str) -> float | None:
+    return os.path.getmtime(path) if os.path.isdir(path) else None
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Whether an absolute path lies in a folder, or is it."""
+    try:
+        return os.path.commonpath([path, os.path.abspath(folder)]) == os.path.abspath(folder)
+    except ValueError:
+        return False  # on another drive
+
+
+def _reference_roots() -> Iterator[tuple[str, str]]:
+    yield "output", folder_paths.get_output_directory()
+    yield "input", folder_paths.get_input_directory()
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        yield REFERENCES, os.path.join(folder, REFERENCES)
+
+
+def _new_path(prefix: str, root: str, rule: str, example: str, reserved: str = "") -> str:
+    """Number a new file below a folder; refuse a prefix without a name, outside, or in a reserved subfolder."""
+    name = prefix.strip().replace("\\", "/")
+    parts = [part for part in name.split("/") if part != "."]
+    is_outside = ".." in parts or os.path.isabs(name) or ":" in name or "\0" in name
+    is_nameless = os.path.basename(name).strip() in ("", ".")
+    if is_outside or is_nameless or parts[0] == reserved:
+        raise InputError(f"{rule}; given {prefix!r}. Give a name such as {example}.")
+    root = os.path.abspath(root)
+    try:
+        os.makedirs(root, exist_ok=True)
+        folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), root)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write into {root}: {error.strerror}. Make the folder writable, or give ComfyUI another one "
+            "(extra_model_paths.yaml for models, --output-directory for outputs)."
+        ) from error
+    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")

@@ -1,0 +1,1 @@
+"""One training run inside ComfyUI."""

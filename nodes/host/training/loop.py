@@ -1,0 +1,264 @@
+"""Training of adapters inside ComfyUI's own sampling machinery: a sampler that takes optimizer steps.
+
+Source: METHOD.md section 7.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ....dreamcache_core import AdapterSet, ReferenceCache, ReferenceUse, capture_features, inject
+from ....dreamcache_core.data.order import SampleOrder, sample_seed
+from ....dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule, denoising_loss
+from ....dreamcache_core.training.self_attention_start import (
+    NUM_IMAGES,
+    observe_self_attention,
+    start_from_self_attention,
+)
+from ..applied import compute_dtype
+from ..encode import clean_clone
+from .frozen_model import FrozenModel, checkpointed, frozen, noise_schedule
+from .images import EMPTY_TEXT, TrainingSet
+
+MAX_GRAD_NORM = 1.0
+AfterStep = Callable[[float, int], None]
+
+
+class DivergedError(Exception):
+    """The loss is not finite any more; the adapters are back at the weights of the last finite one.
+
+    Args:
+        num_updates: Updates that they hold.
+    """
+
+    def __init__(self, num_updates: int) -> None:
+        super().__init__(f"{num_updates} updates")
+        self.num_updates = num_updates
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How the loop trains.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Images of a step.
+        learning_rate: Of AdamW, constant.
+        seed: Seed of the order, noise levels, noise and dropped captions.
+        caption_dropout: Share of samples with the empty prompt.
+        gradient_checkpointing: Compute the decoder's activations twice instead of keeping them.
+        init: What the adapters start from; ``self_attention`` is given to them here, all else they have.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    caption_dropout: float
+    gradient_checkpointing: bool
+    init: str
+
+
+def train(
+    model: ModelPatcher,
+    adapters: AdapterSet,
+    data: TrainingSet,
+    settings: TrainSettings,
+    after_step: AfterStep,
+) -> None:
+    """Train adapters in place.
+
+    Args:
+        model: The MODEL, left as it is; LoRAs count, patches of other packs do not.
+        adapters: The adapters, float32, outside inference mode. They are on the CPU again afterwards, whatever happens, as
+            the last complete step left them.
+        data: The training set, made for this model.
+        settings: How to train.
+        after_step: Called after each step with its loss and the number of updates that the adapters hold by then, which
+            half precision makes fewer than steps where gradients overflow; may raise to end the training.
+
+    Raises:
+        DivergedError: The loss became NaN or infinite.
+    """
+    clean = clean_clone(model, keep_sampling=True)
+    # all of the U-Net and nothing else on the device: no sampling run needs as much room
+    comfy.model_management.load_models_gpu([clean], memory_required=1e20, force_full_load=True)
+    sampler = _TrainSampler(adapters, noise_schedule(model), data, settings, after_step)
+    guider = comfy.samplers.CFGGuider(clean)
+    guider.inner_set_conds({"positive": data.texts[EMPTY_TEXT]})
+    blank = torch.zeros_like(data.targets[0])
+    try:
+        guider.sample(blank, blank, sampler, torch.ones(2), disable_pbar=True, seed=settings.seed)
+    finally:
+        with torch.inference_mode(False):
+            adapters.requires_grad_(False).zero_grad()
+            adapters.cpu()
+
+
+class _TrainSampler(comfy.samplers.Sampler):
+    """Takes optimizer steps where a sampler would take sampling steps."""
+
+    def __init__(
+        self,
+        adapters: AdapterSet,
+        schedule: NoiseSchedule,
+        data: TrainingSet,
+        settings: TrainSettings,
+        after_step: AfterStep,
+    ) -> None:
+        self.adapters, self.schedule, self.data = adapters, schedule, data
+        self.settings, self.after_step = settings, after_step
+        sizes = [tuple(target.shape[-2:]) for target in data.targets]
+        numbers = {size: number for number, size in enumerate(dict.fromkeys(sizes))}
+        buckets = [numbers[size] for size in sizes] if len(numbers) > 1 else None
+        self.order = SampleOrder(
+            len(data), settings.seed, buckets=buckets, group=settings.batch_size
+        )
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,  # noqa: ARG002 - ComfyUI's signature
+        extra_args: dict[str, Any],
+        callback: Any,  # noqa: ARG002
+        noise: Tensor,
+        latent_image: Tensor | None = None,  # noqa: ARG002
+        denoise_mask: Any = None,  # noqa: ARG002
+        disable_pbar: bool = False,  # noqa: ARG002
+    ) -> Tensor:
+        """Train; what is returned counts for nothing."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(frozen(model_wrap.inner_model))
+            options = extra_args["model_options"].get("transformer_options", {})
+            base = FrozenModel(
+                model_wrap.inner_model, options, noise.device, self.data.texts, self.schedule
+            )
+            if self.settings.gradient_checkpointing:
+                stack.enter_context(checkpointed(base.unet))
+            self.adapters.to(noise.device).requires_grad_(True)
+            if self.settings.init == "self_attention":
+                self.look_at_references(base)
+            self.take_steps(base)
+        return noise
+
+    @torch.no_grad()
+    def look_at_references(self, base: FrozenModel) -> None:
+        """Start from the model's self-attention, seen on the run's first references."""
+        size, steps = self.settings.batch_size, self.settings.steps
+        with observe_self_attention(base.unet, self.adapters.layers) as guesses:
+            for step in range(min(steps, math.ceil(NUM_IMAGES / size))):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                self.call_on_references(base, self.draw_batch(base, step)[0])
+        start_from_self_attention(base.unet, self.adapters, guesses)
+
+    def take_steps(self, base: FrozenModel) -> None:
+        """Run the loop."""
+        parameters = list(self.adapters.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=self.settings.learning_rate)
+        # half-precision gradients of the frozen layers underflow without
+        has_half = compute_dtype(base.model) == torch.float16
+        scaler = torch.amp.GradScaler(base.device.type, enabled=has_half)
+        good = [parameter.detach().clone() for parameter in parameters]
+        num_updates = num_good = 0
+        for step in range(self.settings.steps):
+            optimizer.zero_grad()
+            loss = self.backward(base, step, scaler)
+            if not math.isfinite(loss):
+                _copy(good, parameters)
+                raise DivergedError(num_good)
+            _copy(parameters, good)
+            num_good = num_updates
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            # with a scaler an infinite norm is part of how the loss scale is found
+            if not has_half and not math.isfinite(float(norm)):
+                raise DivergedError(num_good)
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            num_updates += scaler.get_scale() >= scale  # it lowers the scale where it skips a step
+            self.after_step(loss, num_updates)
+
+    def backward(self, base: FrozenModel, step: int, scaler: Any) -> float:
+        """Compute one batch's loss and gradients."""
+        stacked, texts = self.draw_batch(base, step)
+        use = ReferenceUse(self.capture(base, stacked), self.adapters, per_row=True)
+        latent, timesteps = base.model.process_latent_in(stacked["target"]), stacked["timestep"]
+        schedule = self.schedule
+        weights = schedule.weights(timesteps, None)
+        with inject(base.unet, use):  # open until after backward: checkpointing runs blocks again
+            prediction = base.predict(latent, stacked["noise"], timesteps, texts)
+            target = schedule.target(latent, stacked["noise"], timesteps)
+            loss = denoising_loss(prediction, target, weights)
+            if math.isfinite(value := float(loss.detach())):
+                scaler.scale(loss).backward()
+        return value
+
+    @torch.no_grad()
+    def capture(self, base: FrozenModel, stacked: dict[str, Tensor]) -> ReferenceCache:
+        """Cache the references of a batch in one pass that ends at the last cached layer."""
+        with capture_features(base.unet, self.adapters.layers, stop_early=True) as features:
+            self.call_on_references(base, stacked)
+        info, (rows, columns) = self.adapters.info, stacked["reference"].shape[-2:]
+        return ReferenceCache(features, info.layout.context_width, (rows, columns), info.timestep)
+
+    def call_on_references(self, base: FrozenModel, stacked: dict[str, Tensor]) -> None:
+        """Call the U-Net on a batch's noised references with the empty prompt, for those who watch its layers."""
+        latent = base.model.process_latent_in(stacked["reference"])
+        timesteps = torch.full_like(stacked["timestep"], self.adapters.info.timestep)
+        base.predict(latent, stacked["reference_noise"], timesteps, [EMPTY_TEXT] * len(latent))
+
+    def draw_batch(self, base: FrozenModel, step: int) -> tuple[dict[str, Tensor], list[int]]:
+        """Draw the samples of a step: their tensors by name, on the model's device, and their texts."""
+        size = self.settings.batch_size
+        batch = [self.draw(position) for position in range(step * size, (step + 1) * size)]
+        stacked = {
+            name: torch.cat([getattr(sample, name) for sample in batch]).to(base.device)
+            for name in ("target", "noise", "reference", "reference_noise", "timestep")
+        }
+        return stacked, [sample.text for sample in batch]
+
+    def draw(self, position: int) -> "_Sample":
+        """Draw the sample at a position of the run, everything random from the position's own seed."""
+        epoch, index = self.order(position)
+        generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, position))
+        timestep = torch.randint(NUM_TIMESTEPS, (1,), generator=generator)
+        is_dropped = bool(torch.rand((), generator=generator) < self.settings.caption_dropout)
+        target, variants = self.data.targets[index], self.data.references[index]
+        reference = variants[epoch % len(variants)]
+        return _Sample(
+            EMPTY_TEXT if is_dropped else index,
+            target,
+            torch.randn(target.shape, generator=generator),
+            reference,
+            torch.randn(reference.shape, generator=generator),
+            timestep,
+        )
+
+
+@torch.no_grad()
+def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    for given, taken in zip(source, target, strict=True):
+        taken.copy_(given)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """One row of a batch, see ``TrainingSet``; ``text`` is an index into its texts."""
+
+    text: int
+    target: Tensor
+    noise: Tensor
+    reference: Tensor
+    reference_noise: Tensor
+    timestep: Tensor

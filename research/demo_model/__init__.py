@@ -1,0 +1,1 @@
+"""Makes the demo model: base model, adapters, and the variants of the ablations."""

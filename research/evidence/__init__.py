@@ -1,0 +1,1 @@
+"""Measures the demo model on held-out subjects, and replays the ablations of the paper."""

@@ -1,0 +1,42 @@
+"""``python -m research.evidence``: measure the demo model on held-out subjects."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from dreamcache_core.cli.flags import parse_config
+from dreamcache_core.cli.main import guarded
+
+from .pages import summary_lines, write_pages
+from .report import write_report
+from .run import DemoEvaluationOptions, gather_evidence, image_folders
+
+PROGRAM = "python -m research.evidence"
+
+
+def measure(argv: list[str]) -> None:
+    """Measure, and write pages and report.
+
+    Args:
+        argv: Flags, see ``--help``.
+    """
+    options = parse_config(DemoEvaluationOptions, argv, program=PROGRAM)
+    evidence = gather_evidence(options, f"{PROGRAM} {shlex.join(argv)}".rstrip())
+    print("\n".join(summary_lines(evidence)))
+    out = Path(options.out)
+    report = write_report(evidence, options.triples(), image_folders(options), out)
+    for path in (*write_pages(evidence, out), report):
+        print(path)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; see ``dreamcache_core.cli.main`` for the exit codes.
+
+    Args:
+        argv: Flags, see ``--help``.
+    """
+    return guarded(measure, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

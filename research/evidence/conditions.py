@@ -1,0 +1,146 @@
+"""The conditions under which the demo model is measured: guidance, references, and variants of the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dreamcache_core.demo.gallery import IMAGE_GUIDANCE, IMAGE_RANGE, TEXT_GUIDANCE
+from dreamcache_core.method.guidance import Guidance, GuidanceMode, needed_predictions
+from dreamcache_core.training.objective import NUM_TIMESTEPS
+
+SHIPPED = "adapters"
+"""Variant that comes with the package."""
+
+WHOLE_RUN = (0.0, 1.0)
+
+CAPTION = "caption"
+"""Variant that was trained on references cached under the wanted image's caption, and is measured so."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to generate the triples' images.
+
+    Attributes:
+        name: Name of its results.
+        sweep: What it is compared within.
+        adapters: Name of the adapters' variant; ``None``: no reference.
+        text_guidance: s_text (METHOD.md section 5).
+        image_guidance: s_image.
+        mode: ``separate`` or ``joint``.
+        image_range: Part of the run in which ``image_guidance`` holds.
+        references: Images of the subject, their tokens concatenated.
+        captioned: Whether the reference pass sees the prompt of the wanted image; else the empty one.
+        masked: Whether the subject is marked in the reference; else all tokens are attended to alike, as in training.
+    """
+
+    name: str
+    sweep: str
+    adapters: str | None = SHIPPED
+    text_guidance: float = TEXT_GUIDANCE
+    image_guidance: float = IMAGE_GUIDANCE
+    mode: GuidanceMode = "separate"
+    image_range: tuple[float, float] = IMAGE_RANGE
+    references: int = 1
+    captioned: bool = False
+    masked: bool = False
+
+    def predictions_a_step(self, steps: int) -> float:
+        """How many rows of the U-Net an image's step takes on average: what the condition costs."""
+        guidance = Guidance(self.image_guidance, self.mode, self.image_range)
+        if self.adapters is None:
+            guidance = Guidance(mode="joint")
+        stride = NUM_TIMESTEPS / steps  # of the demo's scheduler, from the last timestep on
+        passed = [NUM_TIMESTEPS - round(NUM_TIMESTEPS - i * stride) for i in range(steps)]
+        counts = [
+            len(needed_predictions(guidance.at(each / (NUM_TIMESTEPS - 1)), self.text_guidance))
+            for each in passed
+        ]
+        return sum(counts) / steps
+
+    @property
+    def drawing(self) -> Condition:
+        """The same without its names: equal for conditions that draw the same images."""
+        return replace(self, name="", sweep="")
+
+
+NO_REFERENCE = Condition("no reference", "baseline", adapters=None)
+CHOSEN = Condition("as shipped", "baseline", masked=True)
+
+
+def guidance_sweeps() -> list[Condition]:
+    """Every scale of image guidance over the whole run, of text guidance, and joint guidance."""
+    base = replace(CHOSEN, sweep="image guidance")
+    image = [
+        replace(
+            base,
+            name=f"image guidance {scale:g}",
+            image_guidance=scale,
+            image_range=WHOLE_RUN,
+        )
+        for scale in (0.0, 0.4, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    ]
+    text = [
+        replace(base, name=f"text guidance {scale:g}", sweep="text guidance", text_guidance=scale)
+        for scale in (1.0, 2.0, 3.0, 5.0, 7.5)
+    ]
+    joint = [
+        replace(base, name=f"joint {scale:g}", sweep="joint", text_guidance=scale, mode="joint")
+        for scale in (1.0, 2.0, 3.0, 5.0, 7.5)
+    ]
+    return [*image, *text, *joint]
+
+
+def range_sweep() -> list[Condition]:
+    """The shipped image guidance in parts of the run."""
+    return [
+        replace(
+            CHOSEN,
+            name=f"guidance range {start:g} to {end:g}",
+            sweep="guidance range",
+            image_range=(start, end),
+        )
+        for start, end in ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), WHOLE_RUN, (0.5, 1.0))
+    ]
+
+
+def reference_sweep() -> list[Condition]:
+    """One, two and four images of the subject, and one on which nothing says where it is."""
+    return [
+        replace(
+            CHOSEN,
+            name="1 reference" if count == 1 else f"{count} references",
+            sweep="references",
+            references=count,
+        )
+        for count in (1, 2, 4)
+    ] + [replace(CHOSEN, name="subject not marked", sweep="references", masked=False)]
+
+
+def all_conditions(variants: Sequence[str] = ()) -> list[Condition]:
+    """Every condition.
+
+    Args:
+        variants: Names of adapters that were trained otherwise than the shipped ones.
+    """
+    captioned = replace(CHOSEN, name="captioned reference", sweep="caption", captioned=True)
+    trained = [
+        replace(
+            CHOSEN,
+            name=f"variant {name}",
+            sweep="variants",
+            adapters=name,
+            captioned=name == CAPTION,
+        )
+        for name in variants
+    ]
+    return [
+        NO_REFERENCE,
+        CHOSEN,
+        *guidance_sweeps(),
+        *range_sweep(),
+        *reference_sweep(),
+        captioned,
+        *trained,
+    ]

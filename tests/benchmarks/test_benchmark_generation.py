@@ -1,0 +1,200 @@
+"""The benchmarks of generation: all sides compute the same, bytes are counted right, and the commands say what holds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import guided, memory, run, step
+from benchmarks.__main__ import main
+from benchmarks.flops import count_flops
+from benchmarks.guided import (
+    DREAMCACHE,
+    DREAMCACHE_JOINT,
+    DREAMCACHE_TWO,
+    TEXTBOOK,
+    THREE_ROWS,
+    TWO_ROWS,
+    GuidedSteps,
+    Settings,
+    twin,
+)
+from benchmarks.memory import peak_bytes
+from benchmarks.paper import count_step
+from benchmarks.report import Bar, Report, publish
+from benchmarks.timing import Spread, say_if_noisy
+
+pytestmark = pytest.mark.diffusers
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("batch", "references"), [(1, 1), (2, 3)])
+def test_textbook_and_product_agree_in_value(batch: int, references: int):
+    settings = Settings("tiny", 8, "float32", "cpu", batch, references)
+    with GuidedSteps(settings).ready() as steps:
+        values = {name: step() for name, step in steps.items()}
+    assert values[DREAMCACHE].shape == (batch, 4, 8, 8)
+    scale = float(values[TEXTBOOK].abs().max())
+    torch.testing.assert_close(values[DREAMCACHE], values[TEXTBOOK], rtol=0, atol=1e-4 * scale)
+    # what they agree on is not what the plain U-Net gives
+    assert (values[DREAMCACHE] - values[THREE_ROWS]).abs().max() > 0.01 * scale
+    # without references three rows are plain guidance: s_text * (e_ct - e_c) remains, as e_c = e_u
+    torch.testing.assert_close(values[THREE_ROWS], values[TWO_ROWS], rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    ("image_scale", "name"),
+    [(1.0, DREAMCACHE_TWO), (guided.TEXT_SCALE, DREAMCACHE_JOINT)],
+)
+def test_two_row_steps_are_the_textbook_at_scales_where_a_term_cancels(
+    image_scale: float, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(guided, "IMAGE_SCALE", image_scale)
+    with GuidedSteps(Settings("tiny", 8, "float32", "cpu", batch=2)).ready() as steps:
+        two_rows, textbook = steps[name](), steps[TEXTBOOK]()
+    scale = float(textbook.abs().max())
+    torch.testing.assert_close(two_rows, textbook, rtol=0, atol=1e-4 * scale)
+
+
+def test_a_twin_shares_weights_and_no_hooks():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    other = twin(module)
+    for name, tensor in module.state_dict().items():
+        assert other.state_dict()[name].data_ptr() == tensor.data_ptr()
+    calls: list[str] = []
+    other[0].register_forward_hook(lambda *_: calls.append("hook"))
+    module[0](torch.ones(1, 3))
+    assert calls == []
+
+
+def test_peak_is_what_lives_at_once_of_what_was_made():
+    given = torch.ones(1000, 1000)
+
+    def action() -> None:
+        first = given + 1  # 4 MB
+        second = first.t()[:10] * 2  # a view, and 0.04 MB
+        del first
+        third = given.view(-1) - 1  # 4 MB more, when the first 4 MB are gone
+        del second, third
+
+    assert peak_bytes(action, CPU) == 4_040_000
+
+
+@pytest.mark.parametrize("name", ["step", "encode", "memory", "growth", "load", "paper"])
+def test_commands_print_tables_and_write_figures(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = ["--size", "tiny", "--rounds", "1", "--out", str(tmp_path)]
+    status = main([name, *flags])
+    out = capsys.readouterr().out
+    figures = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    assert figures["settings"]["size"] == "tiny"
+    missed = [bar for bar in figures["bars"] if not bar["holds"]]
+    assert status == bool(missed)
+    held = f"{len(figures['bars']) - len(missed)} of {len(figures['bars'])} bars hold."
+    assert out.splitlines()[-1] == f"{name}: {held if figures['bars'] else 'nothing is promised.'}"
+    assert (tmp_path / f"{name}.png").is_file() == (name not in ("memory", "load", "paper"))
+
+
+def test_all_of_them_end_with_what_was_missed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(command, "MEASURES", {"step": step, "memory": memory})
+    monkeypatch.setattr(command, "FULL_SIZE", ("memory",))
+    monkeypatch.setattr(command, "ON_PAPER", ())
+    monkeypatch.setattr(memory, "MOST_AT_PEAK_MB", -1.0)
+    assert main(["all", "--size", "tiny", "--full", "tiny"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("All benchmarks: ")
+    assert last.count("memory (tiny): peak of a step beyond the plain three rows, MB") == 2
+
+
+def test_what_cannot_be_measured_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    monkeypatch.setattr(command, "MEASURES", {"run": run, "memory": memory})
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    assert main(["all", "--size", "tiny", "--full", ""]) == 1
+    said = capsys.readouterr()
+    assert "run (tiny) is not measured: There is no ComfyUI in" in said.err
+    assert said.out.splitlines()[-1] == (
+        "All benchmarks: 1 of 1 bars hold; none missed; not measured: run (tiny)."
+    )
+
+
+def test_growth_is_linear_in_the_reference_tokens(tmp_path: Path):
+    main(["growth", "--size", "tiny", "--rounds", "1", "--out", str(tmp_path)])
+    points = json.loads((tmp_path / "growth.json").read_text(encoding="utf-8"))["points"]
+    by_name = {point["name"]: point for point in points}
+    added = [
+        by_name[f"{count} references"]["flops"] - by_name[f"{count} references"]["plain_flops"]
+        for count in (1, 2, 4, 8)
+    ]
+    assert added[2] - added[1] == 2 * (added[1] - added[0])
+    assert added[3] - added[2] == 4 * (added[1] - added[0])
+    masked, whole = by_name["subject mask, 40%"], by_name["1 references"]
+    assert masked["attention_flops"] < 0.5 * whole["attention_flops"]
+    assert whole["flops"] - masked["flops"] == (
+        whole["attention_flops"] - masked["attention_flops"]
+    )
+
+
+def test_operations_of_a_step_are_ordered(tmp_path: Path):
+    main(["step", "--size", "tiny", "--rounds", "1", "--out", str(tmp_path)])
+    flops = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["flops"]
+    assert flops[TWO_ROWS] < flops[THREE_ROWS] < flops[DREAMCACHE] < flops[TEXTBOOK]
+    # the reference acts on two rows in both: what it adds is the same
+    added = flops[DREAMCACHE] - flops[THREE_ROWS]
+    assert flops[DREAMCACHE_TWO] - flops[TWO_ROWS] == added
+    # with joint guidance on one
+    assert 2 * (flops[DREAMCACHE_JOINT] - flops[TWO_ROWS]) == added
+
+
+def test_paper_counts_what_the_benchmarks_that_compute_count():
+    settings = Settings("tiny", 8, "float32", "cpu", batch=2, references=3)
+    counted = count_step(settings)
+    steps = GuidedSteps(settings)
+    with steps.ready((DREAMCACHE, THREE_ROWS)) as actions:
+        actions[DREAMCACHE]()
+        flops = {name: count_flops(action) for name, action in actions.items()}
+        peak = peak_bytes(actions[DREAMCACHE], CPU)
+    assert counted["flops"] == flops[DREAMCACHE]
+    assert counted["plain_flops"] == flops[THREE_ROWS]
+    assert counted["adapters"] == steps.fused.nbytes
+    assert counted["keys_values"] == 2 * steps.reference.nbytes
+    assert counted["unet"] == sum(weight.nbytes for weight in steps.unet.parameters())
+    assert abs(counted["peak"] / peak - 1) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_noisy"),
+    [(0.96, 1.04, False), (0.9, 1.0, True), (1.0, 1.1, True)],
+)
+def test_a_machine_on_which_the_same_differs_from_itself_is_said(
+    low: float, high: float, is_noisy: bool
+):
+    lines = say_if_noisy(Spread(1.0, low, high))
+    assert bool(lines) == is_noisy
+    assert not lines or f"{low:.2f} to {high:.2f} times" in lines[0]
+
+
+def test_a_missed_bar_is_said_and_fails(capsys: pytest.CaptureFixture[str]):
+    bars = [Bar("kept", 1.0, 2.0), Bar("slow", 3.0, 2.0), Bar("fast", 3.0, 2.0, at_most=False)]
+    assert publish(Report("name", "title", [], {}, bars), None) == 1
+    out = capsys.readouterr().out
+    assert "MISSED: slow: 3, at most 2" in out
+    assert "holds: fast: 3, at least 2" in out
+    assert out.splitlines()[-1] == "name: 2 of 3 bars hold."
+
+
+def test_a_device_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["step", "--size", "tiny", "--device", "cuda"]) == 2
+    assert "Use --device cpu" in capsys.readouterr().err

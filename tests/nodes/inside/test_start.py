@@ -1,0 +1,98 @@
+"""What the pack does when ComfyUI loads it, and what it says of files that are not there."""
+
+import logging
+import os
+from pathlib import Path
+
+import folder_paths
+import pytest
+from tiny import CORE, pack_module, run
+
+import nodes as comfy_nodes
+
+FOLDERS, VERSION = pack_module("nodes.host.folders"), pack_module("nodes.host.version")
+
+
+def test_a_models_folder_that_cannot_be_written_costs_no_node(monkeypatch, caplog):
+    def refuse(path, *_, **__):
+        raise OSError(30, "Read-only file system", path)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    with caplog.at_level(logging.WARNING):
+        FOLDERS.register_folders()
+    assert "Read-only file system" in caplog.text
+    assert str(Path("models", "dreamcache")) in caplog.text
+    assert folder_paths.get_folder_paths("dreamcache")
+
+
+@pytest.mark.parametrize("version", ["0.3.51", "0.3.63", "v0.2.7", "0.3"])
+def test_a_comfyui_that_is_too_old_is_refused_in_words(version):
+    with pytest.raises(ImportError, match=rf"needs ComfyUI 0\.3\.64 or newer; this is {version}"):
+        VERSION.require_comfyui(version)
+
+
+@pytest.mark.parametrize("version", ["0.3.64", "0.3.65-dev", "v0.8.0", "0.10.1", "1.0", "nightly"])
+def test_others_are_taken(version):
+    VERSION.require_comfyui(version)
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "choice", "where"),
+    [
+        ("DreamCacheLoadAdapters", "adapters", "theirs.safetensors", "models/dreamcache"),
+        ("DreamCacheLoadReference", "reference", "dog.safetensors [output]", "output"),
+        ("DreamCacheEncodeFolder", "folder", "cats", "input"),
+    ],
+)
+def test_a_file_that_is_not_there_is_refused_before_the_run_with_the_folders(
+    node, name, choice, where
+):
+    check = comfy_nodes.NODE_CLASS_MAPPINGS[node].validate_inputs
+    said = check(**{name: choice})
+    assert choice in said
+    assert where in said.replace("\\", "/")
+    assert check(**{name: None}) is True  # comes over a link: known only in the run
+
+
+def test_folders_are_walked_again_only_when_they_changed(tmp_path, monkeypatch):
+    walked, walk = [], folder_paths.recursive_search
+    monkeypatch.setattr(
+        folder_paths, "recursive_search", lambda *args: walked.append(args[0]) or walk(*args)
+    )
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+
+    def mine():
+        return [name for name in FOLDERS.list_reference_files() if "dog" in name]
+
+    assert mine() == mine() == []
+    assert walked.count(str(tmp_path)) == 1
+    dog = tmp_path / "deep" / "er" / "dog.safetensors"
+    dog.write_bytes(b"")
+    assert mine() == mine() == [f"{Path('deep', 'er', 'dog.safetensors')} [output]"]
+    assert walked.count(str(tmp_path)) == 2
+    dog.unlink()
+    dog.parent.rmdir()
+    assert mine() == []
+
+
+def test_a_name_with_backslashes_is_found_on_every_system():
+    path = Path(folder_paths.get_output_directory(), "mine", "dog.safetensors")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"")
+    try:
+        assert FOLDERS.reference_path("mine\\dog.safetensors [output]") == str(path)
+    finally:
+        path.unlink()
+        path.parent.rmdir()
+
+
+def test_a_name_on_another_drive_is_refused_in_words(monkeypatch):
+    def on_two_drives(paths):
+        raise ValueError("Paths don't have the same drive")
+
+    monkeypatch.setattr(os.path, "commonpath", on_two_drives)
+    with pytest.raises(CORE.InputError, match="no saved reference"):
+        run("DreamCacheLoadReference", reference="D:/dog.safetensors [output]")
+    with pytest.raises(CORE.InputError, match="no folder"):
+        FOLDERS.image_paths("D:/cats")

@@ -1,0 +1,132 @@
+"""What ships beside the code: help pages, translations, and workflows that use only what exists."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "web" / "docs"
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
+LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
+PAGE_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
+MOST_BYTES = 200_000
+
+
+def schemas() -> dict[str, list[str]]:
+    """Node ids and the names of their inputs, read from the sources of the nodes."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "nodes").glob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and name_of(call) == "Schema":
+                keywords = {word.arg: word.value for word in call.keywords}
+                found[ast.literal_eval(keywords["node_id"])] = inputs_in(keywords["inputs"])
+    return found
+
+
+def inputs_in(tree: ast.expr) -> list[str]:
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    first = [call.args[0] for call in calls if name_of(call) == "Input" and call.args]
+    return [arg.value for arg in first if isinstance(arg, ast.Constant)]  # pyright: ignore
+
+
+def name_of(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else ""
+
+
+def snapshot() -> dict[str, Any]:
+    """Nodes and stock inputs as a real server described them; tests/e2e keeps the file true."""
+    path = ROOT / "tests" / "e2e" / "node_snapshot.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def names_of(node: dict[str, Any]) -> set[str]:
+    """Names of the inputs of a node of the snapshot."""
+    return {given["name"] for given in node["inputs"]}
+
+
+SCHEMAS = schemas()
+
+
+def test_the_snapshot_has_the_nodes_of_the_sources():
+    nodes = snapshot()["nodes"]
+    assert set(nodes) == set(SCHEMAS)
+    for node_id, inputs in SCHEMAS.items():
+        assert set(inputs) <= names_of(nodes[node_id]), node_id
+
+
+def test_there_is_no_page_without_a_node():
+    assert {path.stem for path in PAGES.glob("*.md")} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("node_id", sorted(SCHEMAS))
+def test_the_help_page_names_every_input(node_id):
+    page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
+    inputs = {*SCHEMAS[node_id], *names_of(snapshot()["nodes"][node_id])}
+    assert [name for name in sorted(inputs) if f"**`{name}`**" not in page] == []
+    for heading in ("# ", "## Inputs", "**Tip**", "## Common errors"):
+        assert f"\n{heading}" in f"\n{page}", heading
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_translation_names_every_node_input_and_output(language):
+    path = ROOT / "locales" / language / "nodeDefs.json"
+    translated, nodes = json.loads(path.read_text(encoding="utf-8")), snapshot()["nodes"]
+    assert set(translated) == set(nodes)
+    for node_id, texts in translated.items():
+        assert texts["display_name"]
+        assert texts["description"]
+        inputs, outputs = texts.get("inputs", {}), texts.get("outputs", {})
+        assert set(inputs) == names_of(nodes[node_id]), node_id
+        assert list(outputs) == [str(i) for i in range(len(nodes[node_id]["outputs"]))], node_id
+        for slot in (*inputs.values(), *outputs.values()):
+            assert slot["name"], node_id
+            assert slot["tooltip"], node_id
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_uses_only_nodes_and_inputs_that_exist(path):
+    known = snapshot()
+    inputs: dict[str, Any] = {**known["stock_inputs"], **known["nodes"]}
+    for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+        if node["type"] in PAGE_ONLY:
+            continue
+        ours = inputs[node["type"]]
+        names = names_of(ours) if isinstance(ours, dict) else set(ours)
+        assert {slot["name"] for slot in node["inputs"]} <= names, node["type"]
+
+
+@pytest.mark.parametrize("path", SUBGRAPHS, ids=lambda path: path.stem)
+def test_a_subgraph_shows_inputs_that_its_nodes_have(path):
+    workflow, nodes = json.loads(path.read_text(encoding="utf-8")), snapshot()["nodes"]
+    (subgraph,) = workflow["definitions"]["subgraphs"]
+    (shown,) = workflow["nodes"]
+    assert shown["type"] == subgraph["id"]
+    assert shown["title"] == subgraph["name"] == path.stem
+    inside = {str(node["id"]): node["type"] for node in subgraph["nodes"]}
+    for key, widget in shown["properties"]["proxyWidgets"]:
+        assert widget in names_of(nodes[inside[key]]), widget
+    for node in subgraph["nodes"]:
+        assert {slot["name"] for slot in node["inputs"]} <= names_of(nodes[node["type"]])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_links_of_a_workflow_fit_its_nodes(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert len(nodes) == len(workflow["nodes"])
+    for link, source, output, target, slot, kind in workflow["links"]:
+        assert link in nodes[source]["outputs"][output]["links"]
+        assert nodes[source]["outputs"][output]["type"] == kind
+        assert nodes[target]["inputs"][slot]["link"] == link
+        assert nodes[target]["inputs"][slot]["type"] == kind
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_has_a_small_thumbnail(path):
+    image = path.with_suffix(".jpg").read_bytes()
+    assert image.startswith(b"\xff\xd8")
+    assert len(image) < MOST_BYTES
