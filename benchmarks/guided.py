@@ -142,7 +142,7 @@ class GuidedSteps:
         terms = output.chunk(predictions)
         if predictions == 2:
             return terms[0] + TEXT_SCALE * (terms[1] - terms[0])
-        return combine_guidance(*terms, text_scale=TEXT_SCALE, image_scale=IMAGE_SCALE)
+        return combine_guidance(*terms, guidance_scale=TEXT_SCALE, image_guidance_scale=IMAGE_SCALE)
 
     def _textbook(self) -> Callable[[], Tensor]:
         sites = select_sites(self.unet, self.adapters.layers)
@@ -158,7 +158,7 @@ class GuidedSteps:
         }
         step = TextbookStep(twin(self.unet), adapters, features)
         negative, prompt = (t.expand(self.settings.batch, -1, -1) for t in self.text.chunk(2))
-        scales = {"text_scale": TEXT_SCALE, "image_scale": IMAGE_SCALE}
+        scales = {"guidance_scale": TEXT_SCALE, "image_guidance_scale": IMAGE_SCALE}
         return lambda: step(self.latents, TIMESTEP, negative, prompt, **scales)
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

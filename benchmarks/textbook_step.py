@@ -41,8 +41,8 @@ class TextbookStep:
         negative: Tensor,
         prompt: Tensor,
         *,
-        text_scale: float,
-        image_scale: float,
+        guidance_scale: float,
+        image_guidance_scale: float,
     ) -> Tensor:
         """Predict.
 
@@ -51,8 +51,8 @@ class TextbookStep:
             timestep: Training index.
             negative: Text states of the negative prompt, (images, tokens, width).
             prompt: Text states of the prompt, likewise.
-            text_scale: s_text.
-            image_scale: s_image.
+            guidance_scale: s_text.
+            image_guidance_scale: s_image.
 
         Returns:
             Shape of ``latents``.
@@ -66,4 +66,8 @@ class TextbookStep:
                 stack.enter_context(in_place_of_self_attention(block, adapter, rows))
             both = self.unet(latents.repeat(2, 1, 1, 1), timestep, torch.cat([negative, prompt]))
         reference, text = both.sample.chunk(2)
-        return without + text_scale * (text - reference) + image_scale * (reference - without)
+        return (
+            without
+            + guidance_scale * (text - reference)
+            + image_guidance_scale * (reference - without)
+        )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -50,3 +51,20 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, in the order of declaration."""
         return dataclasses.asdict(self)
+
+
+def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
+    """Refuse a number that is out of range.
+
+    Args:
+        name: What it is called, for the message.
+        value: The number.
+        low: Least allowed value.
+        high: Greatest allowed value; ``None``: any finite one.
+
+    Raises:
+        InputError: It is out of range or not finite.
+    """
+    if not (math.isfinite(value) and low <= value and (high is None or value <= high)):
+        allowed = f"at least {low}" if high is None else f"in {low} ... {high}"
+        raise InputError(f"{name} must be {allowed}; given {value}.")

@@ -125,7 +125,7 @@ class Apply(io.ComfyNode):
             mask = None
         patcher = adapter_patcher(adapters, model)
         use = ReferenceUse(reference, patcher.model, scale=scale, mask=mask)
-        settings = Guidance.from_dict({"image_scale": image_guidance, "mode": guidance})
+        settings = Guidance.from_dict({"image_guidance_scale": image_guidance, "mode": guidance})
         applied = apply_reference(model, use, patcher, settings, start_percent, end_percent)
         number = len(require_applied(applied, "Apply DreamCache").uses)
         text = f"subject {number}: scale {scale:g}, from {start_percent:g} to {end_percent:g} of the run"

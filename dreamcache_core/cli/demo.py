@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..config import Config
-from ..demo.gallery import IMAGE_GUIDANCE, STEPS, TEXT_GUIDANCE
+from ..demo.gallery import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, STEPS
 from ..demo.world.shapes import SHAPES
 from ..errors import InputError
 from ..method.guidance import Guidance
@@ -27,8 +27,8 @@ class DemoOptions(Config):
         default=None, metadata={"help": "an image of your own as the reference"}
     )
     steps: int = field(default=STEPS, metadata={"help": "sampling steps"})
-    cfg: float = field(default=TEXT_GUIDANCE, metadata={"help": "text guidance"})
-    image_guidance: float = field(default=IMAGE_GUIDANCE, metadata={"help": "image guidance"})
+    cfg: float = field(default=GUIDANCE_SCALE, metadata={"help": "text guidance"})
+    image_guidance: float = field(default=IMAGE_GUIDANCE_SCALE, metadata={"help": "image guidance"})
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded.

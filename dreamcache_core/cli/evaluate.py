@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingPackageError
-from ..processes import require_all_processes
+from ..processes import join
 from .flags import parse_config
-
-MAX_WAIT = timedelta(days=30)
-"""How long a process waits for the last one; the default of minutes would end a long evaluation."""
 
 
 def add_evaluate_commands(commands: Any) -> None:
@@ -37,21 +32,8 @@ def _dreambench(argv: Sequence[str]) -> None:
     from ..evaluation.dreambench.results import overall_lines
 
     options = parse_config(DreamBenchOptions, argv, program="dreamcache evaluate dreambench")
-    state = _process_state(options.cpu)
-    require_all_processes(state.num_processes)
-    results = evaluate_dreambench(options, state)
+    with join("eval", cpu=options.cpu) as state:
+        results = evaluate_dreambench(options, state)
     if results is not None:
         print("\n".join(overall_lines(results)))
         print(f"report: {Path(options.out) / REPORT_FILE}")
-    state.destroy_process_group()
-
-
-def _process_state(cpu: bool) -> Any:
-    """Join the other processes, if there are any."""
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Evaluation needs accelerate ({error}). Install it: pip install 'dreamcache[eval]'."
-        ) from error
-    return PartialState(cpu=cpu, timeout=MAX_WAIT)

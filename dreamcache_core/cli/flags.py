@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..config import Config, ConfigT
-from ..errors import InputError, MissingPackageError
+from ..errors import InputError
+from ..packages import require
 
 
 def parse_config(kind: type[ConfigT], argv: Sequence[str], *, program: str) -> ConfigT:
@@ -26,12 +27,8 @@ def parse_config(kind: type[ConfigT], argv: Sequence[str], *, program: str) -> C
         InputError: The file is missing or no TOML, or a key or a flag is no field; the message names the nearest.
         MissingPackageError: transformers, whose argument parser reads the fields, is not installed.
     """
-    try:
+    with require("transformers", "train"):
         from transformers import HfArgumentParser
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{program} needs more packages ({error}). Install them: pip install 'dreamcache[train]'."
-        ) from error
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar="FILE")
     given, flags = first.parse_known_args(list(argv))

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import DreamCacheError, FileFormatError, InputError, MissingPackageError
+from ..errors import DreamCacheError, FileFormatError, InputError
 from ..images.files import contact_sheet
+from ..packages import require
 from .augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from .buckets import aspect_buckets, crop_target, nearest_bucket
 from .order import sample_seed
@@ -186,12 +187,8 @@ def load_token_counter(folder: str | os.PathLike[str]) -> tuple[CountTokens, int
         FileFormatError: It holds no tokenizer.
         MissingPackageError: transformers is not installed.
     """
-    try:
+    with require("transformers", "train"):
         from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Counting tokens needs transformers ({error}). Install it: pip install 'dreamcache[train]'."
-        ) from error
     path = Path(folder)
     if not path.is_dir():
         raise InputError(f"Expected the folder of a tokenizer, got {folder}, which is none.")

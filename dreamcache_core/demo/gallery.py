@@ -17,8 +17,8 @@ from ..pipeline.pipeline import DreamCachePipeline
 from .world.world import Scene, Subject, draw_subject, render_cutout, write_caption
 
 STEPS = 16
-TEXT_GUIDANCE = 2.0
-IMAGE_GUIDANCE = 3.0
+GUIDANCE_SCALE = 2.0
+IMAGE_GUIDANCE_SCALE = 3.0
 IMAGE_RANGE = (0.0, 0.75)
 
 SHAPES_SHOWN = ("mug", "fish", "house", "star")
@@ -31,14 +31,14 @@ class Sampling:
 
     Attributes:
         steps: Sampling steps.
-        text_guidance: s_text of METHOD.md section 5.
-        image_guidance: s_image of it.
+        guidance_scale: s_text of METHOD.md section 5.
+        image_guidance_scale: s_image of it.
         image_range: Part of the run in which it holds, as in ``Guidance``.
     """
 
     steps: int = STEPS
-    text_guidance: float = TEXT_GUIDANCE
-    image_guidance: float = IMAGE_GUIDANCE
+    guidance_scale: float = GUIDANCE_SCALE
+    image_guidance_scale: float = IMAGE_GUIDANCE_SCALE
     image_range: tuple[float, float] = IMAGE_RANGE
 
 
@@ -151,8 +151,8 @@ def sample(
     images = pipeline(
         list(prompts),
         uses,
-        text_scale=sampling.text_guidance,
-        image_scale=sampling.image_guidance,
+        guidance_scale=sampling.guidance_scale,
+        image_guidance_scale=sampling.image_guidance_scale,
         image_range=sampling.image_range,
         num_inference_steps=sampling.steps,
         generator=[torch.Generator().manual_seed(seed + number) for number in range(len(prompts))],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +121,10 @@ def _write(panel: Panel, out: Path, options: DemoOptions, sampling: Sampling) ->
     name = panel.theme.name
     save_png(out / f"{name}_reference.png", panel.theme.reference)
     settings = {
-        "cfg" if key == "text_guidance" else key: value for key, value in asdict(sampling).items()
+        "steps": sampling.steps,
+        "cfg": sampling.guidance_scale,
+        "image_guidance": sampling.image_guidance_scale,
+        "image_range": sampling.image_range,
     }
     for kind, images in _kinds(panel).items():
         for number, (prompt, image) in enumerate(

@@ -12,10 +12,11 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..errors import InputError, MissingPackageError
+from ..errors import InputError
 from ..files.whole_files import whole_file
 from ..images.files import ImageFile, open_image
 from ..images.tensors import tensor_to_image
+from ..packages import require
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 JPEG_QUALITY = 85
@@ -101,12 +102,8 @@ def write_html_report(
 
 
 def _template() -> Any:
-    try:
+    with require("jinja2", "eval"):
         from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Reports need jinja2 ({error}). Install it: pip install 'dreamcache[eval]'."
-        ) from error
     environment: Any = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

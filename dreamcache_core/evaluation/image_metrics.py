@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..errors import FileFormatError, InputError, MissingPackageError, UnsupportedModelError
+from ..errors import FileFormatError, InputError, UnsupportedModelError
+from ..packages import require
 from ..pipeline.loading import quiet_loading
 
 
@@ -131,12 +132,8 @@ def _load(
     folder: Path, flag: str, model_class: str, processor_class: str, model_type: str
 ) -> tuple[Any, Any]:
     """Load a processor and its model, and refuse a model some of whose weights are not in the files."""
-    try:
+    with require("transformers", "eval"):
         import transformers
-    except ImportError as error:
-        raise MissingPackageError(
-            f"DINO and CLIP need transformers ({error}). Install it: pip install 'dreamcache[eval]'."
-        ) from error
     _require_kind(folder, flag, model_type)
     options: dict[str, Any] = {"local_files_only": True}
     own = {"add_pooling_layer": False} if model_type == "vit" else {}

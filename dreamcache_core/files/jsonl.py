@@ -1,6 +1,7 @@
 """Logs of one JSON object a line, which a process may be killed while writing."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def append_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
     """
-    is_torn = path.is_file() and not path.read_bytes().endswith(b"\n")
     text = "".join(f"{json.dumps(entry)}\n" for entry in entries)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write("\n" + text if is_torn else text)
+    with path.open("ab+") as stream:
+        is_torn = False
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            is_torn = stream.read() != b"\n"
+        stream.write(("\n" + text if is_torn else text).encode())

@@ -18,15 +18,15 @@ class Guidance(Config):
     """How predictions are combined.
 
     Attributes:
-        image_scale: s_image: how far the result moves from no reference (0) to the reference's prediction (1) and
+        image_guidance_scale: s_image: how far the result moves from no reference (0) to the reference's prediction (1) and
             beyond.
         mode: ``separate``: the three-term rule. ``joint``: text and reference are one condition with one scale, the
-            text's; two predictions, and ``image_scale`` has no effect.
+            text's; two predictions, and ``image_guidance_scale`` has no effect.
         image_range: Part of the run, from (inclusive) and to (exclusive) as shares of its noise levels, 0 to 1, in
-            which ``image_scale`` holds. Outside it counts as 1, which needs two predictions instead of three.
+            which ``image_guidance_scale`` holds. Outside it counts as 1, which needs two predictions instead of three.
     """
 
-    image_scale: float = 0.4
+    image_guidance_scale: float = 0.4
     mode: GuidanceMode = "separate"
     image_range: tuple[float, float] = (0.0, 1.0)
 
@@ -34,11 +34,11 @@ class Guidance(Config):
         """Check the values.
 
         Raises:
-            InputError: ``mode`` is unknown, ``image_scale`` no finite number or ``image_range`` no part of the run.
+            InputError: ``mode`` is unknown, ``image_guidance_scale`` no finite number or ``image_range`` no part of the run.
         """
         if self.mode not in ("separate", "joint"):
             raise InputError(f"guidance must be 'separate' or 'joint'; given {self.mode!r}.")
-        scale = self.image_scale
+        scale = self.image_guidance_scale
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise InputError(f"image_guidance must be a finite number; given {scale!r}.")
         start, end = self.image_range
@@ -51,7 +51,7 @@ class Guidance(Config):
     @property
     def needs_unconditional(self) -> bool:
         """Whether the prediction without a reference takes part as a third term."""
-        return self.mode == "separate" and self.image_scale != 1.0
+        return self.mode == "separate" and self.image_guidance_scale != 1.0
 
     @property
     def is_always_on(self) -> bool:
@@ -70,25 +70,25 @@ class Guidance(Config):
 
     def step(self, is_in_range: bool) -> "Guidance":
         """Return the guidance of one step, given whether the step is in the range."""
-        scale = self.image_scale if is_in_range else 1.0
-        return replace(self, image_scale=scale, image_range=(0.0, 1.0))
+        scale = self.image_guidance_scale if is_in_range else 1.0
+        return replace(self, image_guidance_scale=scale, image_range=(0.0, 1.0))
 
 
-def needed_predictions(guidance: Guidance, text_scale: float) -> tuple[Prediction, ...]:
+def needed_predictions(guidance: Guidance, guidance_scale: float) -> tuple[Prediction, ...]:
     """List the predictions that a step cannot do without.
 
     Source: METHOD.md section 5, "Fewer evaluations where algebra allows".
 
     Args:
         guidance: How they are combined.
-        text_scale: s_text; 1 needs no prediction for the negative text unless ``image_scale`` asks for it.
+        guidance_scale: s_text; 1 needs no prediction for the negative text unless ``image_guidance_scale`` asks for it.
 
     Returns:
         One, two or three of the predictions, in the order of ``combine_guidance``'s arguments.
     """
     if guidance.needs_unconditional:
         return ("unconditional", "reference_only", "reference_and_text")
-    if text_scale == 1.0:
+    if guidance_scale == 1.0:
         return ("reference_and_text",)
     if guidance.mode == "joint":
         return ("unconditional", "reference_and_text")
@@ -100,8 +100,8 @@ def combine_guidance(
     reference_only: Tensor,
     reference_and_text: Tensor,
     *,
-    text_scale: float,
-    image_scale: float,
+    guidance_scale: float,
+    image_guidance_scale: float,
 ) -> Tensor:
     """Combine three predictions into one.
 
@@ -112,18 +112,22 @@ def combine_guidance(
         unconditional: e_u, negative text without reference, any shape.
         reference_only: e_c, negative text with reference, same shape.
         reference_and_text: e_ct, prompt with reference, same shape.
-        text_scale: s_text, unitless; 7.5 in the paper.
-        image_scale: s_image, unitless; 0.4 in the paper. At 1 ``unconditional`` cancels.
+        guidance_scale: s_text, unitless; 7.5 in the paper.
+        image_guidance_scale: s_image, unitless; 0.4 in the paper. At 1 ``unconditional`` cancels.
 
     Returns:
         Same shape.
     """
-    text_term = text_scale * (reference_and_text - reference_only)
-    return unconditional + text_term + image_scale * (reference_only - unconditional)
+    text_term = guidance_scale * (reference_and_text - reference_only)
+    return unconditional + text_term + image_guidance_scale * (reference_only - unconditional)
 
 
 def fold_guidance(
-    unconditional: Tensor, reference_only: Tensor, reference_and_text: Tensor, *, image_scale: float
+    unconditional: Tensor,
+    reference_only: Tensor,
+    reference_and_text: Tensor,
+    *,
+    image_guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Turn three predictions into two on which ordinary classifier-free guidance gives the three-term rule.
 
@@ -134,10 +138,10 @@ def fold_guidance(
         unconditional: e_u, any shape.
         reference_only: e_c, same shape.
         reference_and_text: e_ct, same shape.
-        image_scale: s_image.
+        image_guidance_scale: s_image.
 
     Returns:
         ``c'`` and ``u'``, in ComfyUI's order: conditional first.
     """
-    folded = unconditional + image_scale * (reference_only - unconditional)
+    folded = unconditional + image_guidance_scale * (reference_only - unconditional)
     return folded + (reference_and_text - reference_only), folded

@@ -89,14 +89,14 @@ def check_images(image: Tensor, mask: Tensor | None, factor: int) -> None:
         check_mask_aspect(mask, height, width)
 
 
-def check_settings(text_scale: float, num_images: int, output_type: str) -> None:
+def check_settings(guidance_scale: float, num_images: int, output_type: str) -> None:
     """Refuse numbers and words out of range.
 
     Raises:
         InputError: One is.
     """
-    if not math.isfinite(text_scale):
-        raise InputError(f"text_scale must be a finite number; given {text_scale}.")
+    if not math.isfinite(guidance_scale):
+        raise InputError(f"guidance_scale must be a finite number; given {guidance_scale}.")
     if num_images < 1:
         raise InputError(f"Expected at least one image; given {num_images}.")
     if output_type not in ("pil", "pt", "latent"):

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..errors import FileFormatError, InputError, MissingPackageError, UnsupportedModelError
+from ..errors import FileFormatError, InputError, UnsupportedModelError
 from ..files.tensor_file import refuse_non_weights
+from ..packages import require
 
 
 def require_diffusers() -> Any:
@@ -22,14 +23,9 @@ def require_diffusers() -> Any:
     Raises:
         MissingPackageError: diffusers or transformers is not installed.
     """
-    try:
+    with require("diffusers and transformers", "diffusers"):
         import diffusers
         import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
-        raise MissingPackageError(
-            f"DreamCachePipeline needs diffusers and transformers ({error}). Install the extra: "
-            "pip install 'dreamcache[diffusers]'."
-        ) from error
     return diffusers
 
 

@@ -162,8 +162,8 @@ class DreamCachePipeline:
         prompt: str | Sequence[str],
         uses: ReferenceUse | Sequence[ReferenceUse],
         negative_prompt: str | Sequence[str] = "",
-        text_scale: float = 7.5,
-        image_scale: float = 0.4,
+        guidance_scale: float = 7.5,
+        image_guidance_scale: float = 0.4,
         num_inference_steps: int = 50,
         generator: Generators = None,
         guidance: GuidanceMode = "separate",
@@ -185,13 +185,13 @@ class DreamCachePipeline:
             uses: References with their adapters, one or several. Unfused adapters are fused once per adapter set, to
                 the U-Net's float type and device.
             negative_prompt: One for all prompts, or one each.
-            text_scale: s_text, unitless; 7.5 in the paper.
-            image_scale: s_image, unitless; 0.4 in the paper.
+            guidance_scale: s_text, unitless; 7.5 in the paper.
+            image_guidance_scale: s_image, unitless; 0.4 in the paper.
             num_inference_steps: Steps of the pipeline's scheduler.
             generator: One random generator, or one per image: then an image does not depend on the batch size.
                 ``None`` uses the global random state.
             guidance: ``separate`` (three-term rule) or ``joint``; see ``Guidance``.
-            image_range: Part of the run in which ``image_scale`` holds; outside it is 1, and steps are a third
+            image_range: Part of the run in which ``image_guidance_scale`` holds; outside it is 1, and steps are a third
                 cheaper. See ``Guidance``.
             height: Of the new images in pixels, a multiple of 8; ``None``: that of ``latents``, else the model's own.
             width: Likewise.
@@ -208,8 +208,10 @@ class DreamCachePipeline:
             InputError: An argument is out of range, or the result is not finite.
             MismatchError: A reference or its adapters were made for another model.
         """
-        rule = Guidance(image_scale=image_scale, mode=guidance, image_range=image_range)
-        check_settings(text_scale, num_images_per_prompt, output_type)
+        rule = Guidance(
+            image_guidance_scale=image_guidance_scale, mode=guidance, image_range=image_range
+        )
+        check_settings(guidance_scale, num_images_per_prompt, output_type)
         self._check_steps(num_inference_steps)
         given = list_of_uses(uses)
         for use in given:
@@ -218,7 +220,7 @@ class DreamCachePipeline:
         if not any(use.is_active for use in ready):
             # without an active reference, joint guidance is ordinary classifier-free guidance
             rule = Guidance(mode="joint")
-        wanted = needed_predictions(rule, text_scale)
+        wanted = needed_predictions(rule, guidance_scale)
         batch = self._make_batch(prompt, negative_prompt, wanted, num_images_per_prompt)
         check_regions(ready, batch.num_images)
         generators = check_generators(generator, batch.num_images)
@@ -229,7 +231,7 @@ class DreamCachePipeline:
             batch,
             ready,
             rule=rule,
-            text_scale=text_scale,
+            guidance_scale=guidance_scale,
             step_options=self._step_options(generators),
             callback=callback,
         )
@@ -244,7 +246,7 @@ class DreamCachePipeline:
         uses: Sequence[ReferenceUse],
         *,
         rule: Guidance,
-        text_scale: float,
+        guidance_scale: float,
         step_options: dict[str, Any],
         callback: Callback | None,
     ) -> Tensor:
@@ -262,7 +264,7 @@ class DreamCachePipeline:
         with inject(unet, uses) as injection:
             for index, timestep in enumerate(scheduler.timesteps):
                 at_step = rule.at(float(progress[index]))
-                if num_terms != (wanted := len(needed_predictions(at_step, text_scale))):
+                if num_terms != (wanted := len(needed_predictions(at_step, guidance_scale))):
                     num_terms = wanted
                     injection.choose_rows(parts[num_terms].see_references)
                 scaled = scheduler.scale_model_input(latents, timestep)
@@ -273,7 +275,9 @@ class DreamCachePipeline:
                     return_dict=False,
                     **conditions[num_terms],
                 )[0]
-                guided = _combine(output.chunk(num_terms), text_scale, rule.image_scale)
+                guided = _combine(
+                    output.chunk(num_terms), guidance_scale, rule.image_guidance_scale
+                )
                 latents = scheduler.step(
                     guided, timestep, latents, return_dict=False, **step_options
                 )[0]
@@ -416,13 +420,15 @@ class DreamCachePipeline:
 _NOT_FINITE = "{} hold NaN or infinity, so there is no image to show: an overflow, by extreme scales or in half precision. {}"
 
 
-def _combine(terms: Sequence[Tensor], text_scale: float, image_scale: float) -> Tensor:
+def _combine(terms: Sequence[Tensor], guidance_scale: float, image_guidance_scale: float) -> Tensor:
     """Combine what ``needed_predictions`` listed; two terms have the form of ordinary guidance."""
     if len(terms) == 1:
         return terms[0]
     if len(terms) == 2:
-        return terms[0] + text_scale * (terms[1] - terms[0])
-    return combine_guidance(*terms, text_scale=text_scale, image_scale=image_scale)
+        return terms[0] + guidance_scale * (terms[1] - terms[0])
+    return combine_guidance(
+        *terms, guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale
+    )
 
 
 def _with_masks(cache: ReferenceCache, mask: Tensor) -> ReferenceCache:

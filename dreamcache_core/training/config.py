@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import Config
+from ..config import Config, check_range
 from ..data.augmentation import ERASE_HELP, FLIP_HELP, JITTER_HELP, Alterations
 from ..errors import InputError
 from .initialisation import Init
@@ -144,15 +144,15 @@ class TrainConfig(Config):
             )
         for name, low in _LOWEST.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= low):
-                raise InputError(f"{name} must be at least {low}; given {value}.")
+            if value is not None:
+                check_range(name, value, low)
         side = self.resolution
         if side is not None and (side % 8 or not 64 <= side <= 2048):
             raise InputError(f"resolution must be a multiple of 8 in 64 ... 2048; given {side}.")
         for name in ("caption_dropout", "ema_decay"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise InputError(f"{name} must be in 0 ... 1; given {value}.")
+            if value is not None:
+                check_range(name, value, 0, 1)
         self._check_schedule()
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate must be above 0; given {self.learning_rate}.")

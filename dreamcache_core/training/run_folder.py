@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import InputError, StateError
+from ..files.jsonl import append_lines, read_lines
 from ..files.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -167,23 +168,13 @@ class RunFolder:
         """Drop the log's entries after a step: they are about to be written again."""
         if not self.log_file.exists():
             return
-        lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [e for e in read_lines(self.log_file) if e.get("step", math.inf) <= step]
         with whole_file(self.log_file) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            append_lines(temporary, kept)
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append an entry to the log."""
         try:
-            with self.log_file.open("a", encoding="utf-8") as stream:
-                stream.write(f"{json.dumps(entry)}\n")
+            append_lines(self.log_file, [entry])
         except OSError as error:
             logger.warning("The log cannot be written: %s.", error)
-
-
-def _step_of(line: str) -> float:
-    """Step of an entry of the log; of a line that was cut off, one after all."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf

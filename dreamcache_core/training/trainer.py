@@ -14,8 +14,9 @@ from ..errors import InputError, MissingPackageError, StateError
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import load_adapters
 from ..method.backends import require_fit
+from ..packages import require
 from ..pipeline.base_model import UNET_PARTS, BaseModel, model_fingerprint
-from ..processes import require_all_processes
+from ..processes import MAX_WAIT, require_all_processes
 from .config import TrainConfig
 from .initialisation import new_adapters
 from .injected_unet import InjectedUNet
@@ -197,14 +198,10 @@ class Trainer:
 
 
 def _make_accelerator(config: TrainConfig) -> Any:
-    try:
+    with require("accelerate", "train"):
         from accelerate import Accelerator
         from accelerate.tracking import get_available_trackers
-        from accelerate.utils import GradientAccumulationPlugin
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Training needs accelerate ({error}). Install the extra: pip install 'dreamcache[train]'."
-        ) from error
+        from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
     accumulation = GradientAccumulationPlugin(
         num_steps=config.gradient_accumulation, sync_with_dataloader=False
     )
@@ -219,6 +216,7 @@ def _make_accelerator(config: TrainConfig) -> Any:
         step_scheduler_with_optimizer=False,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=MAX_WAIT)],
     )
     require_all_processes(accelerator.num_processes)
     if str(accelerator.distributed_type).split(".")[-1] in UNSUPPORTED:

@@ -95,8 +95,8 @@ class Validation:
         image = self.base.pipeline(
             prompt,
             ReferenceUse(use.reference, use.adapters, scale),
-            text_scale=self.config.validation_cfg,
-            image_scale=self.config.validation_image_guidance,
+            guidance_scale=self.config.validation_cfg,
+            image_guidance_scale=self.config.validation_image_guidance,
             num_inference_steps=self.config.validation_steps,
             generator=torch.Generator().manual_seed(SEED),
             height=self.resolution,

@@ -160,7 +160,7 @@ class DreamCacheCFGGuider(comfy.samplers.CFGGuider):
     """CFG with METHOD.md's three-term rule and an image guidance of its own; the wrappers on the MODEL do the work."""
 
     def set_dreamcache(
-        self, positive: Any, negative: Any, unconditional: Any, image_scale: float
+        self, positive: Any, negative: Any, unconditional: Any, image_guidance_scale: float
     ) -> None:
         """Set the conditionings and the image guidance.
 
@@ -168,7 +168,7 @@ class DreamCacheCFGGuider(comfy.samplers.CFGGuider):
             positive: Prompt, with the reference.
             negative: Negative text, with the reference.
             unconditional: Text of the prediction without reference, or ``None`` for the negative.
-            image_scale: s_image of METHOD.md section 5.
+            image_guidance_scale: s_image of METHOD.md section 5.
 
         Raises:
             StateError: There is no reference on the MODEL.
@@ -181,4 +181,4 @@ class DreamCacheCFGGuider(comfy.samplers.CFGGuider):
             ]
         self.inner_set_conds(conds)
         image_range = require_applied(self.model_patcher, "DreamCache Guider").guidance.image_range
-        self.dreamcache_guidance = Guidance(image_scale, "separate", image_range)
+        self.dreamcache_guidance = Guidance(image_guidance_scale, "separate", image_range)

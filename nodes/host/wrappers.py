@@ -148,7 +148,9 @@ class Wrappers:
         options["transformer_options"][RELABEL] = {2: 1}
         lists = [*marked, [off_copy(cond, regions) for cond in without]]
         text, reference, plain = executor(model, lists, x, timestep, options, *args, **kwargs)
-        folded = fold_guidance(plain, reference, text, image_scale=guidance.image_scale)
+        folded = fold_guidance(
+            plain, reference, text, image_guidance_scale=guidance.image_guidance_scale
+        )
         store.offsets.append(folded[1] - reference)
         return list(folded)
 

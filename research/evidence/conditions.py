@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dreamcache_core.demo.gallery import IMAGE_GUIDANCE, IMAGE_RANGE, TEXT_GUIDANCE
+from dreamcache_core.demo.gallery import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, IMAGE_RANGE
 from dreamcache_core.method.guidance import Guidance, GuidanceMode, needed_predictions
 from dreamcache_core.training.objective import NUM_TIMESTEPS
 
@@ -26,10 +26,10 @@ class Condition:
         name: Name of its results.
         sweep: What it is compared within.
         adapters: Name of the adapters' variant; ``None``: no reference.
-        text_guidance: s_text (METHOD.md section 5).
-        image_guidance: s_image.
+        guidance_scale: s_text (METHOD.md section 5).
+        image_guidance_scale: s_image.
         mode: ``separate`` or ``joint``.
-        image_range: Part of the run in which ``image_guidance`` holds.
+        image_range: Part of the run in which ``image_guidance_scale`` holds.
         references: Images of the subject, their tokens concatenated.
         captioned: Whether the reference pass sees the prompt of the wanted image; else the empty one.
         masked: Whether the subject is marked in the reference; else all tokens are attended to alike, as in training.
@@ -38,8 +38,8 @@ class Condition:
     name: str
     sweep: str
     adapters: str | None = SHIPPED
-    text_guidance: float = TEXT_GUIDANCE
-    image_guidance: float = IMAGE_GUIDANCE
+    guidance_scale: float = GUIDANCE_SCALE
+    image_guidance_scale: float = IMAGE_GUIDANCE_SCALE
     mode: GuidanceMode = "separate"
     image_range: tuple[float, float] = IMAGE_RANGE
     references: int = 1
@@ -48,13 +48,13 @@ class Condition:
 
     def predictions_a_step(self, steps: int) -> float:
         """How many rows of the U-Net an image's step takes on average: what the condition costs."""
-        guidance = Guidance(self.image_guidance, self.mode, self.image_range)
+        guidance = Guidance(self.image_guidance_scale, self.mode, self.image_range)
         if self.adapters is None:
             guidance = Guidance(mode="joint")
         stride = NUM_TIMESTEPS / steps  # of the demo's scheduler, from the last timestep on
         passed = [NUM_TIMESTEPS - round(NUM_TIMESTEPS - i * stride) for i in range(steps)]
         counts = [
-            len(needed_predictions(guidance.at(each / (NUM_TIMESTEPS - 1)), self.text_guidance))
+            len(needed_predictions(guidance.at(each / (NUM_TIMESTEPS - 1)), self.guidance_scale))
             for each in passed
         ]
         return sum(counts) / steps
@@ -76,17 +76,17 @@ def guidance_sweeps() -> list[Condition]:
         replace(
             base,
             name=f"image guidance {scale:g}",
-            image_guidance=scale,
+            image_guidance_scale=scale,
             image_range=WHOLE_RUN,
         )
         for scale in (0.0, 0.4, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     ]
     text = [
-        replace(base, name=f"text guidance {scale:g}", sweep="text guidance", text_guidance=scale)
+        replace(base, name=f"text guidance {scale:g}", sweep="text guidance", guidance_scale=scale)
         for scale in (1.0, 2.0, 3.0, 5.0, 7.5)
     ]
     joint = [
-        replace(base, name=f"joint {scale:g}", sweep="joint", text_guidance=scale, mode="joint")
+        replace(base, name=f"joint {scale:g}", sweep="joint", guidance_scale=scale, mode="joint")
         for scale in (1.0, 2.0, 3.0, 5.0, 7.5)
     ]
     return [*image, *text, *joint]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamcache_core.errors import InputError, MissingPackageError
+from dreamcache_core.errors import InputError
+from dreamcache_core.packages import require
 
 from .statistics import Interval
 
@@ -169,13 +170,9 @@ def _figure(path: str | Path, inches: tuple[float, float]) -> Iterator[Any]:
     target = Path(path)
     if target.suffix not in FORMATS:
         raise InputError(f"Expected a file name that ends in .png or .svg, got {target.name}.")
-    try:
+    with require("matplotlib", "eval"):
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Plots need matplotlib ({error}). Install it: pip install 'dreamcache[eval]'."
-        ) from error
     figure = Figure(inches, dpi=DOTS_PER_INCH, layout="constrained")
     yield figure
     # an SVG's own date and random names would change it at every run

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dreamcache_core.config import Config
 from dreamcache_core.demo.measures.classifier import SceneClassifier, recognise
 from dreamcache_core.demo.measures.match import measure_match
 from dreamcache_core.errors import InputError
+from dreamcache_core.files.jsonl import read_lines
 from dreamcache_core.files.whole_files import whole_file
 
 from .triples import Group, Triple
@@ -82,25 +83,7 @@ def judge(
 
 def read_judgements(path: Path) -> list[Judgement]:
     """Read the rows of one condition; a missing file has none, a row that was cut off is left out."""
-    if not path.is_file():
-        return []
-    rows = (_parse(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [Judgement.from_dict(row) for row in rows if row is not None]
-
-
-def append_judgements(path: Path, judgements: Iterable[Judgement]) -> None:
-    """Add rows to the file of one condition, below a row that was cut off."""
-    is_cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
-    text = "".join(f"{json.dumps(asdict(judgement))}\n" for judgement in judgements)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" + text if is_cut_off else text)
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+    return [Judgement.from_dict(row) for row in read_lines(path)]
 
 
 def require_same_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from dreamcache_core.demo.files import DemoFiles, require_demo_files
 from dreamcache_core.demo.gallery import STEPS
 from dreamcache_core.demo.measures.classifier import load_classifier
 from dreamcache_core.errors import InputError
+from dreamcache_core.files.jsonl import append_lines
 from dreamcache_core.method.adapter import AdapterSet
 from dreamcache_core.method.adapter_files import load_adapters
 from dreamcache_core.pipeline.base_model import model_fingerprint
@@ -21,10 +22,10 @@ from dreamcache_core.pipeline.loading import load_diffusers_pipeline
 from dreamcache_core.pipeline.pipeline import DreamCachePipeline
 
 from .conditions import (
-    IMAGE_GUIDANCE,
+    GUIDANCE_SCALE,
+    IMAGE_GUIDANCE_SCALE,
     IMAGE_RANGE,
     SHIPPED,
-    TEXT_GUIDANCE,
     Condition,
     all_conditions,
 )
@@ -33,7 +34,6 @@ from .pages import Evidence
 from .report import keep_images
 from .results import (
     Judgement,
-    append_judgements,
     judge,
     read_judgements,
     require_same_settings,
@@ -118,8 +118,8 @@ class DemoEvaluationOptions(Config):
             "seed": self.seed,
             "steps": self.steps,
             "dtype": self.dtype,
-            "text guidance as shipped": TEXT_GUIDANCE,
-            "image guidance as shipped": f"{IMAGE_GUIDANCE:g} from {IMAGE_RANGE[0]:g} to {IMAGE_RANGE[1]:g} of the run",
+            "text guidance as shipped": GUIDANCE_SCALE,
+            "image guidance as shipped": f"{IMAGE_GUIDANCE_SCALE:g} from {IMAGE_RANGE[0]:g} to {IMAGE_RANGE[1]:g} of the run",
             "model": model_fingerprint(files.model, MODEL_PARTS),
             **{name: model_fingerprint(file, ()) for name, file in adapters.items()},
         }
@@ -193,7 +193,7 @@ class _Session:
                     self.pipeline, adapters, batch, condition, steps=self.options.steps
                 )
                 keep_images(folder, batch, images)
-                append_judgements(path, judge(batch, images, self.classifier))
+                append_lines(path, map(asdict, judge(batch, images, self.classifier)))
                 bar.update(len(batch))
         return _in_order(read_judgements(path), triples)
 

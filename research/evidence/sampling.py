@@ -47,8 +47,8 @@ def generate_images(
     images: Tensor = pipeline(
         [triple.prompt for triple in triples],
         uses,
-        text_scale=condition.text_guidance,
-        image_scale=condition.image_guidance,
+        guidance_scale=condition.guidance_scale,
+        image_guidance_scale=condition.image_guidance_scale,
         guidance=condition.mode,
         image_range=condition.image_range,
         num_inference_steps=steps,

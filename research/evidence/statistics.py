@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dreamcache_core.errors import InputError, MissingPackageError
+from dreamcache_core.errors import InputError
+from dreamcache_core.packages import require
 
 RESAMPLES = 5_000
 CONFIDENCE = 0.95
@@ -105,12 +106,8 @@ def _gap(values: np.ndarray, lower: np.ndarray, upper: np.ndarray, axis: int = -
 def _bootstrap(
     samples: Sequence[Sequence[float]], statistic: Callable[..., np.ndarray], seed: int
 ) -> Interval:
-    try:
+    with require("scipy", "eval"):
         from scipy.stats import bootstrap
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Confidence intervals need scipy ({error}). Install it: pip install 'dreamcache[eval]'."
-        ) from error
     data = _checked(samples)
     result: Any = bootstrap(
         data,

@@ -48,13 +48,13 @@ def test_textbook_and_product_agree_in_value(batch: int, references: int):
 
 
 @pytest.mark.parametrize(
-    ("image_scale", "name"),
+    ("image_guidance_scale", "name"),
     [(1.0, DREAMCACHE_TWO), (guided.TEXT_SCALE, DREAMCACHE_JOINT)],
 )
 def test_two_row_steps_are_the_textbook_at_scales_where_a_term_cancels(
-    image_scale: float, name: str, monkeypatch: pytest.MonkeyPatch
+    image_guidance_scale: float, name: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(guided, "IMAGE_SCALE", image_scale)
+    monkeypatch.setattr(guided, "IMAGE_SCALE", image_guidance_scale)
     with GuidedSteps(Settings("tiny", 8, "float32", "cpu", batch=2)).ready() as steps:
         two_rows, textbook = steps[name](), steps[TEXTBOOK]()
     scale = float(textbook.abs().max())

@@ -11,12 +11,12 @@ from PIL import Image
 from dreamcache_core.cli.main import main
 from dreamcache_core.demo.files import demo_folder, require_demo_files
 from dreamcache_core.demo.gallery import (
-    IMAGE_GUIDANCE,
+    GUIDANCE_SCALE,
+    IMAGE_GUIDANCE_SCALE,
     IMAGE_RANGE,
     SCENES_SHOWN,
     SHAPES_SHOWN,
     STEPS,
-    TEXT_GUIDANCE,
     choose_themes,
 )
 from research.evidence.conditions import CHOSEN
@@ -44,7 +44,7 @@ def test_own_prompt_gives_an_image_with_and_one_without_the_reference(tmp_path: 
     parameters = json.loads(opened[0].info["dreamcache"])
     assert parameters["prompt"] == prompt
     assert parameters["seed"] == 5
-    assert parameters["cfg"] == TEXT_GUIDANCE
+    assert parameters["cfg"] == GUIDANCE_SCALE
     assert parameters["image_range"] == list(IMAGE_RANGE)
 
 
@@ -109,9 +109,9 @@ def test_quickstart_workflow_samples_as_the_command_does():
     assert scheduler["_class_name"] == "EulerAncestralDiscreteScheduler"
     assert scheduler["timestep_spacing"] == "trailing"
     assert [sampler[2:6] for sampler in values["KSampler"]] == [
-        [STEPS, TEXT_GUIDANCE, "euler_ancestral", "sgm_uniform"]
+        [STEPS, GUIDANCE_SCALE, "euler_ancestral", "sgm_uniform"]
     ] * 2
-    assert [apply[1] for apply in values["DreamCacheApply"]] == [IMAGE_GUIDANCE]
+    assert [apply[1] for apply in values["DreamCacheApply"]] == [IMAGE_GUIDANCE_SCALE]
     assert values["DreamCacheGuidanceRange"] == [list(IMAGE_RANGE)]
     (encode,) = (node for node in nodes if node["type"] == "DreamCacheEncode")
     (mask,) = (slot for slot in encode["inputs"] if slot["name"] == "mask")

@@ -72,7 +72,7 @@ def test_three_predictions_and_guided_eps_equal_the_golden_ones(setup, use):
     assert largest_error(e_u, vectors["eps_noref_negative_t601"]) <= 2e-5
     assert largest_error(e_c, vectors["eps_ref_negative_t601"]) <= 2e-5
     assert largest_error(e_ct, vectors["eps_ref_positive_t601"]) <= 2e-5
-    guided = combine_guidance(e_u, e_c, e_ct, text_scale=S_TEXT, image_scale=S_IMAGE)
+    guided = combine_guidance(e_u, e_c, e_ct, guidance_scale=S_TEXT, image_guidance_scale=S_IMAGE)
     assert relative_error(guided, vectors["eps_guided_t601"]) <= 5e-5
 
 
@@ -83,7 +83,9 @@ def test_ddim_states_equal_the_golden_ones(setup, use):
     for i, t in enumerate(steps):
         previous = alphas[steps[i + 1]] if i + 1 < len(steps) else alphas[0]
         eps = combine_guidance(
-            *three_predictions(setup, use, x, t), text_scale=S_TEXT, image_scale=S_IMAGE
+            *three_predictions(setup, use, x, t),
+            guidance_scale=S_TEXT,
+            image_guidance_scale=S_IMAGE,
         )
         x0 = (x - (1 - alphas[t]).sqrt() * eps) / alphas[t].sqrt()
         x = (previous.sqrt() * x0 + (1 - previous).sqrt() * eps).float()

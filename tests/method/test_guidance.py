@@ -27,41 +27,45 @@ def predictions() -> tuple[Tensor, Tensor, Tensor]:
     return e_u, e_c, e_ct
 
 
-def combine(text_scale: float, image_scale: float) -> Tensor:
-    return combine_guidance(*predictions(), text_scale=text_scale, image_scale=image_scale)
+def combine(guidance_scale: float, image_guidance_scale: float) -> Tensor:
+    return combine_guidance(
+        *predictions(), guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale
+    )
 
 
 def test_three_term_rule_in_numbers():
     e_u, e_c, e_ct = (torch.tensor([value]) for value in (1.0, 3.0, 10.0))
-    guided = combine_guidance(e_u, e_c, e_ct, text_scale=2.0, image_scale=0.5)
+    guided = combine_guidance(e_u, e_c, e_ct, guidance_scale=2.0, image_guidance_scale=0.5)
     assert guided.item() == 1 + 2 * (10 - 3) + 0.5 * (3 - 1)
 
 
 @settings(max_examples=50, deadline=None)
 @given(SCALES, SCALES)
-def test_rule_is_a_weighted_sum(text_scale: float, image_scale: float):
+def test_rule_is_a_weighted_sum(guidance_scale: float, image_guidance_scale: float):
     e_u, e_c, e_ct = predictions()
-    weights = (1 - image_scale, image_scale - text_scale, text_scale)
+    weights = (1 - image_guidance_scale, image_guidance_scale - guidance_scale, guidance_scale)
     assert math.isclose(sum(weights), 1, abs_tol=1e-9)
     expected = weights[0] * e_u + weights[1] * e_c + weights[2] * e_ct
-    torch.testing.assert_close(combine(text_scale, image_scale), expected)
+    torch.testing.assert_close(combine(guidance_scale, image_guidance_scale), expected)
 
 
 @settings(max_examples=50, deadline=None)
 @given(SCALES, SCALES)
 def test_classifier_free_guidance_on_folded_predictions_gives_the_rule(
-    text_scale: float, image_scale: float
+    guidance_scale: float, image_guidance_scale: float
 ):
-    conditional, unconditional = fold_guidance(*predictions(), image_scale=image_scale)
-    guided = unconditional + text_scale * (conditional - unconditional)
-    torch.testing.assert_close(guided, combine(text_scale, image_scale))
+    conditional, unconditional = fold_guidance(
+        *predictions(), image_guidance_scale=image_guidance_scale
+    )
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    torch.testing.assert_close(guided, combine(guidance_scale, image_guidance_scale))
 
 
 @settings(max_examples=20, deadline=None)
 @given(SCALES)
-def test_image_scale_one_cancels_the_unconditional_prediction(text_scale: float):
+def test_image_scale_one_cancels_the_unconditional_prediction(guidance_scale: float):
     _, e_c, e_ct = predictions()
-    torch.testing.assert_close(combine(text_scale, 1.0), e_c + text_scale * (e_ct - e_c))
+    torch.testing.assert_close(combine(guidance_scale, 1.0), e_c + guidance_scale * (e_ct - e_c))
 
 
 def test_both_scales_one_leave_the_last_prediction():
@@ -73,7 +77,7 @@ def test_both_scales_zero_leave_the_first_prediction():
 
 
 @pytest.mark.parametrize(
-    ("mode", "image_scale", "text_scale", "needed"),
+    ("mode", "image_guidance_scale", "guidance_scale", "needed"),
     [
         ("separate", 0.4, 7.5, ALL),
         ("separate", 0.4, 1.0, ALL),
@@ -86,23 +90,29 @@ def test_both_scales_zero_leave_the_first_prediction():
     ],
 )
 def test_needed_predictions_are_as_few_as_algebra_allows(
-    mode: Any, image_scale: float, text_scale: float, needed: tuple[str, ...]
+    mode: Any, image_guidance_scale: float, guidance_scale: float, needed: tuple[str, ...]
 ):
-    assert needed_predictions(Guidance(image_scale, mode), text_scale) == needed
+    assert needed_predictions(Guidance(image_guidance_scale, mode), guidance_scale) == needed
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.sampled_from([1.0, 0.4]), st.sampled_from([1.0, 7.5]))
-def test_predictions_that_are_not_needed_do_not_matter(image_scale: float, text_scale: float):
-    needed = needed_predictions(Guidance(image_scale), text_scale)
+def test_predictions_that_are_not_needed_do_not_matter(
+    image_guidance_scale: float, guidance_scale: float
+):
+    needed = needed_predictions(Guidance(image_guidance_scale), guidance_scale)
     spoilt = [
         value if name in needed else value + 100
         for name, value in zip(ALL, predictions(), strict=True)
     ]
     guided = combine_guidance(
-        spoilt[0], spoilt[1], spoilt[2], text_scale=text_scale, image_scale=image_scale
+        spoilt[0],
+        spoilt[1],
+        spoilt[2],
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
     )
-    torch.testing.assert_close(guided, combine(text_scale, image_scale))
+    torch.testing.assert_close(guided, combine(guidance_scale, image_guidance_scale))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +121,7 @@ def test_predictions_that_are_not_needed_do_not_matter(image_scale: float, text_
 def test_image_scale_holds_from_the_start_of_its_range_to_before_its_end(
     progress: float, scale: float
 ):
-    assert Guidance(0.4, image_range=(0.2, 0.6)).at(progress).image_scale == scale
+    assert Guidance(0.4, image_range=(0.2, 0.6)).at(progress).image_guidance_scale == scale
 
 
 @pytest.mark.parametrize("progress", [-0.01, 0.0, 0.5, 1.0, 1.01])
@@ -126,7 +136,7 @@ def test_range_that_is_no_part_of_the_run_is_refused(bad: tuple[float, float]):
 
 
 def test_defaults_are_those_of_the_paper():
-    assert Guidance() == Guidance(image_scale=0.4, mode="separate")
+    assert Guidance() == Guidance(image_guidance_scale=0.4, mode="separate")
 
 
 def test_unknown_mode_is_refused():
@@ -137,4 +147,4 @@ def test_unknown_mode_is_refused():
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, "0.4", None])
 def test_image_scale_that_is_no_finite_number_is_refused(scale: Any):
     with pytest.raises(InputError, match="must be a finite number; given"):
-        Guidance(image_scale=scale)
+        Guidance(image_guidance_scale=scale)

@@ -116,7 +116,14 @@ def conditions_by_hand(pooled, height, width):
 
 @torch.no_grad()
 def loop_by_hand(
-    pipe, use, latents, size, text_scale=7.5, image_scale=0.4, guided_steps=None, steps=STEPS
+    pipe,
+    use,
+    latents,
+    size,
+    guidance_scale=7.5,
+    image_guidance_scale=0.4,
+    guided_steps=None,
+    steps=STEPS,
 ):
     unet, scheduler = pipe.pipeline.unet, ddim()
     texts = {text: encode_by_hand(pipe, text) for text in ("a cat", "bad")}
@@ -133,8 +140,10 @@ def loop_by_hand(
             predict(text, uses, latents, t)
             for text, uses in (("bad", []), ("bad", use), ("a cat", use))
         ]
-        step_scale = image_scale if guided_steps is None or index in guided_steps else 1.0
-        guided = combine_guidance(*terms, text_scale=text_scale, image_scale=step_scale)
+        step_scale = image_guidance_scale if guided_steps is None or index in guided_steps else 1.0
+        guided = combine_guidance(
+            *terms, guidance_scale=guidance_scale, image_guidance_scale=step_scale
+        )
         latents = scheduler.step(guided, t, latents).prev_sample
     return latents
 
@@ -145,11 +154,19 @@ def test_result_equals_a_hand_written_loop_of_three_predictions(any_pipe):
     assert relative(ours, loop_by_hand(any_pipe, use, start, (64, 80))) < 1e-5
 
 
-@pytest.mark.parametrize(("text_scale", "image_scale"), [(1.0, 0.4), (3.0, 1.0), (1.0, 1.0)])
-def test_cheaper_forms_equal_the_three_term_loop(pipe, text_scale, image_scale):
+@pytest.mark.parametrize(
+    ("guidance_scale", "image_guidance_scale"), [(1.0, 0.4), (3.0, 1.0), (1.0, 1.0)]
+)
+def test_cheaper_forms_equal_the_three_term_loop(pipe, guidance_scale, image_guidance_scale):
     use, start = make_use(pipe), noise()
-    ours = run(pipe, use, latents=start, text_scale=text_scale, image_scale=image_scale)
-    by_hand = loop_by_hand(pipe, use, start, (64, 64), text_scale, image_scale)
+    ours = run(
+        pipe,
+        use,
+        latents=start,
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
+    )
+    by_hand = loop_by_hand(pipe, use, start, (64, 64), guidance_scale, image_guidance_scale)
     assert relative(ours, by_hand) < 1e-5
 
 
@@ -159,18 +176,22 @@ def test_cheaper_forms_equal_the_three_term_loop(pipe, text_scale, image_scale):
     ("image_range", "guided_steps"),
     [((0.0, 0.5), {0, 1}), ((0.3, 0.7), {1, 2}), ((0.5, 1.0), {2, 3, 4}), ((0.0, 0.1), set())],
 )
-@pytest.mark.parametrize("text_scale", [7.5, 1.0])
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 def test_outside_its_range_image_guidance_is_one_and_saves_a_row(
-    any_pipe, image_range, guided_steps, text_scale
+    any_pipe, image_range, guided_steps, guidance_scale
 ):
     use, start = make_use(any_pipe), noise(1, 8, 10)
-    options = {"text_scale": text_scale, "num_inference_steps": 5, "image_range": image_range}
+    options = {
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": 5,
+        "image_range": image_range,
+    }
     with Calls(any_pipe.pipeline.unet) as rows:
         ours = run(any_pipe, use, latents=start, **options)
-    fewest = 1 if text_scale == 1 else 2
+    fewest = 1 if guidance_scale == 1 else 2
     assert rows == [3 if step in guided_steps else fewest for step in range(5)]
     by_hand = loop_by_hand(
-        any_pipe, use, start, (64, 80), text_scale, guided_steps=guided_steps, steps=5
+        any_pipe, use, start, (64, 80), guidance_scale, guided_steps=guided_steps, steps=5
     )
     assert relative(ours, by_hand) < 1e-5
 
@@ -269,11 +290,11 @@ def test_keys_and_values_are_computed_once_per_run(pipe):
     ("options", "rows"),
     [
         ({}, 3),
-        ({"text_scale": 1.0}, 3),
-        ({"image_scale": 1.0}, 2),
+        ({"guidance_scale": 1.0}, 3),
+        ({"image_guidance_scale": 1.0}, 2),
         ({"guidance": "joint"}, 2),
-        ({"text_scale": 1.0, "image_scale": 1.0}, 1),
-        ({"text_scale": 1.0, "guidance": "joint"}, 1),
+        ({"guidance_scale": 1.0, "image_guidance_scale": 1.0}, 1),
+        ({"guidance_scale": 1.0, "guidance": "joint"}, 1),
     ],
 )
 def test_one_call_per_step_with_no_more_rows_than_needed(pipe, options, rows):
@@ -478,7 +499,7 @@ def test_a_v_prediction_model_under_epsilon_adapters_is_warned_of_once(tmp_path,
         ({"output_type": "np"}, "output_type"),
         ({"guidance": "both"}, "guidance"),
         ({"image_range": (0.6, 0.5)}, "start before its end; given 0.6 to 0.5"),
-        ({"text_scale": float("nan")}, "text_scale"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"negative_prompt": ["a", "b"]}, "negative"),
         ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "half precision"),
     ],

@@ -84,8 +84,8 @@ def test_images_show_the_reference_and_without_it_they_do_not(overfit, trained):
         image = pipeline(
             CAPTION,
             use,
-            text_scale=1.0,
-            image_scale=1.0,
+            guidance_scale=1.0,
+            image_guidance_scale=1.0,
             num_inference_steps=20,
             generator=torch.Generator().manual_seed(seed),
             output_type="pt",

@@ -19,7 +19,7 @@ from ...files.whole_files import whole_file
 from ...images.reference import check_placement
 from ...pipeline.base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
 from ...pipeline.loading import require_diffusers
-from ...processes import require_all_processes
+from ...processes import join
 from ..augmentation import ERASE_HELP, FLIP_HELP, JITTER_HELP, Alterations, augment_reference
 from ..buckets import crop_target, target_sizes
 from ..order import sample_seed
@@ -92,10 +92,11 @@ def encode_dataset(options: EncodeOptions) -> Path:
         DreamCacheError: Bad input; the message says what and what to do.
     """
     require_diffusers()
-    from accelerate import PartialState
+    with join("train") as state:
+        return _encode(options, state)
 
-    state: Any = PartialState()
-    require_all_processes(state.num_processes)
+
+def _encode(options: EncodeOptions, state: Any) -> Path:
     source = open_source(options.data)
     base = BaseModel(options.model, options.model_config, torch.float32)
     resolution = options.resolution or min(base.pipeline.default_size_px)

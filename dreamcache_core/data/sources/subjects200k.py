@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import FileFormatError, InputError, MissingPackageError
+from ...errors import FileFormatError, InputError
 from ...images.files import read_image
+from ...packages import require
 from .reading import image_size, make_pair, stamp_files
 from .source import Pair
 
@@ -135,13 +136,9 @@ def parquet_files(path: Path) -> list[Path]:
 
 
 def _load(path: Path) -> Any:
-    try:
+    with require("datasets", "train"):
         from datasets import Dataset, Image
         from datasets.exceptions import DatasetGenerationError
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Parquet files need datasets ({error}). Install it: pip install 'dreamcache[train]'."
-        ) from error
     files = parquet_files(path)
     if not files:
         raise InputError(f"Expected parquet files in {path}, found none.")

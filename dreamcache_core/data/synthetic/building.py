@@ -141,7 +141,7 @@ class _Maker:
             [sample.seed for sample in batch],
             width=self.options.width,
             height=self.options.height,
-            guidance_scale=self.options.guidance_scale,
+            guidance_scale=self.options.cfg,
             num_inference_steps=self.options.steps,
             negative_prompt=self.options.negative,
         )

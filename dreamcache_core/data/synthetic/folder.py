@@ -23,9 +23,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import InputError, MissingPackageError
+from ...errors import InputError
+from ...files.jsonl import append_lines, read_lines
 from ...files.whole_files import whole_file
 from ...images.files import encode_png
+from ...packages import require
 from .captions import Caption
 from .quality import Verdict
 
@@ -102,8 +104,6 @@ class BuildFolder:
         file = self.root / SETTINGS_FILE
         with whole_file(file, by=self._log.stem) as temporary:
             temporary.write_bytes(json.dumps(dict(settings), indent=2).encode())
-        if self._log.exists() and not self._log.read_bytes().endswith(b"\n"):
-            self._append("")  # closes a line that an interruption cut short
 
     def is_decided(self, sample: Sample) -> bool:
         """Tell whether a sample is finished or rejected."""
@@ -145,7 +145,7 @@ class BuildFolder:
             "caption": sample.caption.text,
             "seed": sample.seed,
         }
-        self._append(json.dumps(entry))
+        append_lines(self._log, [entry])
         self._rejected.add(sample.number)
 
     def pack(self, samples: Sequence[Sample]) -> None:
@@ -181,10 +181,6 @@ class BuildFolder:
             return self.root
         return self.root / f"shard-{sample.number // self.shard_size:06d}"
 
-    def _append(self, line: str) -> None:
-        with self._log.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-
 
 def require_webdataset() -> Any:
     """Import webdataset.
@@ -192,12 +188,8 @@ def require_webdataset() -> Any:
     Raises:
         MissingPackageError: It is not installed.
     """
-    try:
+    with require("webdataset", "train"):
         import webdataset
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Shards need webdataset ({error}). Install it: pip install 'dreamcache[train]'."
-        ) from error
     return webdataset
 
 
@@ -212,12 +204,8 @@ def read_rejections(root: Path) -> dict[int, str]:
     """
     rejections: dict[int, str] = {}
     for log in sorted(root.glob("rejected-*.jsonl")):
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the line that an interruption cut short: its sample is made again
-                continue
-            rejections[entry["number"]] = entry["reason"]
+        # a line that an interruption cut short is left out: its sample is made again
+        rejections |= {entry["number"]: entry["reason"] for entry in read_lines(log)}
     return rejections
 
 

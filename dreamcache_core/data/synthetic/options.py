@@ -47,7 +47,7 @@ class BuildOptions(Config):
     )
     width: int | None = _flag("of the images, pixels; else the model's")
     height: int | None = _flag("of the images, pixels; else the model's")
-    guidance_scale: float = _flag("pull of the caption", 3.5)
+    cfg: float = _flag("pull of the caption", 3.5)
     steps: int = _flag("sampling steps", 25)
     negative: str | None = _flag("what the images should avoid")
     batch_size: int = _flag("images generated at once", 1)

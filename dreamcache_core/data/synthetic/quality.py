@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...errors import InputError, MissingPackageError
+from ...errors import InputError
+from ...packages import require
 
 Reason = Literal[
     "blank image", "no subject", "scattered", "too small", "too large", "touches border"
@@ -122,13 +123,9 @@ def largest_component(mask: Tensor) -> Tensor:
     Raises:
         MissingPackageError: SciPy is not installed.
     """
-    try:
+    with require("scipy", "train"):
         import numpy as np
         from scipy import ndimage
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Checking masks needs SciPy ({error}). Install it: pip install 'dreamcache[train]'."
-        ) from error
     labels: Any = ndimage.label(mask[0].cpu().numpy(), structure=np.ones((3, 3)))
     parts = torch.from_numpy(labels[0].astype("int64"))
     sizes = parts.flatten().bincount()

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import FileFormatError, InputError, MissingPackageError, UnsupportedModelError
+from ...errors import FileFormatError, InputError, UnsupportedModelError
 from ...images.tensors import tensor_to_image
+from ...packages import require
 from ...pipeline.loading import quiet_loading
 
 
@@ -123,12 +124,8 @@ def _load(
     folder: str, field: str, model_class: str, kinds: tuple[str, ...], device: torch.device
 ) -> tuple[Any, Any]:
     """Load a processor and its model in float32."""
-    try:
+    with require("transformers", "train"):
         import transformers
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Finding subjects needs transformers ({error}). Install it: pip install 'dreamcache[train]'."
-        ) from error
     _require_kind(Path(folder), field, kinds)
     try:
         with quiet_loading():

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
-from ...errors import MissingPackageError
+from ...packages import require
 from ..world.patterns import PATTERNS
 from ..world.world import IMAGE_SIZE, OUTLINE, Pose, Subject, subject_masks
 from .colours import srgb_to_lab
@@ -173,13 +173,9 @@ def _agreements(found: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray
 
 def _colour_error(found: np.ndarray, subject: Subject, labels: np.ndarray) -> float:
     """Mean colour difference at the cheapest transport between found pixels and expected colours."""
-    try:
+    with require("scipy", "eval"):
         from scipy.optimize import linear_sum_assignment
         from scipy.spatial.distance import cdist
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Measuring colours needs scipy ({error}). Install it: pip install 'dreamcache[eval]'."
-        ) from error
     chosen = np.linspace(0, len(found) - 1, min(NUM_TRANSPORTED, len(found))).astype(np.intp)
     wanted = srgb_to_lab(np.array(subject.colours))[labels[chosen]]
     costs = cdist(found[chosen], wanted)

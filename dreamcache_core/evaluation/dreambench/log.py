@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from ...files.jsonl import append_lines, read_lines
 from .dataset import Candidate, Photo, Subject
 
 METRICS = ("dino", "clip_i", "clip_t", "masked_dino", "masked_clip_i")
@@ -94,12 +96,10 @@ class ScoreLog:
         """Return the scores of all processes by fingerprint; lines that are cut short are left out."""
         scores: dict[str, ImageScore] = {}
         for path in sorted(self.folder.glob("scores-*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    score = ImageScore(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue
-                scores[score.fingerprint] = score
+            for entry in read_lines(path):
+                with suppress(TypeError):
+                    score = ImageScore(**entry)
+                    scores[score.fingerprint] = score
         return scores
 
     def append(self, scores: Iterable[ImageScore]) -> None:
@@ -108,10 +108,7 @@ class ScoreLog:
         Raises:
             OSError: The disk is full.
         """
-        is_torn = self._own.exists() and not self._own.read_bytes().endswith(b"\n")
-        with self._own.open("a", encoding="utf-8") as stream:
-            stream.write("\n" if is_torn else "")
-            stream.writelines(json.dumps(dataclasses.asdict(s)) + "\n" for s in scores)
+        append_lines(self._own, map(dataclasses.asdict, scores))
 
 
 def _digest(photos: Sequence[Photo]) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ...errors import MissingPackageError
 from ...files.whole_files import whole_file
+from ...packages import require
 from ..html_report import ImageRow, Table, Thumbnail, write_html_report
 from .dataset import Candidate, Subject
 from .log import METRICS, ImageScore
@@ -92,13 +92,9 @@ def estimate_mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
     """
     if len(values) < 2:
         return Estimate(fmean(values))
-    try:
+    with require("scipy", "eval"):
         import numpy as np
         from scipy.stats import bootstrap
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Confidence intervals need scipy ({error}). Install it: pip install 'dreamcache[eval]'."
-        ) from error
     found: Any = bootstrap(
         (np.asarray(values),),
         np.mean,

@@ -51,7 +51,9 @@ def test_three_predictions_equal_the_golden_ones_through_inject(setup, fused):
     assert largest_error(e_u, vectors["eps_noref_negative_t601"]) <= 2e-5
     assert largest_error(e_c, vectors["eps_ref_negative_t601"]) <= 2e-5
     assert largest_error(e_ct, vectors["eps_ref_positive_t601"]) <= 2e-5
-    guided = CORE.combine_guidance(e_u, e_c, e_ct, text_scale=S_TEXT, image_scale=S_IMAGE)
+    guided = CORE.combine_guidance(
+        e_u, e_c, e_ct, guidance_scale=S_TEXT, image_guidance_scale=S_IMAGE
+    )
     assert relative_error(guided, vectors["eps_guided_t601"]) <= 5e-5
 
 
