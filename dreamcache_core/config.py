@@ -44,13 +44,25 @@ class Config:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in keys:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"Fields: {', '.join(known)}."
+                hint = nearest(key, known, "Fields")
                 raise InputError(f"{cls.__name__} has no field {key!r}. {hint}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, in the order of declaration."""
         return dataclasses.asdict(self)
+
+
+def nearest(name: str, known: Iterable[str], heading: str) -> str:
+    """Say which of the known names may have been meant, or else list them all.
+
+    Args:
+        name: A name that is not known.
+        known: The known ones.
+        heading: What they are, before a list of them.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"{heading}: {', '.join(names)}."
 
 
 def check_range(name: str, value: float, low: float, high: float | None = None) -> None:

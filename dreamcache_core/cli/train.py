@@ -1,18 +1,12 @@
 """``dreamcache train``."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
 from ..training.config import TrainConfig
-from .flags import parse_config
 
 
-def run(argv: Sequence[str]) -> None:
-    """Train adapters.
-
-    Args:
-        argv: Arguments after ``train``.
-    """
-    config = parse_config(TrainConfig, argv, program="dreamcache train")
+def run(config: TrainConfig) -> None:
+    """Print the plan, and train."""
     from ..training.trainer import Trainer
 
     trainer = Trainer(config)

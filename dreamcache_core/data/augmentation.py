@@ -31,11 +31,6 @@ ERASED_ASPECT = (0.3, 3.3)
 """Height over width."""
 
 
-FLIP_HELP = {"help": "now and then exchange a reference's left and right; not for lettering"}
-JITTER_HELP = {"help": "now and then alter a reference's colours a little"}
-ERASE_HELP = {"help": "now and then paint a part of a reference white"}
-
-
 @dataclass(frozen=True)
 class Alterations:
     """What may happen to a reference besides its size and place; everything is DreamCache's recipe.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +17,8 @@ from ..pipeline.loading import load_diffusers_pipeline
 from ..pipeline.pipeline import DreamCachePipeline
 from .files import require_demo_files
 from .gallery import Panel, Sampling, Theme, choose_themes, draw_panels, draw_sheet
+from .options import DemoOptions
 from .world.world import IMAGE_SIZE, with_article
-
-if TYPE_CHECKING:
-    from ..cli.demo import DemoOptions
 
 SHEET = "contact_sheet.png"
 METADATA_KEY = "dreamcache"

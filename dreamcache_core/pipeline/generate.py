@@ -1,26 +1,22 @@
-"""``dreamcache generate``: check everything, sample, and write the images with their parameters."""
+"""Images of a subject, from options to tensors: read its references, load a model, sample."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config import Config
 from ..errors import InputError
-from ..images.files import contact_sheet, read_image, read_mask, save_png
+from ..images.files import read_image, read_mask
 from ..images.reference import check_mask_aspect, check_placement, prepare_reference_image
 from ..method.adapter import AdapterSet
-from ..method.adapter_files import load_adapters
 from ..method.backends import require_fit
 from ..method.blending import ReferenceUse
 from ..method.guidance import Guidance, GuidanceMode
@@ -37,12 +33,35 @@ MAX_STEPS = 1000
 METADATA_KEY = "dreamcache"
 """Key of the PNG text chunk that holds all parameters as JSON."""
 
-SHEET_COLUMNS = 4
-
 
 @dataclass(frozen=True)
 class GenerateOptions(Config):
-    """What ``dreamcache generate`` was asked for; the parser explains the fields."""
+    """Generate images of a subject.
+
+    Attributes:
+        model: Diffusers folder or single-file checkpoint, local.
+        adapters: Adapter file (.safetensors or released .pt).
+        reference: Images of the subject; the flag may be repeated.
+        prompt: What to show.
+        out: Folder for the images.
+        config: For a single file: a local diffusers folder of the same family.
+        mask: Mask of each reference, white = subject; without it, the image's alpha channel.
+        negative: What to avoid.
+        image_guidance: Pull of the reference.
+        cfg: Pull of the prompt; 1 = off.
+        steps: Sampling steps.
+        seed: Seed of the first image; the next adds 1.
+        count: Number of images.
+        size: Side in pixels of reference and images; else the model's.
+        fill: Share of the side the subject takes.
+        guidance: How prompt and reference pull; joint: as one.
+        image_range: Part of the run in which image_guidance holds; outside it is 1, which is
+            faster.
+        scale: Strength of the adapters; 0 = plain model.
+        scheduler: Sampler; ddim: as in the paper.
+        device: Device of the model: auto, cpu, cuda, cuda:1, mps, ...
+        dtype: Float type of the model; auto: float16 on a GPU, else float32.
+    """
 
     model: str
     adapters: str
@@ -60,11 +79,11 @@ class GenerateOptions(Config):
     size: int | None = None
     fill: float = 0.85
     guidance: GuidanceMode = "separate"
-    image_range: Sequence[float] = (0.0, 1.0)
+    image_range: tuple[float, float] = (0.0, 1.0)
     scale: float = 1.0
-    scheduler: str = "ddim"
+    scheduler: Literal["ddim", "model"] = "ddim"
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.
@@ -72,8 +91,7 @@ class GenerateOptions(Config):
         Raises:
             InputError: A number is out of range, or masks and references differ in number.
         """
-        start, end = self.image_range
-        Guidance(self.image_guidance, self.guidance, (start, end))
+        Guidance(self.image_guidance, self.guidance, self.image_range)
         if not math.isfinite(self.cfg) or not math.isfinite(self.scale):
             raise InputError(
                 f"--cfg and --scale must be finite; given {self.cfg} and {self.scale}."
@@ -87,6 +105,8 @@ class GenerateOptions(Config):
             raise InputError(
                 f"--seed must be in 0 ... 2^64 - 1, also for the last image; given {self.seed}."
             )
+        if not self.reference:
+            raise InputError("Expected an image after --reference; given none.")
         if self.mask and len(self.mask) != len(self.reference):
             raise InputError(
                 f"Give --mask once for every --reference, in the same order, or not at all; given {len(self.mask)} "
@@ -104,51 +124,6 @@ class GenerateOptions(Config):
         return values
 
 
-def generate(options: GenerateOptions) -> None:
-    """Generate images and write them; nothing is written before everything has been checked.
-
-    Args:
-        options: What to do.
-
-    Raises:
-        DreamCacheError: Bad input; the message says what and what to do.
-        OSError: A file could not be written.
-    """
-    out = _check_out(Path(options.out))
-    images = _read_references(options)
-    adapters = load_adapters(options.adapters)
-    pipeline = _load_pipeline(options, adapters)
-    size = options.size or min(pipeline.default_size_px)
-    prepared = torch.cat(
-        [
-            prepare_reference_image(image, mask, size=size, fill=options.fill)[0]
-            for image, mask in images
-        ]
-    )
-    reference = pipeline.encode_reference(
-        prepared, timestep=adapters.info.timestep, layers=adapters.layers
-    )
-    use = ReferenceUse(reference, adapters, options.scale)
-    make_folder(out)
-    run = _Run(out, options.parameters(size, _versions()), list(prepared.split(1)))
-    with tqdm(total=options.count * options.steps, unit="step", desc="sampling") as bar:
-        for seed in range(options.seed, options.seed + options.count):
-            image = _sample(pipeline, use, options, seed, size, bar)
-            run.add_image(image, seed)
-    run.finish()
-
-
-def _check_out(out: Path) -> Path:
-    """Refuse a target folder that could not be made or written to; make nothing yet."""
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(
-            f"Cannot write to {out}: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}. Give --out a "
-            "folder of your own."
-        )
-    return out
-
-
 def make_folder(out: Path) -> None:
     """Make a target folder.
 
@@ -163,8 +138,18 @@ def make_folder(out: Path) -> None:
         ) from error
 
 
-def _read_references(options: GenerateOptions) -> list[tuple[Tensor, Tensor | None]]:
-    """Read images (1, height, width, 3) and masks; the alpha channel is the mask where none is given."""
+def read_references(options: GenerateOptions) -> list[tuple[Tensor, Tensor | None]]:
+    """Read the references; where no mask is given, the alpha channel is one.
+
+    Args:
+        options: Names their files.
+
+    Returns:
+        Images, (1, height, width, 3) in [0, 1], each with its mask, (1, height, width) in [0, 1], if there is one.
+
+    Raises:
+        DreamCacheError: A file is missing, damaged or no image, or a mask is of another aspect.
+    """
     images: list[tuple[Tensor, Tensor | None]] = []
     bare: list[str] = []
     for index, path in enumerate(options.reference):
@@ -184,7 +169,16 @@ def _read_references(options: GenerateOptions) -> list[tuple[Tensor, Tensor | No
     return images
 
 
-def _load_pipeline(options: GenerateOptions, adapters: AdapterSet) -> DreamCachePipeline:
+def load_pipeline(options: GenerateOptions, adapters: AdapterSet) -> DreamCachePipeline:
+    """Load the model with its sampler on its device.
+
+    Args:
+        options: Names model, sampler, device and float type.
+        adapters: What the model must fit.
+
+    Raises:
+        DreamCacheError: The model is missing, damaged, of another family or needs a package that is not installed.
+    """
     device = choose_device(options.device)
     dtype = DTYPES.get(options.dtype)
     if dtype is None:
@@ -226,7 +220,41 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _sample(
+def encode_references(
+    pipeline: DreamCachePipeline,
+    adapters: AdapterSet,
+    images: Iterable[tuple[Tensor, Tensor | None]],
+    options: GenerateOptions,
+    size: int,
+) -> tuple[ReferenceUse, Tensor]:
+    """Cut the subjects out and cache the features of all images together.
+
+    Args:
+        pipeline: The model.
+        adapters: What the features are for.
+        images: Images and masks, as ``read_references`` returns them.
+        options: Says how large subjects are and how strong the adapters.
+        size: Side of the references, pixels.
+
+    Returns:
+        What ``sample_image`` takes, and the references, (references, ``size``, ``size``, 3) in [0, 1].
+
+    Raises:
+        InputError: A mask is empty.
+    """
+    prepared = torch.cat(
+        [
+            prepare_reference_image(image, mask, size=size, fill=options.fill)[0]
+            for image, mask in images
+        ]
+    )
+    reference = pipeline.encode_reference(
+        prepared, timestep=adapters.info.timestep, layers=adapters.layers
+    )
+    return ReferenceUse(reference, adapters, options.scale), prepared
+
+
+def sample_image(
     pipeline: DreamCachePipeline,
     use: ReferenceUse,
     options: GenerateOptions,
@@ -234,7 +262,19 @@ def _sample(
     size: int,
     bar: Any,
 ) -> Tensor:
-    """Generate one image (1, height, width, 3) in [0, 1]."""
+    """Generate one image.
+
+    Args:
+        pipeline: The model.
+        use: The reference.
+        options: Prompts, guidance and steps.
+        seed: Seed of the noise; the one in ``options`` is that of the first image.
+        size: Side of the image, pixels.
+        bar: tqdm's progress bar; goes on by ``options.steps``.
+
+    Returns:
+        (1, ``size``, ``size``, 3), float32 in [0, 1], on the CPU.
+    """
     done = 0
 
     def advance(step: int, timestep: int, latents: Tensor) -> None:  # noqa: ARG001
@@ -252,7 +292,7 @@ def _sample(
         num_inference_steps=options.steps,
         generator=torch.Generator("cpu").manual_seed(seed),
         guidance=options.guidance,
-        image_range=(options.image_range[0], options.image_range[1]),
+        image_range=options.image_range,
         height=size,
         width=size,
         callback=advance,
@@ -261,52 +301,10 @@ def _sample(
     return image.permute(0, 2, 3, 1).float().cpu()
 
 
-def _versions() -> dict[str, str]:
-    diffusers = require_diffusers()
+def versions() -> dict[str, str]:
+    """Return the versions that decide an image, by package."""
     return {
         "dreamcache": __version__,
         "torch": str(torch.__version__),
-        "diffusers": str(diffusers.__version__),
+        "diffusers": str(require_diffusers().__version__),
     }
-
-
-class _Run:
-    """The files of one run: ``0001_reference.png``, ``0001_seed_7.png``, ..., ``0001_sheet.png``.
-
-    The number is the first free one of the folder, so nothing is overwritten.
-    """
-
-    def __init__(
-        self, folder: Path, parameters: Mapping[str, Any], references: list[Tensor]
-    ) -> None:
-        self.folder, self.parameters, self.references = folder, parameters, references
-        self.number = _first_free_number(folder)
-        self.images: list[tuple[Tensor, int]] = []
-
-    def add_image(self, image: Tensor, seed: int) -> None:
-        if not self.images:
-            for index, reference in enumerate(self.references, start=1):
-                suffix = "" if len(self.references) == 1 else f"_{index}"
-                self.write(f"reference{suffix}", reference, {})
-        self.images.append((image, seed))
-        self.write(f"seed_{seed}", image, {**self.parameters, "seed": seed})
-
-    def finish(self) -> None:
-        rows: list[list[Tensor]] = [self.references]
-        captions = [["reference"] * len(self.references)]
-        for start in range(0, len(self.images), SHEET_COLUMNS):
-            chunk = self.images[start : start + SHEET_COLUMNS]
-            rows.append([image for image, _ in chunk])
-            captions.append([f"seed {seed}" for _, seed in chunk])
-        self.write("sheet", contact_sheet(rows, captions), self.parameters)
-
-    def write(self, name: str, image: Tensor, parameters: Mapping[str, Any]) -> None:
-        path = self.folder / f"{self.number:04d}_{name}.png"
-        save_png(path, image, {METADATA_KEY: json.dumps(parameters)} if parameters else None)
-        tqdm.write(str(path))
-
-
-def _first_free_number(folder: Path) -> int:
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    taken = [int(name.split("_")[0]) for name in names if name.split("_")[0].isdecimal()]
-    return max(taken, default=0) + 1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Config, check_range
-from ..data.augmentation import ERASE_HELP, FLIP_HELP, JITTER_HELP, Alterations
+from ..data.augmentation import Alterations
 from ..errors import InputError
 from .initialisation import Init
 
@@ -20,113 +20,99 @@ PATHS = ("data", "encoded", "model", "model_config", "out", "adapters", "validat
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """Train DreamCache adapters on images with masks and captions."""
+    """Train DreamCache adapters on images with masks and captions.
 
-    model: str = field(metadata={"help": "base model: diffusers folder or single-file checkpoint"})
-    out: str = field(metadata={"help": "folder of the run: checkpoints, log, final adapters"})
-    data: str | None = field(
-        default=None, metadata={"help": "training set: folder, manifest, shards or parquet"}
-    )
-    encoded: str | None = field(
-        default=None, metadata={"help": "precomputed latents of it, from 'dataset encode'"}
-    )
-    model_config: str | None = field(
-        default=None, metadata={"help": "for a single file: a diffusers folder like it"}
-    )
-    adapters: str | None = field(
-        default=None, metadata={"help": "adapter file to start from; else untrained ones"}
-    )
-    init: Init = field(default="identity", metadata={"help": "start values of untrained adapters"})
-    layers: list[str] = field(
-        default_factory=list[str],
-        metadata={"help": "layers to adapt, ldm names; none: the paper's"},
-    )
-    timestep: int = field(
-        default=1, metadata={"help": "training index at which references are cached, 0 to 999"}
-    )
-    reference_caption: bool = field(
-        default=False,
-        metadata={"help": "cache references under their caption, not the empty prompt"},
-    )
-    resolution: int | None = field(
-        default=None, metadata={"help": "side of the images in pixels; else the model's"}
-    )
-    buckets: bool = field(
-        default=False, metadata={"help": "keep the targets' aspect: buckets of equal area"}
-    )
-    reference_flip: bool = field(default=True, metadata=FLIP_HELP)
-    reference_jitter: bool = field(default=True, metadata=JITTER_HELP)
-    reference_erase: bool = field(default=True, metadata=ERASE_HELP)
-    steps: int = field(default=25_000, metadata={"help": "optimizer steps of the run"})
-    batch_size: int = field(default=4, metadata={"help": "images per process and forward pass"})
-    gradient_accumulation: int = field(
-        default=1, metadata={"help": "forward passes per optimizer step"}
-    )
-    learning_rate: float = field(default=1e-5, metadata={"help": "learning rate after the warm-up"})
-    lr_schedule: LrSchedule = field(
-        default="constant", metadata={"help": "course of the learning rate"}
-    )
-    warmup_steps: int = field(
-        default=0, metadata={"help": "steps in which the learning rate rises from 0"}
-    )
-    optimizer: str = field(
-        default="AdamW", metadata={"help": "name in torch.optim, or bitsandbytes (AdamW8bit)"}
-    )
-    weight_decay: float = field(default=0.01, metadata={"help": "weight decay of the optimizer"})
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "gradients are clipped to this norm; 0 = not"}
-    )
-    min_snr_gamma: float | None = field(
-        default=None, metadata={"help": "min-SNR loss weights; none: uniform"}
-    )
-    caption_dropout: float = field(
-        default=0.07, metadata={"help": "share of samples that get the empty prompt"}
-    )
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "keep a moving average of the adapters, 0.999 say"}
-    )
-    mixed_precision: MixedPrecision = field(
-        default="auto", metadata={"help": "auto: what accelerate is set to"}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "less memory, a fifth more time"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of order, noise and augmentation"})
-    workers: int = field(
-        default=2, metadata={"help": "processes that read images, per training process"}
-    )
-    log_every: int = field(default=10, metadata={"help": "steps between two entries of the log"})
-    tracker: Tracker = field(
-        default="tensorboard", metadata={"help": "where curves and grids go besides the folder"}
-    )
-    checkpoint_every: int = field(
-        default=500, metadata={"help": "steps between two checkpoints; 0: only at the end"}
-    )
-    keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints that are kept"})
-    resume: bool = field(
-        default=False, metadata={"help": "go on from the newest checkpoint in out"}
-    )
-    validate_every: int = field(
-        default=500, metadata={"help": "steps between two validation grids; 0: none"}
-    )
-    validation_data: str | None = field(
-        default=None, metadata={"help": "set of the validation; else the training set"}
-    )
-    validation_prompts: list[str] = field(
-        default_factory=list[str],
-        metadata={"help": "prompts of the validation; none: the captions of its samples"},
-    )
-    validation_samples: int = field(default=4, metadata={"help": "references in a validation grid"})
-    validation_steps: int = field(
-        default=25, metadata={"help": "sampling steps of a validation image"}
-    )
-    validation_image_guidance: float = field(
-        default=1.0, metadata={"help": "image guidance of a validation image"}
-    )
-    validation_cfg: float = field(
-        default=7.5, metadata={"help": "text guidance of a validation image"}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "print the plan and stop"})
+    Attributes:
+        model: Base model: diffusers folder or single-file checkpoint.
+        out: Folder of the run: checkpoints, log, final adapters.
+        data: Training set: folder, manifest, shards or parquet.
+        encoded: Precomputed latents of it, from 'dataset encode'.
+        model_config: For a single file: a diffusers folder like it.
+        adapters: Adapter file to start from; else untrained ones.
+        init: Start values of untrained adapters.
+        layers: Layers to adapt, ldm names; none: the paper's.
+        timestep: Training index at which references are cached, 0 to 999.
+        reference_caption: Cache references under their caption, not the empty prompt.
+        resolution: Side of the images in pixels; else the model's.
+        buckets: Keep the targets' aspect: buckets of equal area.
+        reference_flip: Now and then exchange a reference's left and right; not for lettering.
+        reference_jitter: Now and then alter a reference's colours a little.
+        reference_erase: Now and then paint a part of a reference white.
+        steps: Optimizer steps of the run.
+        batch_size: Images per process and forward pass.
+        gradient_accumulation: Forward passes per optimizer step.
+        learning_rate: Learning rate after the warm-up.
+        lr_schedule: Course of the learning rate.
+        warmup_steps: Steps in which the learning rate rises from 0.
+        optimizer: Name in torch.optim, or bitsandbytes (AdamW8bit).
+        weight_decay: Weight decay of the optimizer.
+        max_grad_norm: Gradients are clipped to this norm; 0 = not.
+        min_snr_gamma: Gamma of the min-SNR loss weights; none: uniform weights.
+        caption_dropout: Share of samples that get the empty prompt.
+        ema_decay: Keep a moving average of the adapters, 0.999 say.
+        mixed_precision: Float type of the forward pass; auto: what accelerate is set to.
+        gradient_checkpointing: Trade a fifth more time for less memory.
+        seed: Seed of order, noise and augmentation.
+        workers: Processes that read images, per training process.
+        log_every: Steps between two entries of the log.
+        tracker: Where curves and grids go besides the folder.
+        checkpoint_every: Steps between two checkpoints; 0: only at the end.
+        keep_checkpoints: Newest checkpoints that are kept.
+        resume: Go on from the newest checkpoint of the run.
+        validate_every: Steps between two validation grids; 0: none.
+        validation_data: Set of the validation; else the training set.
+        validation_prompts: Prompts of the validation; none: the captions of its samples.
+        validation_samples: References in a validation grid.
+        validation_steps: Sampling steps of a validation image.
+        validation_image_guidance: Image guidance of a validation image.
+        validation_cfg: Text guidance of a validation image.
+        dry_run: Print the plan and stop.
+    """
+
+    model: str
+    out: str
+    data: str | None = None
+    encoded: str | None = None
+    model_config: str | None = None
+    adapters: str | None = None
+    init: Init = "identity"
+    layers: list[str] = field(default_factory=list[str])
+    timestep: int = 1
+    reference_caption: bool = False
+    resolution: int | None = None
+    buckets: bool = False
+    reference_flip: bool = Alterations.flip
+    reference_jitter: bool = Alterations.jitter
+    reference_erase: bool = Alterations.erase
+    steps: int = 25_000
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-5
+    lr_schedule: LrSchedule = "constant"
+    warmup_steps: int = 0
+    optimizer: str = "AdamW"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    min_snr_gamma: float | None = None
+    caption_dropout: float = 0.07
+    ema_decay: float | None = None
+    mixed_precision: MixedPrecision = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    workers: int = 2
+    log_every: int = 10
+    tracker: Tracker = "tensorboard"
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    resume: bool = False
+    validate_every: int = 500
+    validation_data: str | None = None
+    validation_prompts: list[str] = field(default_factory=list[str])
+    validation_samples: int = 4
+    validation_steps: int = 25
+    validation_image_guidance: float = 1.0
+    validation_cfg: float = 7.5
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.

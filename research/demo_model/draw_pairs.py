@@ -7,14 +7,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dreamcache_core.cli.flags import parse_config
+from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.config import Config
 from dreamcache_core.demo.world.world import (
     Subject,
@@ -34,11 +34,17 @@ CHUNK = 200
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(Config):
-    """Draw pairs of a scene with a subject and the same subject cut out, in another pose; none of the held-out ones."""
+    """Draw pairs of a scene with a subject and the same subject cut out, in another pose; none of the held-out ones.
 
-    out: str = field(metadata={"help": "folder for the images and the manifest"})
-    pairs: int = field(default=6000, metadata={"help": "number of pairs"})
-    seed: int = field(default=1, metadata={"help": "decides all of them"})
+    Attributes:
+        out: Folder for the images and the manifest.
+        pairs: Number of pairs.
+        seed: Decides all of them.
+    """
+
+    out: str
+    pairs: int = 6000
+    seed: int = 1
 
     def __post_init__(self) -> None:
         """Check the number.

@@ -7,13 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dreamcache_core.cli.flags import parse_config
+from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.config import Config
 from dreamcache_core.demo.files import PREVIEW_FILE
 from dreamcache_core.errors import StateError
@@ -47,47 +47,44 @@ MEASURED_IMAGES = 500
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig(Config):
-    """Train the demo's autoencoder, text encoder and U-Net on drawn images; go on where an earlier run stopped."""
+    """Train the demo's autoencoder, text encoder and U-Net on drawn images; go on where an earlier run stopped.
 
-    out: str = field(
-        metadata={"help": "folder of the run; the model ends up in its folder 'model'"}
-    )
-    start_from: str = field(
-        default="",
-        metadata={"help": "diffusers folder of a demo model to go on from; empty: from nothing"},
-    )
-    images: int = field(default=24_000, metadata={"help": "images to draw and train on"})
-    autoencoder_colour_steps: int = field(
-        default=600,
-        metadata={"help": "steps of the autoencoder to find colours, if it begins from nothing"},
-    )
-    autoencoder_steps: int = field(
-        default=8_000, metadata={"help": "its steps after that on 64-pixel crops"}
-    )
-    autoencoder_full_steps: int = field(
-        default=4_000, metadata={"help": "its steps after that on whole images"}
-    )
-    decoder_steps: int = field(
-        default=4_000,
-        metadata={"help": "steps of the decoder alone after these: the latents stay as they are"},
-    )
-    autoencoder_learning_rate: float = field(
-        default=1e-3, metadata={"help": "highest learning rate of these"}
-    )
-    unet_steps: int = field(default=30_000, metadata={"help": "steps of U-Net and text encoder"})
-    unet_batch: int = field(default=48, metadata={"help": "images in a step of these"})
-    unet_learning_rate: float = field(
-        default=1e-3, metadata={"help": "highest learning rate of these"}
-    )
-    subject_weight: float = field(
-        default=3.0, metadata={"help": "weight of the subject's part of an image; the rest has 1"}
-    )
-    drop_caption: float = field(
-        default=0.1, metadata={"help": "share of images with an empty caption"}
-    )
-    save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
-    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16"})
-    seed: int = field(default=0, metadata={"help": "decides images, weights and batches"})
+    Attributes:
+        out: Folder of the run; the model ends up in its folder 'model'.
+        start_from: Diffusers folder of a demo model to go on from; empty: from nothing.
+        images: Images to draw and train on.
+        autoencoder_colour_steps: Steps of the autoencoder to find colours, if it begins from
+            nothing.
+        autoencoder_steps: Its steps after that on 64-pixel crops.
+        autoencoder_full_steps: Its steps after that on whole images.
+        decoder_steps: Steps of the decoder alone after these: the latents stay as they are.
+        autoencoder_learning_rate: Highest learning rate of these.
+        unet_steps: Steps of U-Net and text encoder.
+        unet_batch: Images in a step of these.
+        unet_learning_rate: Highest learning rate of these.
+        subject_weight: Weight of the subject's part of an image; the rest has 1.
+        drop_caption: Share of images with an empty caption.
+        save_every: Steps between checkpoints.
+        mixed_precision: Float type of the forward pass: no, fp16 or bf16.
+        seed: Decides images, weights and batches.
+    """
+
+    out: str
+    start_from: str = ""
+    images: int = 24_000
+    autoencoder_colour_steps: int = 600
+    autoencoder_steps: int = 8_000
+    autoencoder_full_steps: int = 4_000
+    decoder_steps: int = 4_000
+    autoencoder_learning_rate: float = 1e-3
+    unet_steps: int = 30_000
+    unet_batch: int = 48
+    unet_learning_rate: float = 1e-3
+    subject_weight: float = 3.0
+    drop_caption: float = 0.1
+    save_every: int = 500
+    mixed_precision: str = "no"
+    seed: int = 0
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreamcache_core.cli.flags import parse_config, read_toml
+from dreamcache_core.cli.parsing import parse_config, read_toml
 from dreamcache_core.config import Config
 from dreamcache_core.data.precomputed.encoded import ALTERATION_FIELDS
 from dreamcache_core.data.precomputed.encoding import EncodeOptions, encode_dataset
@@ -47,17 +47,25 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class VariantsConfig(Config):
-    """Train the demo's adapters otherwise than they ship, all alike but for one thing; what is there already is left."""
+    """Train the demo's adapters otherwise than they ship, all alike but for one thing; what is there already is left.
 
-    model: str = field(metadata={"help": "diffusers folder of the demo's base model"})
-    data: str = field(metadata={"help": "manifest of the pairs, from draw_pairs"})
-    out: str = field(metadata={"help": "folder for one adapter file a variant"})
-    work: str = field(metadata={"help": "folder for runs and precomputed sets"})
-    names: list[str] = field(
-        default_factory=list[str], metadata={"help": "variants to train; none: all"}
-    )
-    steps: int = field(default=800, metadata={"help": "optimizer steps of each"})
-    seed: int = field(default=0, metadata={"help": "seed of each"})
+    Attributes:
+        model: Diffusers folder of the demo's base model.
+        data: Manifest of the pairs, from draw_pairs.
+        out: Folder for one adapter file a variant.
+        work: Folder for runs and precomputed sets.
+        names: Variants to train; none: all.
+        steps: Optimizer steps of each.
+        seed: Seed of each.
+    """
+
+    model: str
+    data: str
+    out: str
+    work: str
+    names: list[str] = field(default_factory=list[str])
+    steps: int = 800
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the names.

@@ -4,8 +4,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from dreamcache_core.cli.flags import parse_config
 from dreamcache_core.cli.main import guarded
+from dreamcache_core.cli.parsing import parse_config
 
 from .pages import summary_lines, write_pages
 from .report import write_report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dreamcache_core.cli.flags import parse_config
+from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.config import Config
 from dreamcache_core.demo.measures.classifier import (
     BACKGROUND_NAMES,
@@ -35,15 +35,25 @@ MEASURED_BATCH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(Config):
-    """Train the classifier of backgrounds and shapes in the demo world on true renders."""
+    """Train the classifier of backgrounds and shapes in the demo world on true renders.
 
-    out: str = field(metadata={"help": "the file to write (.safetensors)"})
-    images: int = field(default=20_000, metadata={"help": "images to draw and train on"})
-    held_out: int = field(default=2_000, metadata={"help": "other images to measure on"})
-    steps: int = field(default=3_000, metadata={"help": "training steps"})
-    batch: int = field(default=64, metadata={"help": "images in a step"})
-    learning_rate: float = field(default=4e-3, metadata={"help": "highest learning rate"})
-    seed: int = field(default=0, metadata={"help": "decides images, weights and batches"})
+    Attributes:
+        out: The file to write (.safetensors).
+        images: Images to draw and train on.
+        held_out: Other images to measure on.
+        steps: Training steps.
+        batch: Images in a step.
+        learning_rate: Highest learning rate.
+        seed: Decides images, weights and batches.
+    """
+
+    out: str
+    images: int = 20_000
+    held_out: int = 2_000
+    steps: int = 3_000
+    batch: int = 64
+    learning_rate: float = 4e-3
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,6 @@ from .triples import (
     GROUPS,
     NUM_COMBINATIONS,
     NUM_SHAPES,
-    TUNING_SEED,
     Group,
     Triple,
     draw_triples,
@@ -60,37 +59,35 @@ MODEL_PARTS = ("unet", "vae", "text_encoder", "scheduler")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoEvaluationOptions(Config):
-    """Measure the demo model on held-out subjects under every condition; go on where an earlier run stopped."""
+    """Measure the demo model on held-out subjects under every condition; go on where an earlier run stopped.
 
-    results: str = field(
-        default="evidence", metadata={"help": "folder of the measurements, one file a condition"}
-    )
-    out: str = field(default="docs/evidence", metadata={"help": "folder of the pages and plots"})
-    folder: str | None = field(
-        default=None, metadata={"help": "holds model and adapters; else what comes along"}
-    )
-    variants: str | None = field(
-        default=None, metadata={"help": "folder of adapters that were trained otherwise"}
-    )
-    conditions: list[str] = field(
-        default_factory=list, metadata={"help": "names of conditions to measure; none: all"}
-    )
-    combinations: int = field(
-        default=NUM_COMBINATIONS, metadata={"help": "triples with unseen patterns and colours"}
-    )
-    shapes: int = field(default=NUM_SHAPES, metadata={"help": "triples with unseen shapes"})
-    steps: int = field(default=STEPS, metadata={"help": "sampling steps"})
-    batch_size: int = field(default=30, metadata={"help": "images generated at a time"})
-    seed: int = field(
-        default=EVIDENCE_SEED,
-        metadata={
-            "help": f"seed of the triples; {TUNING_SEED} are those that settings were chosen on"
-        },
-    )
-    device: str = field(default="auto", metadata={"help": "auto: an accelerator, if there is one"})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "float type of the model"}
-    )
+    Attributes:
+        results: Folder of the measurements, one file a condition.
+        out: Folder of the pages and plots.
+        folder: Holds model and adapters; else what comes along.
+        variants: Folder of adapters that were trained otherwise.
+        conditions: Names of conditions to measure; none: all.
+        combinations: Triples with unseen patterns and colours.
+        shapes: Triples with unseen shapes.
+        steps: Sampling steps.
+        batch_size: Images generated at a time.
+        seed: Seed of the triples; 0 gives those that settings were chosen on.
+        device: Device of the model; auto: an accelerator, if there is one.
+        dtype: Float type of the model.
+    """
+
+    results: str = "evidence"
+    out: str = "docs/evidence"
+    folder: str | None = None
+    variants: str | None = None
+    conditions: list[str] = field(default_factory=list[str])
+    combinations: int = NUM_COMBINATIONS
+    shapes: int = NUM_SHAPES
+    steps: int = STEPS
+    batch_size: int = 30
+    seed: int = EVIDENCE_SEED
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         """Check the numbers.

@@ -17,7 +17,7 @@ from tiny_pipeline import tiny_pipeline
 from tiny_segmenters import save_clipseg, save_grounding_dino, save_sam
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from dreamcache_core.cli.dataset_build import run
+from dreamcache_core.cli.main import main
 from dreamcache_core.data.order import sample_seed
 from dreamcache_core.data.synthetic.building import build, summarise
 from dreamcache_core.data.synthetic.folder import read_rejections
@@ -231,7 +231,8 @@ def test_a_folder_may_grow_by_a_larger_count(files, tmp_path):
 
 
 def test_the_lists_that_ship_are_used_without_captions(files, tmp_path):
-    run(flags(settings(files, tmp_path / "set", captions=None, count=2, min_main_share=0.0)))
+    changes = {"captions": None, "count": 2, "min_main_share": 0.0}
+    assert main(["dataset", "build", *flags(settings(files, tmp_path / "set", **changes))]) == 0
     captions = captions_in(tmp_path / "set")
     assert len(captions) == 2
     assert all(", " in caption for caption in captions.values())
@@ -242,7 +243,7 @@ def flags(values):
 
 
 def test_the_command_prints_what_was_kept_and_why_not(files, tmp_path, capsys):
-    run(flags(settings(files, tmp_path / "set")))
+    assert main(["dataset", "build", *flags(settings(files, tmp_path / "set"))]) == 0
     rejected = len(read_rejections(files / "whole"))
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -256,7 +257,7 @@ def test_the_command_prints_what_was_kept_and_why_not(files, tmp_path, capsys):
 def test_launched_processes_share_the_work(files, tmp_path):
     script = tmp_path / "build.py"
     script.write_text(
-        "import sys\nfrom dreamcache_core.cli.dataset_build import run\nrun(sys.argv[1:])\n"
+        "import sys\nfrom dreamcache_core.cli import main\nsys.exit(main(['dataset', 'build', *sys.argv[1:]]))\n"
     )
     command = [sys.executable, str(script), *flags(settings(files, tmp_path / "set")), "--cpu"]
     port = free_port()

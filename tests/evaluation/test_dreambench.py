@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,10 @@ from tiny_pipeline import tiny_pipeline, tokenizer, wrap
 from transformers import CLIPModel, ViTModel
 
 from dreamcache_core import save_adapters
-from dreamcache_core.cli.evaluate import add_evaluate_commands
+from dreamcache_core.cli.evaluate_dreambench import run
+from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.errors import FileFormatError, InputError, UnsupportedModelError
+from dreamcache_core.evaluation.dreambench.options import DreamBenchOptions
 from dreamcache_core.evaluation.image_metrics import ClipEncoder, DinoEncoder
 
 pytestmark = pytest.mark.diffusers
@@ -64,10 +65,7 @@ def evaluate(files, out, *more, **changes):
         **changes,
     }
     flags = [f"--{key}={value}" for key, value in values.items() if value is not None]
-    parser = ArgumentParser()
-    add_evaluate_commands(parser.add_subparsers())
-    args, rest = parser.parse_known_args(["evaluate", "dreambench", *flags, "--cpu", *more])
-    args.run(rest)
+    run(parse_config(DreamBenchOptions, [*flags, "--cpu", *more], program="dreambench"))
 
 
 def table(out, name="images"):
@@ -230,7 +228,7 @@ def test_a_changed_image_image_or_judge_is_judged_again(files, judged, tmp_path)
 def test_launched_processes_share_the_work(files, judged, tmp_path):
     script = tmp_path / "judge.py"
     script.write_text(
-        "import sys\nfrom dreamcache_core.cli.evaluate import _dreambench\n_dreambench(sys.argv[1:])\n"
+        "import sys\nfrom dreamcache_core.cli import main\nsys.exit(main(['evaluate', 'dreambench', *sys.argv[1:]]))\n"
     )
     flags = {"dataset": "set", "dino": "dino", "clip": "clip", "images": "images"}
     flags |= {"subject_list": "subjects.csv"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamcache_core.cli.flags import parse_config
+from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.demo.measures.classifier import load_classifier
 from dreamcache_core.errors import InputError
 from research.evidence.classifier_training import ClassifierConfig, train

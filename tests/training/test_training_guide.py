@@ -21,8 +21,8 @@ from training_set import save_base_model, write_pairs
 from transformers import CLIPTextConfig
 
 from dreamcache_core import load_adapters
-from dreamcache_core.cli.flags import parse_config
 from dreamcache_core.cli.main import main
+from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.data.sources.opening import open_source
 from dreamcache_core.data.synthetic.options import BuildOptions
 from dreamcache_core.training.config import TrainConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from ...images.reference import check_placement
 from ...pipeline.base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
 from ...pipeline.loading import require_diffusers
 from ...processes import join
-from ..augmentation import ERASE_HELP, FLIP_HELP, JITTER_HELP, Alterations, augment_reference
+from ..augmentation import Alterations, augment_reference
 from ..buckets import crop_target, target_sizes
 from ..order import sample_seed
 from ..sources.opening import open_source
@@ -34,31 +34,39 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True)
 class EncodeOptions(Config):
-    """Compute the latents and text states of a training set once."""
+    """Compute the latents and text states of a training set once.
 
-    data: str = field(metadata={"help": "training set: folder, manifest, shards or parquet"})
-    model: str = field(metadata={"help": "base model: diffusers folder or single-file checkpoint"})
-    out: str = field(metadata={"help": "folder for the shards"})
-    model_config: str | None = field(
-        default=None, metadata={"help": "for a single file: a diffusers folder like it"}
-    )
-    resolution: int | None = field(
-        default=None, metadata={"help": "side of the images in pixels; else the model's"}
-    )
-    buckets: bool = field(default=False, metadata={"help": "keep the targets' aspect"})
-    reference_variants: int = field(
-        default=0,
-        metadata={"help": "augmented references per image; 0: augmented and encoded in training"},
-    )
-    reference_flip: bool = field(default=True, metadata=FLIP_HELP)
-    reference_jitter: bool = field(default=True, metadata=JITTER_HELP)
-    reference_erase: bool = field(default=True, metadata=ERASE_HELP)
-    batch_size: int = field(default=8, metadata={"help": "images encoded at a time"})
-    samples_per_shard: int = field(default=1000, metadata={"help": "images in a file"})
-    dtype: Literal["float16", "bfloat16", "float32"] = field(
-        default="float16", metadata={"help": "float type of the files"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the augmentation"})
+    Attributes:
+        data: Training set: folder, manifest, shards or parquet.
+        model: Base model: diffusers folder or single-file checkpoint.
+        out: Folder for the shards.
+        model_config: For a single file: a diffusers folder like it.
+        resolution: Side of the images in pixels; else the model's.
+        buckets: Keep the targets' aspect: buckets of equal area.
+        reference_variants: Augmented references per image; 0: augmented and encoded in training.
+        reference_flip: Now and then exchange a reference's left and right; not for lettering.
+        reference_jitter: Now and then alter a reference's colours a little.
+        reference_erase: Now and then paint a part of a reference white.
+        batch_size: Images encoded at a time.
+        samples_per_shard: Images in a file.
+        dtype: Float type of the files.
+        seed: Seed of the augmentation.
+    """
+
+    data: str
+    model: str
+    out: str
+    model_config: str | None = None
+    resolution: int | None = None
+    buckets: bool = False
+    reference_variants: int = 0
+    reference_flip: bool = Alterations.flip
+    reference_jitter: bool = Alterations.jitter
+    reference_erase: bool = Alterations.erase
+    batch_size: int = 8
+    samples_per_shard: int = 1000
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the numbers.

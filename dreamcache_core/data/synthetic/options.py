@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from ...config import Config
 from ...errors import InputError
@@ -11,53 +11,71 @@ from .quality import QualityLimits
 from .text_to_image import AUTO_CLASS
 
 
-def _flag(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class BuildOptions(Config):
-    """Build a training set from captions: generate images, cut out their subjects, keep what is fit.
+    """Build a training set from captions, and keep what is fit of it.
 
-    Give the same command again to go on after an interruption; several processes share the work under
-    ``accelerate launch -m dreamcache_core dataset build ...`` and make the same set as one.
+    Give the same command again to go on after an interruption.
+
+    Several processes share the work under ``accelerate launch``, and make the same.
+
+    Attributes:
+        out: Folder of the set: new, empty, or an interrupted build.
+        model: Diffusers folder of a text-to-image model, local.
+        segmenter_model: Folder of CLIPSeg or SAM, local.
+        segmenter: What finds the subject: CLIPSeg, or Grounding DINO and SAM.
+        detector_model: With grounded-sam: folder of Grounding DINO, local.
+        captions: Text file, a caption or subject, tab and caption, per line; else subjects x contexts.
+        subjects: Text file, a subject per line; else the list that ships.
+        contexts: Text file, a context per line; else the list that ships.
+        count: Samples to make, rejected ones included; else one per caption.
+        seed: Seed of the noise, and of the order of subjects x contexts.
+        form: A folder per subject, or WebDataset shards.
+        shard_size: Samples to a shard, rejected ones included.
+        pipeline_class: Class of diffusers that loads the model.
+        dtype: Float type of the model; auto: float16 on a GPU, else float32.
+        width: Width of the images, pixels; else the model's.
+        height: Height of the images, pixels; else the model's.
+        cfg: Pull of the caption.
+        steps: Sampling steps.
+        negative: What the images should avoid.
+        batch_size: Images generated at once.
+        mask_threshold: With clipseg: least probability of a pixel of the subject.
+        box_threshold: With grounded-sam: least score of the subject's box.
+        min_area: Least share of the image that the subject takes.
+        max_area: Greatest share of the image.
+        min_main_share: Least share of the mask in its largest connected part.
+        allow_border: Keep subjects that touch the image's border.
+        cpu: Use the CPU even where there is a GPU.
     """
 
-    out: str = field(metadata={"help": "folder of the set: new, empty, or an interrupted build"})
-    model: str = field(metadata={"help": "diffusers folder of a text-to-image model, local"})
-    segmenter_model: str = field(metadata={"help": "folder of CLIPSeg or SAM, local"})
-    segmenter: Literal["clipseg", "grounded-sam"] = _flag(
-        "what finds the subject: CLIPSeg, or Grounding DINO and SAM", "clipseg"
-    )
-    detector_model: str | None = _flag("grounded-sam: folder of Grounding DINO, local")
-    captions: str | None = _flag(
-        "text file, a caption or subject<TAB>caption per line; else subjects x contexts"
-    )
-    subjects: str | None = _flag("text file, a subject per line; else the list that ships")
-    contexts: str | None = _flag("text file, a context per line; else the list that ships")
-    count: int | None = _flag("samples to make, rejected ones included; else one per caption")
-    seed: int = _flag("of the noise, and of the order of subjects x contexts", 0)
-    form: Literal["folder", "shards"] = _flag(
-        "a folder per subject, or WebDataset shards", "folder"
-    )
-    shard_size: int = _flag("shards: samples to a shard, rejected ones included", 1000)
-    pipeline_class: str = _flag("class of diffusers that loads the model", AUTO_CLASS)
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = _flag(
-        "float type of the model; auto: float16 on a GPU, else float32", "auto"
-    )
-    width: int | None = _flag("of the images, pixels; else the model's")
-    height: int | None = _flag("of the images, pixels; else the model's")
-    cfg: float = _flag("pull of the caption", 3.5)
-    steps: int = _flag("sampling steps", 25)
-    negative: str | None = _flag("what the images should avoid")
-    batch_size: int = _flag("images generated at once", 1)
-    mask_threshold: float = _flag("clipseg: probability of a pixel of the subject", 0.5)
-    box_threshold: float = _flag("grounded-sam: least score of the subject's box", 0.25)
-    min_area: float = _flag("least share of the image that the subject takes", 0.02)
-    max_area: float = _flag("greatest share of the image", 0.8)
-    min_main_share: float = _flag("least share of the mask in its largest connected part", 0.9)
-    allow_border: bool = _flag("keep subjects that touch the image's border", False)
-    cpu: bool = _flag("use the CPU even where there is a GPU", False)
+    out: str
+    model: str
+    segmenter_model: str
+    segmenter: Literal["clipseg", "grounded-sam"] = "clipseg"
+    detector_model: str | None = None
+    captions: str | None = None
+    subjects: str | None = None
+    contexts: str | None = None
+    count: int | None = None
+    seed: int = 0
+    form: Literal["folder", "shards"] = "folder"
+    shard_size: int = 1000
+    pipeline_class: str = AUTO_CLASS
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    width: int | None = None
+    height: int | None = None
+    cfg: float = 3.5
+    steps: int = 25
+    negative: str | None = None
+    batch_size: int = 1
+    mask_threshold: float = 0.5
+    box_threshold: float = 0.25
+    min_area: float = 0.02
+    max_area: float = 0.8
+    min_main_share: float = 0.9
+    allow_border: bool = False
+    cpu: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.

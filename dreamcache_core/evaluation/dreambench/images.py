@@ -20,10 +20,10 @@ from ...method.blending import ReferenceUse
 from ...pipeline.generate import (
     METADATA_KEY,
     GenerateOptions,
-    _load_pipeline,
-    _read_references,
-    _sample,
-    _versions,
+    load_pipeline,
+    read_references,
+    sample_image,
+    versions,
 )
 from .dataset import Item
 from .options import DreamBenchOptions
@@ -63,7 +63,7 @@ class _Maker:
     def __init__(self, options: DreamBenchOptions, first: GenerateOptions) -> None:
         self.options = options
         self.adapters = load_adapters(first.adapters)
-        self.pipeline = _load_pipeline(first, self.adapters)
+        self.pipeline = load_pipeline(first, self.adapters)
         self.size = first.size or min(self.pipeline.default_size_px)
 
     def make(self, items: Sequence[Item], device: torch.device, bar: Any) -> None:
@@ -71,15 +71,15 @@ class _Maker:
         settings = [_settings(self.options, item, device) for item in items]
         use = self._use(settings[0])
         for item, one in zip(items, settings, strict=True):
-            image = _sample(self.pipeline, use, one, one.seed, self.size, bar)
+            image = sample_image(self.pipeline, use, one, one.seed, self.size, bar)
             path = self.options.image_folder / item.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            parameters = one.parameters(self.size, _versions())
+            parameters = one.parameters(self.size, versions())
             save_png(path, image, {METADATA_KEY: json.dumps(parameters)})
 
     def _use(self, settings: GenerateOptions) -> ReferenceUse:
         """Encode a subject's reference, once for all its images."""
-        ((image, mask),) = _read_references(settings)
+        ((image, mask),) = read_references(settings)
         prepared, _ = prepare_reference_image(image, mask, size=self.size, fill=settings.fill)
         info = self.adapters.info
         reference = self.pipeline.encode_reference(

@@ -4,59 +4,80 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ...config import Config
 from ...errors import InputError
 from ...pipeline.generate import GenerateOptions
 
 
-def _flag(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class DreamBenchOptions(Config):
-    """Judge images of DreamBench's subjects by DINO, CLIP-I and CLIP-T, or generate and judge them.
+    """Judge images of DreamBench's subjects, or generate and judge them.
 
-    Give the same command again to go on after an interruption; several processes share the work under
-    ``accelerate launch -m dreamcache_core evaluate dreambench ...``.
+    Give the same command again to go on after an interruption.
+
+    Several processes share the work under ``accelerate launch``.
+
+    Attributes:
+        dataset: Folder with a folder of images for each subject.
+        out: Folder for scores, tables and report.
+        dino: Folder of DINO ViT-S/16, local.
+        clip: Folder of CLIP ViT-B/32, local.
+        images: Folder of images to judge: SUBJECT/PROMPT_IMAGE.png, from 0.
+        generate: Generate the images, into --out, with --model and --adapters.
+        subjects: Names of subjects; else all.
+        subject_list: CSV: subject,class,kind[,reference]; else that of DreamBench.
+        object_prompts: Text file, a prompt with {} for the class word per line.
+        live_prompts: The same for live subjects.
+        images_per_prompt: Images for each prompt.
+        batch_size: Images judged at once.
+        report_images: Images of each prompt shown in the report.
+        cpu: Use the CPU even where there is a GPU.
+        model: With --generate: diffusers folder or single-file checkpoint, local.
+        model_config: With --generate, for a single file: diffusers folder of its family.
+        adapters: With --generate: adapter file (.safetensors or released .pt).
+        negative: With --generate: what to avoid.
+        image_guidance: With --generate: pull of the reference.
+        cfg: With --generate: pull of the prompt; 1 = off.
+        steps: With --generate: sampling steps.
+        seed: With --generate: seed of all noise.
+        size: With --generate: side in pixels of reference and images; else the model's.
+        fill: With --generate: share of the side the subject takes in its reference.
+        scale: With --generate: strength of the adapters; 0 = plain model.
+        guidance: With --generate: how prompt and reference pull; joint: as one.
+        scheduler: With --generate: sampler; ddim: as in the paper.
+        dtype: With --generate: float type of the model; auto: float16 on a GPU, else float32.
     """
 
-    dataset: str = field(metadata={"help": "folder with a folder of images for each subject"})
-    out: str = field(metadata={"help": "folder for scores, tables and report"})
-    dino: str = field(metadata={"help": "folder of DINO ViT-S/16, local"})
-    clip: str = field(metadata={"help": "folder of CLIP ViT-B/32, local"})
-    images: str | None = _flag("folder of images to judge: SUBJECT/PROMPT_IMAGE.png, from 0")
-    generate: bool = _flag("generate the images, into --out, with --model and --adapters", False)
-    subjects: list[str] = field(
-        default_factory=list[str], metadata={"help": "names of subjects; else all"}
-    )
-    subject_list: str | None = _flag("CSV: subject,class,kind[,reference]; else that of DreamBench")
-    object_prompts: str | None = _flag("text file, a prompt with {} for the class word per line")
-    live_prompts: str | None = _flag("likewise, for live subjects")
-    images_per_prompt: int = _flag("images for each prompt", 4)
-    batch_size: int = _flag("images judged at once", 32)
-    report_images: int = _flag("images of each prompt shown in the report", 1)
-    cpu: bool = _flag("use the CPU even where there is a GPU", False)
-    model: str | None = _flag("generate: diffusers folder or single-file checkpoint, local")
-    model_config: str | None = _flag("generate, for a single file: diffusers folder of its family")
-    adapters: str | None = _flag("generate: adapter file (.safetensors or released .pt)")
-    negative: str = _flag("generate: what to avoid", "")
-    image_guidance: float = _flag("generate: pull of the reference", 0.4)
-    cfg: float = _flag("generate: pull of the prompt; 1 = off", 7.5)
-    steps: int = _flag("generate: sampling steps", 50)
-    seed: int = _flag("generate: seed of all noise", 0)
-    size: int | None = _flag("generate: side in pixels of reference and images; else the model's")
-    fill: float = _flag("generate: share of the side the subject takes in its reference", 0.85)
-    scale: float = _flag("generate: strength of the adapters; 0 = plain model", 1.0)
-    guidance: Literal["separate", "joint"] = _flag(
-        "generate: joint: text and reference as one", "separate"
-    )
-    scheduler: Literal["ddim", "model"] = _flag("generate: ddim: as in the paper", "ddim")
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = _flag(
-        "generate: float type of the model; auto: float16 on a GPU, else float32", "auto"
-    )
+    dataset: str
+    out: str
+    dino: str
+    clip: str
+    images: str | None = None
+    generate: bool = False
+    subjects: list[str] = field(default_factory=list[str])
+    subject_list: str | None = None
+    object_prompts: str | None = None
+    live_prompts: str | None = None
+    images_per_prompt: int = 4
+    batch_size: int = 32
+    report_images: int = 1
+    cpu: bool = False
+    model: str | None = None
+    model_config: str | None = None
+    adapters: str | None = None
+    negative: str = GenerateOptions.negative
+    image_guidance: float = GenerateOptions.image_guidance
+    cfg: float = GenerateOptions.cfg
+    steps: int = GenerateOptions.steps
+    seed: int = GenerateOptions.seed
+    size: int | None = GenerateOptions.size
+    fill: float = GenerateOptions.fill
+    scale: float = GenerateOptions.scale
+    guidance: Literal["separate", "joint"] = GenerateOptions.guidance
+    scheduler: Literal["ddim", "model"] = GenerateOptions.scheduler
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = GenerateOptions.dtype
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.

@@ -1,12 +1,14 @@
-"""Say what a file of weights is: adapters, a saved reference, or something else."""
+"""``dreamcache inspect``: adapters, a saved reference, or something else."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..config import Config
 from ..errors import FileFormatError
 from ..files.tensor_file import FORMAT_KEY, is_torch_file, kind_of_weights, refuse_non_weights
 from ..method import adapter_files as checkpoints
@@ -14,6 +16,23 @@ from ..method import cache
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import load_adapters
 from ..method.cache import ReferenceCache
+
+
+@dataclass(frozen=True)
+class InspectOptions(Config):
+    """Say what an adapter or reference file is.
+
+    Attributes:
+        file: Any file of weights.
+    """
+
+    file: str
+
+
+def run(options: InspectOptions) -> None:
+    """Print what a file is."""
+    for name, value in describe_file(Path(options.file)).items():
+        print(f"{name + ':':<12} {value}")
 
 
 def describe_file(path: Path) -> dict[str, str]:

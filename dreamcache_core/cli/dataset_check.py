@@ -1,0 +1,136 @@
+"""``dreamcache dataset check``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, check_range
+from ..data.augmentation import Alterations
+from ..data.checking import SetReport, check_source, load_token_counter, training_sheet
+from ..data.sources.opening import open_source
+from ..errors import InputError
+from ..images.files import save_png
+
+MAX_LISTED = 10
+"""Problems of a kind, and image sizes, that are listed; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class CheckOptions(Config):
+    """Read a training set and say what is in it and what is wrong with it.
+
+    Exit code: 0 all is well, 1 there are problems, 2 it is no training set.
+
+    Attributes:
+        path: Training set: folder, manifest, shards or parquet.
+        size: Side of the images in training, pixels.
+        buckets: Training keeps the aspect of targets, as buckets.
+        reference_flip: Training now and then mirrors references.
+        reference_jitter: Training now and then recolours references.
+        reference_erase: Training now and then erases parts of references.
+        out: PNG of targets and references to write.
+        samples: Pairs in that image; 0: no image.
+        tokenizer: Folder of a tokenizer or diffusers model: captions in tokens as well.
+    """
+
+    path: str
+    size: int = 512
+    buckets: bool = False
+    reference_flip: bool = Alterations.flip
+    reference_jitter: bool = Alterations.jitter
+    reference_erase: bool = Alterations.erase
+    out: str = "check.png"
+    samples: int = 8
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse, before the set is read, what would fail afterwards.
+
+        Raises:
+            InputError: A number is out of range, or the image cannot be written.
+        """
+        if self.size % 8 or not 64 <= self.size <= 2048:
+            raise InputError(f"--size must be a multiple of 8 in 64 ... 2048; given {self.size}.")
+        check_range("--samples", self.samples, 0)
+        out = Path(self.out)
+        if out.suffix.lower() != ".png" or out.is_dir():
+            raise InputError(f"--out must be a file ending in .png; given {out}.")
+        if not out.parent.is_dir():
+            raise InputError(f"There is no folder {out.parent}. Create it, or change --out.")
+
+
+def run(options: CheckOptions) -> None:
+    """Print what is in a set, and write an image of how training sees it.
+
+    Raises:
+        SystemExit: There are problems (code 1).
+    """
+    count, limit = load_token_counter(options.tokenizer) if options.tokenizer else (None, None)
+    source = open_source(options.path)
+    seen: Any = {"resolution": options.size, "has_buckets": options.buckets}
+    report = check_source(source, **seen, count_tokens=count, has_bar=True)
+    for line in _report_lines(report, options, limit):
+        print(line)
+    alterations = Alterations(
+        options.reference_flip, options.reference_jitter, options.reference_erase
+    )
+    sheet = training_sheet(source, **seen, num_samples=options.samples, alterations=alterations)
+    if sheet is not None:
+        save_png(options.out, sheet)
+        print(f"targets and references as training sees them: {options.out}")
+    if report.problems:
+        raise SystemExit(1)
+
+
+def _report_lines(
+    report: SetReport, options: CheckOptions, token_limit: int | None
+) -> Iterator[str]:
+    num_read = len(report.caption_words)
+    yield f"{report.num_pairs} pairs, {num_read} of them readable"
+    if report.num_without_mask:
+        yield f"{report.num_without_mask} without a mask: the whole image is the reference"
+    yield "sizes of the targets (width x height):"
+    for (height, width), count in islice(report.sizes.items(), MAX_LISTED):
+        yield f"  {count:>8}  {width} x {height}"
+    if len(report.sizes) > MAX_LISTED:
+        rest = sum(islice(report.sizes.values(), MAX_LISTED, None))
+        yield f"  {rest:>8}  of {len(report.sizes) - MAX_LISTED} further sizes"
+    yield from _target_lines(report, options)
+    yield from _caption_lines(report, token_limit)
+    for kind, messages in report.problems.items():
+        yield f"{len(messages)} {kind}:"
+        yield from (f"  {message}" for message in messages[:MAX_LISTED])
+        if len(messages) > MAX_LISTED:
+            yield f"  and {len(messages) - MAX_LISTED} more"
+    yield "problems found" if report.problems else "no problems"
+
+
+def _target_lines(report: SetReport, options: CheckOptions) -> Iterator[str]:
+    if report.num_enlarged:
+        least = "that of their bucket" if options.buckets else options.size
+        yield f"{report.num_enlarged} have a side below {least} and may be enlarged"
+    if report.num_cropped:
+        cure = (
+            "crop them by hand" if options.buckets else "crop them by hand, or train with buckets"
+        )
+        yield f"{report.num_cropped} lose more than half of their subject to the crop: {cure}"
+    if report.num_transparent:
+        yield (
+            f"{report.num_transparent} are partly transparent: what is hidden there is their background in training; "
+            "put them on a background"
+        )
+
+
+def _caption_lines(report: SetReport, token_limit: int | None) -> Iterator[str]:
+    for unit, lengths in (("words", report.caption_words), ("tokens", report.caption_tokens)):
+        if lengths:
+            middle = statistics.median_low(lengths)
+            yield f"captions: {min(lengths)} to {max(lengths)} {unit}, median {middle}"
+    num_long = sum(length > (token_limit or 0) for length in report.caption_tokens or ())
+    if num_long:
+        yield f"{num_long} captions exceed {token_limit} tokens; the text encoder cuts off the rest"

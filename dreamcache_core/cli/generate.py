@@ -1,0 +1,105 @@
+"""``dreamcache generate``: check everything, sample, and write the images with their parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..images.files import contact_sheet, save_png
+from ..method.adapter_files import load_adapters
+from ..pipeline.generate import (
+    METADATA_KEY,
+    GenerateOptions,
+    encode_references,
+    load_pipeline,
+    make_folder,
+    read_references,
+    sample_image,
+    versions,
+)
+
+SHEET_COLUMNS = 4
+
+
+def run(options: GenerateOptions) -> None:
+    """Generate images and write them; nothing is written before everything has been checked.
+
+    Args:
+        options: What to do.
+
+    Raises:
+        DreamCacheError: Bad input; the message says what and what to do.
+        OSError: A file could not be written.
+    """
+    out = _check_out(Path(options.out))
+    images = read_references(options)
+    adapters = load_adapters(options.adapters)
+    pipeline = load_pipeline(options, adapters)
+    size = options.size or min(pipeline.default_size_px)
+    use, prepared = encode_references(pipeline, adapters, images, options, size)
+    make_folder(out)
+    files = _Files(out, options.parameters(size, versions()), list(prepared.split(1)))
+    with tqdm(total=options.count * options.steps, unit="step", desc="sampling") as bar:
+        for seed in range(options.seed, options.seed + options.count):
+            files.add_image(sample_image(pipeline, use, options, seed, size, bar), seed)
+    files.finish()
+
+
+def _check_out(out: Path) -> Path:
+    """Refuse a target folder that could not be made or written to; make nothing yet."""
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(
+            f"Cannot write to {out}: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}. Give --out a "
+            "folder of your own."
+        )
+    return out
+
+
+class _Files:
+    """The files of one run: ``0001_reference.png``, ``0001_seed_7.png``, ..., ``0001_sheet.png``.
+
+    The number is the first free one of the folder, so nothing is overwritten.
+    """
+
+    def __init__(
+        self, folder: Path, parameters: Mapping[str, Any], references: list[Tensor]
+    ) -> None:
+        self.folder, self.parameters, self.references = folder, parameters, references
+        self.number = _first_free_number(folder)
+        self.images: list[tuple[Tensor, int]] = []
+
+    def add_image(self, image: Tensor, seed: int) -> None:
+        if not self.images:
+            for index, reference in enumerate(self.references, start=1):
+                suffix = "" if len(self.references) == 1 else f"_{index}"
+                self.write(f"reference{suffix}", reference, {})
+        self.images.append((image, seed))
+        self.write(f"seed_{seed}", image, {**self.parameters, "seed": seed})
+
+    def finish(self) -> None:
+        rows: list[list[Tensor]] = [self.references]
+        captions = [["reference"] * len(self.references)]
+        for start in range(0, len(self.images), SHEET_COLUMNS):
+            chunk = self.images[start : start + SHEET_COLUMNS]
+            rows.append([image for image, _ in chunk])
+            captions.append([f"seed {seed}" for _, seed in chunk])
+        self.write("sheet", contact_sheet(rows, captions), self.parameters)
+
+    def write(self, name: str, image: Tensor, parameters: Mapping[str, Any]) -> None:
+        path = self.folder / f"{self.number:04d}_{name}.png"
+        save_png(path, image, {METADATA_KEY: json.dumps(parameters)} if parameters else None)
+        tqdm.write(str(path))
+
+
+def _first_free_number(folder: Path) -> int:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    taken = [int(name.split("_")[0]) for name in names if name.split("_")[0].isdecimal()]
+    return max(taken, default=0) + 1

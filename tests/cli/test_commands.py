@@ -1,0 +1,223 @@
+"""All commands: their flags are the fields of their options, their help is the docstrings, their errors are one line."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import docstring_parser
+import pytest
+
+from dreamcache_core import __version__
+from dreamcache_core.cli.commands import PROGRAM, Command, Group
+from dreamcache_core.cli.main import main
+from dreamcache_core.cli.parsing import parse_config
+from dreamcache_core.data.augmentation import Alterations
+from dreamcache_core.data.precomputed.encoding import EncodeOptions
+from dreamcache_core.evaluation.dreambench.options import DreamBenchOptions
+from dreamcache_core.pipeline.generate import GenerateOptions
+from dreamcache_core.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def walk(group: Group, name: str = "") -> Iterator[tuple[str, Command]]:
+    for word, entry in group.commands.items():
+        if isinstance(entry, Group):
+            yield from walk(entry, f"{name}{word} ")
+        else:
+            yield f"{name}{word}", entry
+
+
+COMMANDS = dict(walk(PROGRAM))
+NEEDED = {
+    "train": ["--data=d"],
+    "evaluate dreambench": ["--images=i"],
+    "generate": [],
+    "dataset check": ["--out=x.png"],
+}
+"""What a command wants besides its fields without a default."""
+
+each_command = pytest.mark.parametrize("name", COMMANDS)
+
+
+def required(name: str) -> list[str]:
+    command = COMMANDS[name]
+    fields = [f for f in dataclasses.fields(command.options) if not has_default(f)]
+    if command.is_positional:
+        return [*(f.name for f in fields), *NEEDED.get(name, [])]
+    return [*(f"--{f.name}={f.name}" for f in fields), *NEEDED.get(name, [])]
+
+
+def has_default(field: dataclasses.Field[object]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
+
+
+def parse(name: str, *more: str) -> object:
+    command = COMMANDS[name]
+    argv = [*required(name), *more]
+    return parse_config(command.options, argv, program=name, is_positional=command.is_positional)
+
+
+def help_of(name: str, capsys, monkeypatch) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main([*name.split(), "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def plain(text: str) -> str:
+    """Text without box, line breaks and case."""
+    return " ".join(re.sub("[\u2500-\u257f]", " ", text).split()).lower()
+
+
+@each_command
+def test_help_tells_every_field_with_its_docstring_and_default(name, capsys, monkeypatch):
+    options = COMMANDS[name].options
+    shown = help_of(name, capsys, monkeypatch)
+    assert "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    documented = {p.arg_name: p.description for p in docstring_parser.parse(options.__doc__).params}
+    assert list(documented) == [f.name for f in dataclasses.fields(options)]
+    for field in dataclasses.fields(options):
+        text = plain(documented[field.name])
+        if not has_default(field):
+            text += " (required)"
+        elif isinstance(field.default, bool | int | float | None):
+            text += f" (default: {field.default})".lower()
+        assert text in plain(shown)
+        assert f"--{field.name.replace('_', '-')}" in shown or COMMANDS[name].is_positional
+
+
+@pytest.mark.parametrize("name", ["", "dataset", "evaluate"])
+def test_help_of_a_group_lists_its_commands(name, capsys, monkeypatch):
+    shown = help_of(name, capsys, monkeypatch)
+    assert max(map(len, shown.splitlines())) <= 80
+    for command in COMMANDS:
+        group, _, word = command.rpartition(" ")
+        if group == name:
+            first, *_ = inspect.getdoc(COMMANDS[command].options).splitlines()
+            assert f"{word} {first}".lower() in plain(shown)
+
+
+@each_command
+def test_dashes_and_underscores_are_the_same_in_every_flag(name):
+    plain_options = parse(name)
+    for field in dataclasses.fields(plain_options):
+        if "_" in field.name and isinstance(field.default, bool):
+            for flag in (field.name, field.name.replace("_", "-")):
+                prefix = "--no-" if field.default else "--"
+                assert getattr(parse(name, prefix + flag), field.name) is not field.default
+        elif "_" in field.name and isinstance(field.default, int | float):
+            value = str(field.default)
+            for flag in (field.name, field.name.replace("_", "-")):
+                assert parse(name, f"--{flag}={value}") == plain_options
+                assert parse(name, f"--{flag}", value) == plain_options
+
+
+@each_command
+def test_a_misspelt_flag_is_one_line_that_names_the_nearest(name, capsys):
+    *_, field = (f for f in dataclasses.fields(COMMANDS[name].options) if len(f.name) > 3)
+    assert main([*name.split(), f"--{field.name[:-1]}x", "1"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert f"Did you mean {field.name!r}?" in printed.err
+
+
+@pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if not c.is_positional])
+def test_a_misspelt_key_is_one_line_that_names_the_nearest(name, capsys, tmp_path):
+    if name == "generate":  # --config is the folder of a single file there
+        return
+    *_, field = dataclasses.fields(COMMANDS[name].options)
+    (tmp_path / "file.toml").write_text(f"{field.name}x = 1\n")
+    assert main([*name.split(), "--config", str(tmp_path / "file.toml")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert f"Did you mean {field.name!r}?" in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "Expected one of {demo, generate, inspect, convert, train, dataset, evaluate}"),
+        (["dataset"], "Expected one of {build, check, encode, shard}"),
+        (["trian"], "Did you mean 'train'?"),
+        (["dataset", "biuld"], "Did you mean 'build'?"),
+        (["walk"], "Commands: demo, generate, inspect"),
+        (["--prompt"], "--prompt"),
+        (["train"], "--model STR"),
+        (["demo", "--steps=many"], "--steps"),
+        (["inspect"], "FILE"),
+        (["inspect", "a", "b"], "Unrecognized options: b"),
+        (["convert", "a", "b", "--dtype=float8"], "--dtype"),
+        (["generate", "--image-range", "0"], "--image-range"),
+    ],
+)
+def test_other_wrong_arguments_are_one_line_and_code_2(argv, said, capsys):
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert said in printed.err
+
+
+def test_generate_takes_its_lists_and_ranges_as_words_or_repeated_flags():
+    flags = ["--reference=b", "--mask", "c", "d", "--image-range", "0", "0.75"]
+    found = parse("generate", *flags)
+    assert isinstance(found, GenerateOptions)
+    assert list(found.reference) == ["reference", "b"]
+    assert list(found.mask) == ["c", "d"]
+    assert found.image_range == (0.0, 0.75)
+
+
+def test_generate_without_an_image_is_refused(capsys):
+    flags = [flag for flag in required("generate") if not flag.startswith("--reference")]
+    assert main(["generate", "--reference", *flags]) == 2
+    assert "image after --reference" in capsys.readouterr().err
+
+
+def test_defaults_of_generate_and_of_alterations_stand_once():
+    sources = (
+        (inspect.getsource(DreamBenchOptions), GenerateOptions, ""),
+        (inspect.getsource(TrainConfig), Alterations, "reference_"),
+        (inspect.getsource(EncodeOptions), Alterations, "reference_"),
+        (inspect.getsource(COMMANDS["dataset check"].options), Alterations, "reference_"),
+    )
+    for source, owner, prefix in sources:
+        for name in (field.name for field in dataclasses.fields(owner) if has_default(field)):
+            for value in re.findall(rf"^    {prefix}{name}: .+ = (.+)$", source, re.MULTILINE):
+                assert value == f"{owner.__name__}.{name}"
+
+
+def test_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dreamcache {__version__}\n"
+
+
+def test_shell_completion_knows_commands_and_flags(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--tyro-print-completion", "bash"])
+    assert not ended.value.code
+    script = capsys.readouterr().out
+    assert "dreambench" in script
+    assert "--image-guidance" in script
+
+
+def test_help_loads_no_model_library():
+    code = (
+        "import sys\nfrom dreamcache_core.cli import main\n"
+        "try:\n    main(['train', '--help'])\nfinally:\n    print('modules', *sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "--lr-schedule" in done.stdout
+    heavy = {"accelerate", "datasets", "diffusers", "transformers", "matplotlib", "webdataset"}
+    assert not heavy & set(done.stdout.partition("\nmodules ")[2].split())
