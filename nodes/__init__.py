@@ -7,7 +7,7 @@ require_this_comfyui()
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import adapters, apply, attention_map, demo, reference, reference_files, training
+from . import adapters, apply, attention_map, demo, guidance, reference, reference_files, training
 from .host.folders import register_folders
 
 
@@ -16,7 +16,16 @@ class DreamCacheExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """List the node classes."""
-        modules = (adapters, reference, reference_files, apply, attention_map, training, demo)
+        modules = (
+            adapters,
+            reference,
+            reference_files,
+            apply,
+            guidance,
+            attention_map,
+            training,
+            demo,
+        )
         return [node for module in modules for node in module.NODES]
 
 

@@ -3,24 +3,24 @@
 from typing import Any
 
 import comfy.sample
-import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..dreamcache_core import InputError
-from ..dreamcache_core.images.reference import check_mask_aspect, is_placeholder_mask
+from ..dreamcache_core.images.reference import fit_mask
 from ..dreamcache_core.method.attention_maps import (
     AttentionMaps,
     attention_maps,
     draw_attention,
     record_hidden_states,
 )
-from .host.applied import Applied, AppliedUse, RunStore
-from .host.encode import plain_text
-from .host.model import require_applied
-from .host.patches import block_id, prepare_references
+from .host.applied import Applied, AppliedUse, require_applied
+from .host.masks import given_mask
+from .host.patches import prepare_use
+from .host.run import RunStore
+from .host.sampling import LoadedModel, inside_sampling, plain_text
 
 NOWHERE = -1.0
 NAME = "DreamCache Attention Map"
@@ -97,16 +97,28 @@ class AttentionMap(io.ComfyNode):
         samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         region = _region(mask, (point_x, point_y), samples)
         images = reference_image[..., :3]
-        sampler = _LookingSampler(applied, chosen, images, region)
-        guider = comfy.samplers.CFGGuider(model)
-        guider.inner_set_conds({"positive": plain_text(positive, "the map is", "The prompt")})
         sampling = model.get_model_object("model_sampling")
         sigma = min(sampling.percent_to_sigma(percent), float(sampling.sigma_max))
-        noise = comfy.sample.prepare_noise(samples, 0)
-        sigmas = torch.tensor([max(sigma, float(sampling.sigma_min)), 0.0])
-        guider.sample(noise, samples, sampler, sigmas, disable_pbar=True, seed=0)
-        assert sampler.maps is not None
-        return io.NodeOutput(draw_attention(sampler.maps, images, region))
+
+        def look(loaded: LoadedModel) -> AttentionMaps:
+            unet, layers = loaded.base.diffusion_model, chosen.use.adapters.layers
+            with record_hidden_states(unet, layers) as states:
+                loaded.predict()
+            store = RunStore(applied.acting, sampling)
+            index = applied.acting.uses.index(chosen)
+            references = prepare_use(index, store, loaded.base, loaded.device)
+            return attention_maps(states, references, chosen.use.reference, images, region)
+
+        maps = inside_sampling(
+            model,
+            plain_text(positive, "the map is", "The prompt"),
+            samples,
+            look,
+            noise=comfy.sample.prepare_noise(samples, 0),
+            sigma=torch.tensor([max(sigma, float(sampling.sigma_min))]),
+            seed=0,
+        )
+        return io.NodeOutput(draw_attention(maps, images, region))
 
 
 def _place(name: str, where: str) -> io.Float.Input:
@@ -140,15 +152,9 @@ def _choose(applied: Applied, number: int) -> AppliedUse:
 def _region(mask: Tensor | None, point: tuple[float, float], samples: Tensor) -> Tensor | None:
     """Places that are asked about: mask and point together, or ``None`` for everywhere."""
     height, width = samples.shape[-2:]
-    if mask is not None and is_placeholder_mask(mask):
-        mask = None
+    mask = given_mask(mask)
     if mask is not None:
-        mask = mask[None] if mask.ndim == 2 else mask
-        check_mask_aspect(mask, height, width)
-        if len(mask) not in (1, len(samples)):
-            raise InputError(
-                f"Expected one mask, or one for each of the {len(samples)} images; given {len(mask)}."
-            )
+        mask = fit_mask(mask, len(samples), height, width)
     if min(point) < 0:
         return mask
     if mask is not None:
@@ -161,44 +167,6 @@ def _region(mask: Tensor | None, point: tuple[float, float], samples: Tensor) ->
     )
     spot[:, row, column] = 1
     return spot
-
-
-class _LookingSampler(comfy.samplers.Sampler):
-    """A sampler of one step that keeps the adapters' attention instead of the result."""
-
-    def __init__(
-        self, applied: Applied, chosen: AppliedUse, images: Tensor, region: Tensor | None
-    ) -> None:
-        self.acting = applied.acting
-        self.chosen, self.images, self.region = chosen, images, region
-        self.maps: AttentionMaps | None = None
-
-    def sample(
-        self,
-        model_wrap: Any,
-        sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Any,  # noqa: ARG002 - ComfyUI's signature
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Any = None,  # noqa: ARG002
-        disable_pbar: bool = False,  # noqa: ARG002
-    ) -> Tensor:
-        """Noise the latents to the first sigma, run the model once, read its attention, return the latents."""
-        base = model_wrap.inner_model
-        sampling, layers = base.model_sampling, self.chosen.use.adapters.layers
-        noised = sampling.noise_scaling(sigmas[:1], noise, latent_image, False)
-        with record_hidden_states(base.diffusion_model, layers) as states:
-            model_wrap(noised, sigmas[:1].expand(len(noised)), **extra_args)
-        index = self.acting.uses.index(self.chosen)
-        store = RunStore(self.acting, sampling)
-        by_block = prepare_references(
-            (index,), self.acting, base, store, noised.device, {index: None}
-        )
-        references = {layer: by_block[block_id(layer)][0] for layer in layers}
-        cache = self.chosen.use.reference
-        self.maps = attention_maps(states, references, cache, self.images, self.region)
-        return noised
 
 
 NODES: list[type[io.ComfyNode]] = [AttentionMap]

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ..dreamcache_core import InputError, prepare_reference_image
 from ..dreamcache_core.images.files import read_image
-from ..dreamcache_core.images.reference import check_mask_aspect, is_placeholder_mask, resize_mask
-from .host.encode import encode_reference, plain_text
+from ..dreamcache_core.images.reference import fit_mask, resize_mask
+from .host.encode import encode_reference
 from .host.folders import check_choice, file_state, image_paths, list_image_folders
-from .host.report import report
+from .host.masks import given_mask
+from .host.report import node_id, report
+from .host.sampling import plain_text
 from .host.types import Reference
 
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
@@ -99,8 +101,7 @@ class ReferenceImage(io.ComfyNode):
         mask_marks: str = "subject",
     ) -> io.NodeOutput:
         """Prepare the images."""
-        if mask is not None and is_placeholder_mask(mask):
-            mask = None
+        mask = given_mask(mask)
         if mask is not None and mask_marks == "background":
             mask = 1 - mask
         prepared, subject = prepare_reference_image(
@@ -195,7 +196,7 @@ class Encode(io.ComfyNode):
             seed=seed,
             timestep=timestep,
             mask=mask,
-            node_id=getattr(cls.hidden, "unique_id", None),
+            node_id=node_id(cls),
         )
         return io.NodeOutput(reference, ui=report(cls, reference.describe()))
 
@@ -282,7 +283,7 @@ class EncodeFolder(io.ComfyNode):
             seed=0,
             timestep=1,
             mask=None,
-            node_id=getattr(cls.hidden, "unique_id", None),
+            node_id=node_id(cls),
         )
         references = [together] if one_subject else together.split()
         names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
@@ -307,19 +308,15 @@ def _check_images(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | 
             f"Encode Reference takes images of {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels a side; given {width} x {height}. Put "
             "Prepare Reference Image before it (512 for Stable Diffusion, 1024 for SDXL)."
         )
-    if mask is None or is_placeholder_mask(mask):
+    mask = given_mask(mask)
+    if mask is None:
         return image, None
-    mask = mask[None] if mask.ndim == 2 else mask
-    check_mask_aspect(mask, height, width)
-    if mask.shape[0] not in (1, image.shape[0]):
-        raise InputError(
-            f"Expected one mask, or one for each of the {image.shape[0]} images; given {mask.shape[0]}."
-        )
+    mask = fit_mask(mask, len(image), height, width)
     if not bool((mask.flatten(1).amax(dim=1) > 0).all()):
         raise InputError(
             "The mask of the reference is empty: it must mark the subject with 1. Paint it, or leave mask unconnected."
         )
-    return image, resize_mask(mask.float().expand(image.shape[0], -1, -1), height, width)
+    return image, resize_mask(mask.expand(len(image), -1, -1), height, width)
 
 
 def _crop_to_latent_grid(

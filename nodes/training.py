@@ -48,7 +48,7 @@ class TrainAdapters(io.ComfyNode):
             name: value if name in LISTS else value[0] for name, value in inputs.items()
         }
         run = TrainingRun(cls, **given)
-        adapters = run.start_adapters()
+        adapters = run.initial_adapters()
         data = run.encode()
         try:
             train(run.model, adapters, data, run.settings, run.after_step)
@@ -56,9 +56,9 @@ class TrainAdapters(io.ComfyNode):
             curve = draw_loss_curve(run.losses)
             shown = report(cls, run.describe(adapters))
         except DivergedError as error:
-            raise run.divergence(adapters, error.num_updates) from error
+            raise run.diverged(adapters, error.num_updates) from error
         except BaseException:
-            run.keep(adapters)
+            run.save_interrupted(adapters)
             raise
         return io.NodeOutput(adapters, curve, ui=shown)
 

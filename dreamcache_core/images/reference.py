@@ -228,6 +228,34 @@ def check_mask(mask: Tensor) -> Tensor:
     return mask.float().clamp(0, 1).reshape(-1, *mask.shape[-2:])
 
 
+def fit_mask(
+    mask: Tensor, num_images: int, height: int, width: int, *, name: str = "mask"
+) -> Tensor:
+    """Refuse a mask that does not fit the images it is for.
+
+    Args:
+        mask: (batch, height, width) or (height, width), any dtype, values in [0, 1].
+        num_images: Number of images or latents.
+        height: Their height.
+        width: Their width, in the same unit.
+        name: What it is called, for the message.
+
+    Returns:
+        (``num_images`` or 1, height, width) at the mask's own size, float32, clamped to [0, 1].
+
+    Raises:
+        InputError: The mask is misshapen, out of range, or of another aspect or batch.
+    """
+    mask = check_mask(mask)
+    if len(mask) not in (1, num_images):
+        raise InputError(
+            f"Expected one {name}, or one for each of the {num_images} images, got {len(mask)}. "
+            "Give batches of equal length."
+        )
+    check_mask_aspect(mask, height, width)
+    return mask
+
+
 def subject_opacity(image: Tensor, mask: Tensor | None) -> Tensor | None:
     """Tell where the subject of each image is, by alpha and mask.
 
@@ -246,13 +274,7 @@ def subject_opacity(image: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return alpha
     batch, height, width, _ = image.shape
-    mask = check_mask(mask).to(image.device)
-    if len(mask) not in (1, batch):
-        raise InputError(
-            f"Expected one mask, or one for each of the {batch} images, got {len(mask)}. "
-            "Give batches of equal length."
-        )
-    check_mask_aspect(mask, height, width)
+    mask = fit_mask(mask, batch, height, width).to(image.device)
     if mask.shape[-2] > height:
         mask = resize_mask(mask, height, width)
     elif mask.shape[-2:] != (height, width):

@@ -1,9 +1,7 @@
-"""One pass over a reference inside ComfyUI's own sampling machinery."""
+"""One pass over a reference for each of its images."""
 
-import logging
 from typing import Any
 
-import comfy.samplers
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -12,21 +10,8 @@ from torch import Tensor
 
 from ...dreamcache_core import InputError, ReferenceCache, UnsupportedModelError, capture_features
 from ...dreamcache_core.method.capture import cache_from_features
-from .model import model_layout, remove_references
-
-logger = logging.getLogger(__name__)
-
-NOT_PLAIN = {
-    "area",
-    "mask",
-    "start_percent",
-    "end_percent",
-    "control",
-    "hooks",
-    "gligen",
-    "model_conds",
-}
-"""Entries of a conditioning that make it act on a part of the image or the run only."""
+from .model import check_channels, model_layout
+from .sampling import NOT_PLAIN, LoadedModel, clean_clone, inside_sampling
 
 
 def encode_reference(
@@ -69,78 +54,29 @@ def encode_reference(
             f"DreamCache needs a model with Stable Diffusion's 1000 discrete timesteps; this one has "
             f"{type(sampling).__name__}. Load a Stable Diffusion 1.x, 2.x or SDXL model."
         )
-    channels = model.model.latent_format.latent_channels
-    if latent.shape[1] != channels:
-        raise InputError(
-            f"The model takes latents of {channels} channels, the VAE gave {latent.shape[1]}. Connect the VAE of this "
-            "model."
-        )
+    check_channels(latent, model.model.latent_format.latent_channels)
     sigma = sampling.sigma(torch.tensor([float(timestep)]))
-    guider = comfy.samplers.CFGGuider(clean)
-    guider.inner_set_conds({"positive": conditioning})
     noise = torch.randn(
         (1, *latent.shape[1:]), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
     )
     progress = comfy.utils.ProgressBar(latent.shape[0], node_id=node_id)
     passes: list[dict[str, Tensor]] = []
     for image in latent.split(1):
-        sampler = _CaptureSampler()
-        sigmas = torch.cat([sigma, torch.zeros(1)])
-        guider.sample(noise, image, sampler, sigmas, disable_pbar=True, seed=seed)
-        passes.append(sampler.features)
+        features = inside_sampling(
+            clean, conditioning, image, _capture, noise=noise, sigma=sigma, seed=seed
+        )
+        passes.append(features)
         progress.update(1)
     return cache_from_features(
         passes, layout.context_width, tuple(latent.shape[-2:]), timestep, seed, mask
     )
 
 
-def clean_clone(model: ModelPatcher, *, keep_sampling: bool = False) -> ModelPatcher:
-    """Clone a MODEL without anything that changes a forward pass, except its weights.
-
-    Args:
-        model: The MODEL, left as it is.
-        keep_sampling: Keep what a ModelSamplingDiscrete node, say, put in place of the model's own noise levels.
-
-    Returns:
-        A clone that shares the weights, LoRAs included; without patches, wrappers and references.
-    """
-    clone = model.clone()
-    remove_references(clone)
-    clone.model_options = {"transformer_options": {}}
-    clone.wrappers, clone.callbacks = {}, {}
-    if not clone.is_injected:
-        clone.injections = {}
-    # another sampling (LCM, say) has other sigmas; a compiled U-Net ignores hooks
-    for name in list(clone.object_patches):
-        is_sampling = name == "model_sampling" and not keep_sampling
-        if is_sampling or name.startswith("diffusion_model"):
-            clone.object_patches.pop(name)
-    return clone
-
-
-def plain_text(
-    conditioning: list[Any], encoded: str = "the reference is", source: str = "The CLIP"
-) -> list[Any]:
-    """Reduce what a CLIP returns to one text without hooks and schedule, and say so where there were any.
-
-    Args:
-        conditioning: A CLIP's own CONDITIONING of one text; one that carries hooks returns several scheduled ones.
-        encoded: What is encoded without them, with its verb, for the warning.
-        source: Where the text comes from, for the warning.
-
-    Returns:
-        A CONDITIONING of its first text.
-    """
-    text, options = conditioning[0]
-    special = sorted(set(options) & NOT_PLAIN)
-    if special or len(conditioning) > 1:
-        logger.warning(
-            "%s adds %s to its texts; %s encoded without.",
-            source,
-            ", ".join(special) or "a schedule",
-            encoded,
-        )
-    return [[text, {key: value for key, value in options.items() if key not in NOT_PLAIN}]]
+def _capture(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Run the U-Net up to the last cached layer."""
+    with capture_features(loaded.base.diffusion_model, stop_early=True) as features:
+        loaded.predict()
+    return {name: feature.cpu() for name, feature in features.items()}
 
 
 def _check_conditioning(conditioning: list[Any]) -> None:
@@ -151,30 +87,3 @@ def _check_conditioning(conditioning: list[Any]) -> None:
             f"{', with ' + ', '.join(sorted(special)) if special else ''}. Connect the output of a CLIP Text Encode, or "
             "leave conditioning unconnected."
         )
-
-
-class _CaptureSampler(comfy.samplers.Sampler):
-    """A sampler of one step that keeps the features instead of the result."""
-
-    def __init__(self) -> None:
-        self.features: dict[str, Tensor] = {}
-
-    def sample(
-        self,
-        model_wrap: Any,
-        sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Any,  # noqa: ARG002 - ComfyUI's signature
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Any = None,  # noqa: ARG002
-        disable_pbar: bool = False,  # noqa: ARG002
-    ) -> Tensor:
-        """Noise the latent to the first sigma, run the U-Net up to the last cached layer, return the latent."""
-        sampling = model_wrap.inner_model.model_sampling
-        noised = sampling.noise_scaling(sigmas[:1], noise, latent_image, False)
-        unet = model_wrap.inner_model.diffusion_model
-        with capture_features(unet, stop_early=True) as features:
-            model_wrap(noised, sigmas[:1], **extra_args)
-        self.features = {name: feature.cpu() for name, feature in features.items()}
-        return noised

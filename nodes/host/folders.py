@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "dreamcache"
 EXTENSIONS = {".safetensors", ".pt"}
 REFERENCES = "references"
-PLACEHOLDER = "no adapter file found: put one into models/dreamcache and press R"
+NO_ADAPTERS = "no adapter file found: put one into models/dreamcache and press R"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NO_FOLDER = "no folder with images found: make one below ComfyUI's input folder"
 NO_REFERENCE = "no saved reference found: make one with Save Reference"
@@ -44,7 +44,7 @@ def list_adapter_files() -> list[str]:
         for name in folder_paths.get_filename_list(FOLDER)
         if name.replace("\\", "/").split("/")[0] != REFERENCES
     ]
-    return names or [PLACEHOLDER]
+    return names or [NO_ADAPTERS]
 
 
 def adapter_path(name: str) -> str:

@@ -7,6 +7,8 @@ import torch
 from comfy.conds import CONDNoiseShape, CONDRegular
 
 GATE = "dreamcache_gate"
+ON, OFF, ADDED = 1, 0, -1
+"""Values of the gate; ``ADDED`` is off, and of the list that we add to ComfyUI's two."""
 
 
 def gate_conditioning(conditioning: list[Any], use_reference: bool) -> list[Any]:
@@ -21,32 +23,29 @@ def gate_conditioning(conditioning: list[Any], use_reference: bool) -> list[Any]
     """
     # a text without a mark sees the references
     return [
-        [text, _without_gate(options) if use_reference else mark(options, False, {}, force=True)]
+        [text, _without_gate(options) if use_reference else _with_gate(options, OFF, {})]
         for text, options in conditioning
     ]
 
 
-def mark(
-    cond: dict[str, Any], is_on: bool, regions: dict[str, CONDNoiseShape], *, force: bool = False
-) -> dict[str, Any]:
+def mark(cond: dict[str, Any], is_on: bool, regions: dict[str, CONDNoiseShape]) -> dict[str, Any]:
     """Add to a conditioning whether its rows see the references, unless it says so itself, and where."""
-    model_conds = {**cond.get("model_conds", {}), **regions}
-    if force or GATE not in model_conds:
-        # integers are left alone by ComfyUI's casts; a tensor travels with its row through every re-batching
-        model_conds[GATE] = CONDRegular(torch.tensor([[int(is_on)]], dtype=torch.long))
-    return {**cond, "model_conds": model_conds}
+    if GATE in cond.get("model_conds", {}):
+        return {**cond, "model_conds": {**cond["model_conds"], **regions}}
+    return _with_gate(cond, ON if is_on else OFF, regions)
 
 
 def sees_reference(marked: list[dict[str, Any]]) -> bool:
     """Whether all texts of a marked list see the references."""
-    return all(bool(cond["model_conds"][GATE].cond.any()) for cond in marked)
+    return all(bool((cond["model_conds"][GATE].cond == ON).all()) for cond in marked)
 
 
-def _without_gate(cond: dict[str, Any]) -> dict[str, Any]:
-    model_conds = cond.get("model_conds", {})
-    if GATE not in model_conds:
-        return cond
-    return {**cond, "model_conds": {k: v for k, v in model_conds.items() if k != GATE}}
+def added_copy(cond: dict[str, Any], regions: dict[str, CONDNoiseShape]) -> dict[str, Any]:
+    """Copy a conditioning for the prediction without references, with an identity of its own that does not change."""
+    added = _with_gate(cond, ADDED, regions)
+    if isinstance(cond.get("uuid"), uuid.UUID):
+        added["uuid"] = uuid.uuid5(cond["uuid"], "dreamcache-off")
+    return added
 
 
 def without_gates(conds: list[Any]) -> list[Any]:
@@ -54,9 +53,16 @@ def without_gates(conds: list[Any]) -> list[Any]:
     return [None if cond is None else [_without_gate(item) for item in cond] for cond in conds]
 
 
-def off_copy(cond: dict[str, Any], regions: dict[str, CONDNoiseShape]) -> dict[str, Any]:
-    """Return a copy of a conditioning that sees no reference, with an identity of its own that does not change."""
-    off = mark(cond, False, regions, force=True)
-    if isinstance(cond.get("uuid"), uuid.UUID):
-        off["uuid"] = uuid.uuid5(cond["uuid"], "dreamcache-off")
-    return off
+def _with_gate(
+    cond: dict[str, Any], value: int, regions: dict[str, CONDNoiseShape]
+) -> dict[str, Any]:
+    # integers are left alone by ComfyUI's casts; a tensor travels with its row through every re-batching
+    gate = CONDRegular(torch.tensor([[value]], dtype=torch.long))
+    return {**cond, "model_conds": {**cond.get("model_conds", {}), **regions, GATE: gate}}
+
+
+def _without_gate(cond: dict[str, Any]) -> dict[str, Any]:
+    model_conds = cond.get("model_conds", {})
+    if GATE not in model_conds:
+        return cond
+    return {**cond, "model_conds": {k: v for k, v in model_conds.items() if k != GATE}}

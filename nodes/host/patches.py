@@ -9,36 +9,44 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...dreamcache_core.method.blending import LayerReference, blend_references, prepare_layer
-from .applied import KEY, Applied, RunStore, compute_dtype
+from .applied import KEY
+from .model import compute_dtype
+from .run import RunStore
 
 
 def prepare_references(
     active: Sequence[int],
-    applied: Applied,
-    base_model: Any,
     store: RunStore,
+    base_model: Any,
     device: torch.device,
     regions: dict[int, Tensor | None],
 ) -> dict[tuple[str, int], list[LayerReference]]:
-    """Keys and values by ComfyUI's block id, computed on first use in a run."""
-    loaded = base_model.current_patcher.get_additional_models_with_key(KEY)
-    module_of = dict(zip(applied.patchers, loaded, strict=True))
-    dtype = compute_dtype(base_model)
+    """Keys and values of the active uses by ComfyUI's block id, with the regions of this call's rows."""
     references: dict[tuple[str, int], list[LayerReference]] = {}
     for index in active:
-        use, fused = applied.uses[index].use, module_of[applied.uses[index].patcher].model
-        for layer in fused.layers:
-            key = (index, layer, device, dtype)
-            if key not in store.prepared:
-                store.prepared[key] = prepare_layer(
-                    use, layer, fused[layer], device=device, dtype=dtype
-                )
-            reference = store.prepared[key]
-            region = regions[index]
+        region = regions[index]
+        for layer, reference in prepare_use(index, store, base_model, device).items():
             if region is not None:
                 reference = replace(reference, region=region[:, 0])  # -> (rows, height, width)
             references.setdefault(block_id(layer), []).append(reference)
     return references
+
+
+def prepare_use(
+    index: int, store: RunStore, base_model: Any, device: torch.device
+) -> dict[str, LayerReference]:
+    """Keys and values of one use by layer, computed once in a run."""
+    applied, dtype = store.applied, compute_dtype(base_model)
+    loaded = base_model.current_patcher.get_additional_models_with_key(KEY)
+    module_of = dict(zip(applied.patchers, loaded, strict=True))
+    use, fused = applied.uses[index].use, module_of[applied.uses[index].patcher].model
+    key = (index, device, dtype)
+    if key not in store.prepared:
+        store.prepared[key] = {
+            layer: prepare_layer(use, layer, fused[layer], device=device, dtype=dtype)
+            for layer in fused.layers
+        }
+    return store.prepared[key]
 
 
 def block_id(layer: str) -> tuple[str, int]:

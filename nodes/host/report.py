@@ -17,7 +17,11 @@ def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
     """
     # graphs can also be executed without a server, which is then not imported
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    node_id = getattr(node.hidden, "unique_id", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+    if server is not None and (executing := node_id(node)) is not None:
+        server.send_progress_text(text, executing)
     return ui.PreviewText(text)
+
+
+def node_id(node: type[io.ComfyNode]) -> str | None:
+    """Id of a node in the graph that executes; ``None`` where it is executed without one."""
+    return getattr(node.hidden, "unique_id", None)

@@ -1,29 +1,26 @@
-"""What ComfyUI calls around a sampling run, its steps and the U-Net, once references are applied."""
+"""What ComfyUI calls around a sampling run, its steps and the U-Net, once references are on a MODEL."""
 
 import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...dreamcache_core import Guidance, InputError
-from ...dreamcache_core.images.reference import check_mask_aspect
+from ...dreamcache_core import Guidance
+from ...dreamcache_core.images.reference import fit_mask
 from ...dreamcache_core.method.compiling import uncompiled
 from ...dreamcache_core.method.guidance import fold_guidance
-from .applied import KEY, REGION, Applied, AppliedUse, RunStore, compute_dtype
-from .gates import GATE, mark, off_copy, sees_reference, without_gates
+from .applied import KEY, Applied, AppliedUse
+from .gates import ADDED, GATE, ON, added_copy, mark, sees_reference, without_gates
+from .guider import UNCONDITIONAL, DreamCacheCFGGuider
+from .model import compute_dtype
 from .patches import add_patches, prepare_references
+from .run import REGION, RunStore
 
 logger = logging.getLogger(__name__)
-
-ACTIVE = "dreamcache_active"
-RELABEL = "dreamcache_relabel"
-RUN = "dreamcache_run"
-GUIDANCE = "dreamcache_guidance"
-UNCONDITIONAL = "dreamcache_unconditional"
 
 WRAPPER_TYPES = (
     WrappersMP.OUTER_SAMPLE,
@@ -34,8 +31,28 @@ WRAPPER_TYPES = (
 )
 
 
+def with_references(model: ModelPatcher, applied: Applied) -> ModelPatcher:
+    """Put references on a clone of a MODEL, in place of those that are on it."""
+    clone = model.clone()
+    remove_references(clone)
+    clone.set_attachments(KEY, applied)
+    clone.set_additional_models(KEY, applied.acting.patchers)
+    wrappers = Wrappers(applied.acting)
+    for wrapper_type in WRAPPER_TYPES:
+        clone.add_wrapper_with_key(wrapper_type, KEY, getattr(wrappers, wrapper_type))
+    return clone
+
+
+def remove_references(model: ModelPatcher) -> None:
+    """Take everything of DreamCache off a clone, in place."""
+    for wrapper_type in WRAPPER_TYPES:
+        model.remove_wrappers_with_key(wrapper_type, KEY)
+    model.remove_additional_models(KEY)
+    model.attachments.pop(KEY, None)
+
+
 class Wrappers:
-    """What ComfyUI calls around a sampling run, its steps and the U-Net, once references are applied.
+    """What ComfyUI calls around a sampling run, its steps and the U-Net.
 
     Holds immutable state only; ComfyUI shares it between clones and threads. Each method is named for the wrapper type
     that it is registered under and calls ``executor`` to go on.
@@ -48,23 +65,20 @@ class Wrappers:
         """Return the same object: it cannot change."""
         return self
 
-    def install(self, model: ModelPatcher) -> None:
-        """Register all methods on a clone."""
-        for wrapper_type in WRAPPER_TYPES:
-            model.add_wrapper_with_key(wrapper_type, KEY, getattr(self, wrapper_type))
-
     def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Keep a store for this run, and empty it whatever happens."""
         guider = executor.class_obj
         _check_regions(self.applied.uses, noise)
+        own_guidance = guider.guidance if isinstance(guider, DreamCacheCFGGuider) else None
         sampling = guider.model_patcher.get_model_object("model_sampling")
-        store, original = RunStore(self.applied, sampling), guider.model_options
-        guider.model_options = _with_transformer_options(original, {RUN: store})
-        guider.model_options[GUIDANCE] = getattr(guider, GUIDANCE, self.applied.guidance)
+        store = RunStore(self.applied, sampling, own_guidance)
+        # the guider's options are ComfyUI's copy for this run
+        options = guider.model_options["transformer_options"]
+        options[KEY] = store
         try:
             return executor(noise, *args, **kwargs)
         finally:
-            guider.model_options = original
+            options.pop(KEY, None)
             store.clear()
 
     def prepare_sampling(
@@ -77,7 +91,8 @@ class Wrappers:
         **kwargs: Any,
     ) -> Any:
         """Let ComfyUI leave room for a third row per image and for the keys and values."""
-        guidance = (model_options or {}).get(GUIDANCE, self.applied.guidance)
+        store = (model_options or {}).get("transformer_options", {}).get(KEY)
+        guidance = store.guidance if store else self.applied.guidance
         reserved = _shape_to_reserve(self.applied.uses, guidance, model, shape)
         return executor(model, reserved, conds, model_options=model_options, **kwargs)
 
@@ -90,23 +105,21 @@ class Wrappers:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Find out once per step which references act, and keep the negative alive at cfg 1 where it is needed."""
+        """Begin a step, and keep the negative alive at cfg 1 where it is needed."""
         guider = executor.class_obj
-        store = self._store(model_options, guider.inner_model)
-        store.begin_step()
-        active = store.active_at(timestep)
-        options = _with_transformer_options(model_options, {RUN: store, ACTIVE: active})
-        needs_third = False
-        if active:
-            guidance = options.get(GUIDANCE, self.applied.guidance)
-            options[GUIDANCE] = store.guidance_at(guidance, timestep)
-            needs_third = options[GUIDANCE].needs_unconditional
-        if needs_third:
-            options[UNCONDITIONAL] = getattr(guider, "conds", {}).get(UNCONDITIONAL)
-            options["disable_cfg1_optimization"] = True
-        result = executor(x, timestep, options, *args, **kwargs)
-        if needs_third and store.is_unfolded and guider.conds.get("negative") is not None:
-            _warn_once_of_missing_term(store)
+        store, model_options = self._store(model_options, guider.inner_model)
+        with store.new_step(timestep) as step:
+            if step.needs_unconditional:
+                step.unconditional = guider.conds.get(UNCONDITIONAL)
+                model_options = {**model_options, "disable_cfg1_optimization": True}
+            result = executor(x, timestep, model_options, *args, **kwargs)
+            is_lost = step.needs_unconditional and step.is_unfolded
+        if is_lost and guider.conds.get("negative") is not None and not store.has_warned:
+            store.has_warned = True
+            logger.warning(
+                "image_guidance has no effect in this graph: the guider, or another node, asks for its predictions one by one or "
+                "for more than two. Set image_guidance to 1, or mark the texts with DreamCache Conditioning."
+            )
         return result
 
     def calc_cond_batch(
@@ -121,38 +134,31 @@ class Wrappers:
         **kwargs: Any,
     ) -> Any:
         """Mark which rows see the references, add the prediction without them and fold three into two."""
-        store = self._store(model_options, model)
-        active = model_options.get("transformer_options", {}).get(ACTIVE)
-        if active is None:
-            active = store.active_at(timestep)
-        if not active:
-            return executor(
-                model, without_gates(conds), x, timestep, model_options, *args, **kwargs
-            )
-        guidance = store.guidance_at(model_options.get(GUIDANCE, self.applied.guidance), timestep)
-        options = _with_transformer_options(model_options, {RUN: store, ACTIVE: active})
-        regions = store.region_conds(active, x)
-        negative_is_off = len(conds) == 2 and guidance.mode == "joint"
-        marked = [
-            cond and [mark(c, not (negative_is_off and i == 1), regions) for c in cond]
-            for i, cond in enumerate(conds)
-        ]
-        if len(conds) == 1 and marked[0] is not None and sees_reference(marked[0]):
-            (nested,) = executor(model, marked, x, timestep, options, *args, **kwargs)
-            return [store.shift_nested(nested)]
-        if len(conds) != 2 or None in conds or not guidance.needs_unconditional:
-            store.is_unfolded = True
-            return executor(model, marked, x, timestep, options, *args, **kwargs)
-        without = model_options.get(UNCONDITIONAL) or conds[1]
-        # packs that index (cond, uncond)[i] must not meet our third list's index
-        options["transformer_options"][RELABEL] = {2: 1}
-        lists = [*marked, [off_copy(cond, regions) for cond in without]]
-        text, reference, plain = executor(model, lists, x, timestep, options, *args, **kwargs)
-        folded = fold_guidance(
-            plain, reference, text, image_guidance_scale=guidance.image_guidance_scale
-        )
-        store.offsets.append(folded[1] - reference)
-        return list(folded)
+        store, options = self._store(model_options, model)
+
+        def predict(lists: list[Any]) -> list[Tensor]:
+            return executor(model, lists, x, timestep, options, *args, **kwargs)
+
+        with store.step_at(timestep) as step:
+            if not step.active:
+                return predict(without_gates(conds))
+            regions = store.region_conds(step.active, x)
+            negative_is_off = len(conds) == 2 and step.guidance.mode == "joint"
+            marked = [
+                cond and [mark(c, not (negative_is_off and i == 1), regions) for c in cond]
+                for i, cond in enumerate(conds)
+            ]
+            if len(conds) == 1 and marked[0] is not None and sees_reference(marked[0]):
+                return [step.shift_nested(predict(marked)[0])]
+            if len(conds) != 2 or None in conds or not step.needs_unconditional:
+                step.is_unfolded = True
+                return predict(marked)
+            without = [added_copy(cond, regions) for cond in step.unconditional or conds[1]]
+            text, reference, plain = predict([*marked, without])
+            scale = step.guidance.image_guidance_scale
+            folded = fold_guidance(plain, reference, text, image_guidance_scale=scale)
+            step.offsets.append(folded[1] - reference)
+            return list(folded)
 
     def apply_model(
         self,
@@ -166,62 +172,44 @@ class Wrappers:
         **kwargs: Any,
     ) -> Any:
         """Add the patches that attend to the references, for this one call of the U-Net."""
-        options = dict(transformer_options or {})
-        gate = kwargs.pop(GATE, None)
+        base_model = executor.class_obj
+        store, _ = self._store({"transformer_options": transformer_options or {}}, base_model)
+        options = {key: value for key, value in (transformer_options or {}).items() if key != KEY}
         regions = {i: kwargs.pop(f"{REGION}{i}", None) for i in range(len(self.applied.uses))}
-        store = self._store({"transformer_options": options}, executor.class_obj)
-        active = options.pop(ACTIVE, None)
-        if active is None:
-            active = store.active_at(t)
-        options.pop(RUN, None)
-        relabel = options.pop(RELABEL, {})
-        if relabel and "cond_or_uncond" in options:
-            options["cond_or_uncond"] = [relabel.get(i, i) for i in options["cond_or_uncond"]]
-        is_on = (True,) * len(x) if gate is None else tuple(g != 0 for g in gate.flatten().tolist())
-        if not (active and any(is_on)):
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        references = prepare_references(
-            active, self.applied, executor.class_obj, store, x.device, regions
-        )
-        add_patches(options, references, store.row_index(is_on, x.device))
-        # TorchCompileModel drops the guards on transformer_options: a graph made without our patches, or with other
-        # scales, would be taken for a call with them, and the reverse
-        with uncompiled:
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        gate = kwargs.pop(GATE, None)
+        gates = [ON] * len(x) if gate is None else gate.flatten().tolist()
+        if ADDED in gates and "cond_or_uncond" in options:
+            # packs that index (cond, uncond)[i] must not meet our third list's index
+            options["cond_or_uncond"] = [min(i, 1) for i in options["cond_or_uncond"]]
+        is_on = tuple(value == ON for value in gates)
+        with store.step_at(t) as step:
+            if not (step.active and any(is_on)):
+                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            references = prepare_references(step.active, store, base_model, x.device, regions)
+            add_patches(options, references, store.row_index(is_on, x.device))
+            # TorchCompileModel drops the guards on transformer_options: a graph made without our patches, or with other
+            # scales, would be taken for a call with them, and the reverse
+            with uncompiled:
+                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
-    def _store(self, model_options: dict[str, Any], base_model: Any) -> RunStore:
-        """Return the store of the run, or one for this call where another node has left ``outer_sample`` out."""
-        store = model_options.get("transformer_options", {}).get(RUN)
-        return RunStore(self.applied, base_model.model_sampling) if store is None else store
+    def _store(
+        self, model_options: dict[str, Any], base_model: Any
+    ) -> tuple[RunStore, dict[str, Any]]:
+        """Return the store of the run and options that hold it; where another node has left ``outer_sample`` out, new ones."""
+        options = model_options.get("transformer_options", {})
+        if KEY in options:
+            return options[KEY], model_options
+        store = RunStore(self.applied, base_model.model_sampling)
+        return store, {**model_options, "transformer_options": {**options, KEY: store}}
 
 
 def _check_regions(uses: Sequence[AppliedUse], noise: Tensor) -> None:
     """Refuse region masks that do not fit the images to be made, before anything is computed."""
     for applied_use in uses:
         region = applied_use.use.regions
-        if region is None:
-            continue
-        check_mask_aspect(region, *noise.shape[-2:])
-        if len(region) not in (1, len(noise)):
-            raise InputError(
-                f"Expected one region mask for Apply DreamCache, or one for each of the {len(noise)} images; given "
-                f"{len(region)}."
-            )
-
-
-def _warn_once_of_missing_term(store: RunStore) -> None:
-    if not store.has_warned:
-        store.has_warned = True
-        logger.warning(
-            "image_guidance has no effect in this graph: the guider, or another node, asks for its predictions one by one or "
-            "for more than two. Set image_guidance to 1, or mark the texts with DreamCache Conditioning."
-        )
-
-
-def _with_transformer_options(options: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    merged = create_model_options_clone(options)
-    merged["transformer_options"] = {**merged.get("transformer_options", {}), **extra}
-    return merged
+        if region is not None:
+            size = noise.shape[-2:]
+            fit_mask(region, len(noise), *size, name="region mask for Apply DreamCache")
 
 
 def _shape_to_reserve(

@@ -18,6 +18,7 @@ from ....dreamcache_core import InputError, UnsupportedModelError
 from ....dreamcache_core.method.compiling import plain_module
 from ....dreamcache_core.method.layers import Layout
 from ....dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule
+from ..sampling import LoadedModel
 
 PREDICTION_OF = {
     EPS.calculate_denoised: "epsilon",
@@ -81,25 +82,22 @@ class FrozenModel:
     """ComfyUI's BaseModel, called row by row with texts of one's choice.
 
     Args:
-        model: The BaseModel, loaded.
-        options: The run's ``transformer_options``.
-        device: Where it is loaded.
+        loaded: The model.
         texts: CONDITIONINGs of one text each.
         schedule: Its noise levels.
     """
 
     def __init__(
-        self,
-        model: Any,
-        options: dict[str, Any],
-        device: torch.device,
-        texts: Sequence[list[Any]],
-        schedule: NoiseSchedule,
+        self, loaded: LoadedModel, texts: Sequence[list[Any]], schedule: NoiseSchedule
     ) -> None:
-        self.model, self.device, self.texts, self.schedule = model, device, texts, schedule
-        # not every kernel that users choose for speed has a gradient
-        self.options = {**options, "optimized_attention_override": _differentiable_attention}
-        self.unet: Any = plain_module(model.diffusion_model)
+        self.model, self.device = loaded.base, loaded.device
+        self.texts, self.schedule = texts, schedule
+        self.options = {
+            **loaded.transformer_options,
+            # not every kernel that users choose for speed has a gradient
+            "optimized_attention_override": _differentiable_attention,
+        }
+        self.unet: Any = plain_module(self.model.diffusion_model)
         self._conds: dict[tuple[int, int, int], dict[str, Any]] = {}
 
     def predict(
@@ -168,7 +166,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
         for store in stores:
             for name, tensor in store.items():
                 if tensor is not None and tensor.is_inference():
-                    alias = _plain_alias(tensor)
+                    alias = _normal_alias(tensor)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     store[name] = nn.Parameter(alias, False) if is_parameter else alias
         for parameter in module.parameters():
@@ -182,10 +180,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
-def _plain_alias(tensor: Tensor) -> Tensor:
-    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+def _normal_alias(tensor: Tensor) -> Tensor:
+    normal = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     storage = tensor.untyped_storage()
-    return plain.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+    return normal.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 @contextmanager

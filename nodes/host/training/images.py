@@ -1,7 +1,6 @@
 """Images, masks and texts of a graph as a training set: paired, checked and encoded once. Knows no U-Net."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,12 @@ from ....dreamcache_core.data.order import sample_seed
 from ....dreamcache_core.data.sources.source import Pair
 from ....dreamcache_core.images.reference import (
     check_image,
-    is_placeholder_mask,
     subject_box,
     subject_opacity,
 )
-from ..encode import plain_text
+from ..masks import given_mask
+from ..model import check_channels
+from ..sampling import plain_text
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,9 @@ def make_pairs(
     Raises:
         InputError: An image or mask cannot be used, the message says which from 1; or the masks are not as many.
     """
-    flat_images = [image for batch in images for image in _checked(batch).split(1)]
+    for batch in images:
+        check_image(batch)
+    flat_images = [image for batch in images for image in batch.split(1)]
     flat_masks = _masks_of(masks, len(flat_images))
     pairs: list[Pair] = []
     for number, (image, mask, caption) in enumerate(
@@ -193,11 +195,8 @@ def encode_pairs(
     for index, pair in enumerate(pairs):
         height, width = pair.target.shape[1:3]
         target = crop_target(pair.target, *nearest_bucket(height, width, buckets))
-        targets.append(_plain(vae.encode(target)))
-        if (given := targets[-1].shape[1]) != channels:
-            raise InputError(
-                f"The model takes latents of {channels} channels, the VAE gave {given}. Connect the VAE of this model."
-            )
+        targets.append(_normal_tensor(vae.encode(target)))
+        check_channels(targets[-1], channels)
         references.append([])
         for variant in range(num_variants):
             # seed + 1: not the numbers that the loop draws noise from
@@ -210,34 +209,15 @@ def encode_pairs(
                 generator=generator,
                 alterations=alterations,
             )
-            references[-1].append(_plain(vae.encode(reference)))
+            references[-1].append(_normal_tensor(vae.encode(reference)))
             show(target, reference)
-    return TrainingSet(targets, references, [_plain_text_states(text) for text in texts])
-
-
-def count_variants(num_images: int, num_samples: int, most: int) -> int:
-    """Count the references to encode of each image: one for each time it is seen, up to a limit.
-
-    Args:
-        num_images: Images of the set.
-        num_samples: Samples that the run draws.
-        most: The limit.
-
-    Returns:
-        At least 1.
-    """
-    return max(1, min(most, math.ceil(num_samples / num_images)))
-
-
-def _checked(batch: Tensor) -> Tensor:
-    check_image(batch)
-    return batch
+    return TrainingSet(targets, references, [_normal_texts(text) for text in texts])
 
 
 def _masks_of(masks: Sequence[Tensor], num_images: int) -> list[Tensor | None]:
     """Masks one by one, ``None`` for LoadImage's placeholders."""
     single = [row for mask in masks for row in mask.reshape(-1, *mask.shape[-2:]).split(1)]
-    flat = [None if is_placeholder_mask(row) else row for row in single]
+    flat = [given_mask(row) for row in single]
     if not any(row is not None for row in flat):
         return [None] * num_images
     if len(flat) != num_images:
@@ -285,13 +265,13 @@ def _one_for_each(items: list[Any], num_images: int, name: str) -> list[Any]:
 
 
 @torch.inference_mode(False)
-def _plain(tensor: Tensor) -> Tensor:
+def _normal_tensor(tensor: Tensor) -> Tensor:
     """Copy a tensor out of inference mode, in which ComfyUI executes nodes and autograd cannot use it."""
     return tensor.detach().cpu().float().clone()
 
 
 @torch.inference_mode(False)
-def _plain_text_states(conditioning: list[Any]) -> list[Any]:
+def _normal_texts(conditioning: list[Any]) -> list[Any]:
     """Copy a CONDITIONING of one text out of inference mode."""
     return [
         [

@@ -1,4 +1,4 @@
-"""Training of adapters inside ComfyUI's own sampling machinery: a sampler that takes optimizer steps.
+"""Training of adapters: optimizer steps where a sampler would take sampling steps.
 
 Source: METHOD.md section 7.
 """
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
-import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
@@ -23,8 +22,8 @@ from ....dreamcache_core.training.self_attention_start import (
     observe_self_attention,
     start_from_self_attention,
 )
-from ..applied import compute_dtype
-from ..encode import clean_clone
+from ..model import compute_dtype
+from ..sampling import LoadedModel, clean_clone, inside_sampling
 from .frozen_model import FrozenModel, checkpointed, frozen, noise_schedule
 from .images import EMPTY_TEXT, TrainingSet
 
@@ -91,20 +90,27 @@ def train(
     clean = clean_clone(model, keep_sampling=True)
     # all of the U-Net and nothing else on the device: no sampling run needs as much room
     comfy.model_management.load_models_gpu([clean], memory_required=1e20, force_full_load=True)
-    sampler = _TrainSampler(adapters, noise_schedule(model), data, settings, after_step)
-    guider = comfy.samplers.CFGGuider(clean)
-    guider.inner_set_conds({"positive": data.texts[EMPTY_TEXT]})
+    training = _Training(adapters, noise_schedule(model), data, settings, after_step)
     blank = torch.zeros_like(data.targets[0])
+    text = data.texts[EMPTY_TEXT]
     try:
-        guider.sample(blank, blank, sampler, torch.ones(2), disable_pbar=True, seed=settings.seed)
+        inside_sampling(
+            clean,
+            text,
+            blank,
+            training.run,
+            noise=blank,
+            sigma=torch.ones(1),
+            seed=settings.seed,
+        )
     finally:
         with torch.inference_mode(False):
             adapters.requires_grad_(False).zero_grad()
             adapters.cpu()
 
 
-class _TrainSampler(comfy.samplers.Sampler):
-    """Takes optimizer steps where a sampler would take sampling steps."""
+class _Training:
+    """What runs inside ComfyUI's sampling."""
 
     def __init__(
         self,
@@ -123,46 +129,32 @@ class _TrainSampler(comfy.samplers.Sampler):
             len(data), settings.seed, buckets=buckets, group=settings.batch_size
         )
 
-    def sample(
-        self,
-        model_wrap: Any,
-        sigmas: Tensor,  # noqa: ARG002 - ComfyUI's signature
-        extra_args: dict[str, Any],
-        callback: Any,  # noqa: ARG002
-        noise: Tensor,
-        latent_image: Tensor | None = None,  # noqa: ARG002
-        denoise_mask: Any = None,  # noqa: ARG002
-        disable_pbar: bool = False,  # noqa: ARG002
-    ) -> Tensor:
-        """Train; what is returned counts for nothing."""
+    def run(self, loaded: LoadedModel) -> None:
+        """Train."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(frozen(model_wrap.inner_model))
-            options = extra_args["model_options"].get("transformer_options", {})
-            base = FrozenModel(
-                model_wrap.inner_model, options, noise.device, self.data.texts, self.schedule
-            )
+            stack.enter_context(frozen(loaded.base))
+            base = FrozenModel(loaded, self.data.texts, self.schedule)
             if self.settings.gradient_checkpointing:
                 stack.enter_context(checkpointed(base.unet))
-            self.adapters.to(noise.device).requires_grad_(True)
+            self.adapters.to(base.device).requires_grad_(True)
             if self.settings.init == "self_attention":
-                self.look_at_references(base)
-            self.take_steps(base)
-        return noise
+                self.initialise_from_self_attention(base)
+            self.optimise(base)
 
     @torch.no_grad()
-    def look_at_references(self, base: FrozenModel) -> None:
+    def initialise_from_self_attention(self, base: FrozenModel) -> None:
         """Start from the model's self-attention, seen on the run's first references."""
         size, steps = self.settings.batch_size, self.settings.steps
         with observe_self_attention(base.unet, self.adapters.layers) as guesses:
             for step in range(min(steps, math.ceil(NUM_IMAGES / size))):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                self.call_on_references(base, self.draw_batch(base, step)[0])
+                self.predict_references(base, self.draw_batch(base, step)[0])
         start_from_self_attention(base.unet, self.adapters, guesses)
 
-    def take_steps(self, base: FrozenModel) -> None:
-        """Run the loop."""
+    def optimise(self, base: FrozenModel) -> None:
+        """Take the optimizer steps."""
         parameters = list(self.adapters.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=self.settings.learning_rate)
         # half-precision gradients of the frozen layers underflow without
@@ -191,44 +183,44 @@ class _TrainSampler(comfy.samplers.Sampler):
 
     def backward(self, base: FrozenModel, step: int, scaler: Any) -> float:
         """Compute one batch's loss and gradients."""
-        stacked, texts = self.draw_batch(base, step)
-        use = ReferenceUse(self.capture(base, stacked), self.adapters, per_row=True)
-        latent, timesteps = base.model.process_latent_in(stacked["target"]), stacked["timestep"]
-        schedule = self.schedule
-        weights = schedule.weights(timesteps, None)
+        batch, texts = self.draw_batch(base, step)
+        use = ReferenceUse(self.capture(base, batch), self.adapters, per_row=True)
+        latent, timesteps = base.model.process_latent_in(batch["target"]), batch["timestep"]
+        weights = self.schedule.weights(timesteps, None)
         with inject(base.unet, use):  # open until after backward: checkpointing runs blocks again
-            prediction = base.predict(latent, stacked["noise"], timesteps, texts)
-            target = schedule.target(latent, stacked["noise"], timesteps)
+            prediction = base.predict(latent, batch["noise"], timesteps, texts)
+            target = self.schedule.target(latent, batch["noise"], timesteps)
             loss = denoising_loss(prediction, target, weights)
             if math.isfinite(value := float(loss.detach())):
                 scaler.scale(loss).backward()
         return value
 
     @torch.no_grad()
-    def capture(self, base: FrozenModel, stacked: dict[str, Tensor]) -> ReferenceCache:
+    def capture(self, base: FrozenModel, batch: dict[str, Tensor]) -> ReferenceCache:
         """Cache the references of a batch in one pass that ends at the last cached layer."""
         with capture_features(base.unet, self.adapters.layers, stop_early=True) as features:
-            self.call_on_references(base, stacked)
-        info, (rows, columns) = self.adapters.info, stacked["reference"].shape[-2:]
+            self.predict_references(base, batch)
+        info, (rows, columns) = self.adapters.info, batch["reference"].shape[-2:]
         return ReferenceCache(features, info.layout.context_width, (rows, columns), info.timestep)
 
-    def call_on_references(self, base: FrozenModel, stacked: dict[str, Tensor]) -> None:
+    def predict_references(self, base: FrozenModel, batch: dict[str, Tensor]) -> None:
         """Call the U-Net on a batch's noised references with the empty prompt, for those who watch its layers."""
-        latent = base.model.process_latent_in(stacked["reference"])
-        timesteps = torch.full_like(stacked["timestep"], self.adapters.info.timestep)
-        base.predict(latent, stacked["reference_noise"], timesteps, [EMPTY_TEXT] * len(latent))
+        latent = base.model.process_latent_in(batch["reference"])
+        timesteps = torch.full_like(batch["timestep"], self.adapters.info.timestep)
+        base.predict(latent, batch["reference_noise"], timesteps, [EMPTY_TEXT] * len(latent))
 
     def draw_batch(self, base: FrozenModel, step: int) -> tuple[dict[str, Tensor], list[int]]:
         """Draw the samples of a step: their tensors by name, on the model's device, and their texts."""
         size = self.settings.batch_size
-        batch = [self.draw(position) for position in range(step * size, (step + 1) * size)]
-        stacked = {
-            name: torch.cat([getattr(sample, name) for sample in batch]).to(base.device)
-            for name in ("target", "noise", "reference", "reference_noise", "timestep")
+        drawn = [self.draw(position) for position in range(step * size, (step + 1) * size)]
+        samples = [sample for sample, _ in drawn]
+        batch = {
+            name: torch.cat([sample[name] for sample in samples]).to(base.device)
+            for name in samples[0]
         }
-        return stacked, [sample.text for sample in batch]
+        return batch, [text for _, text in drawn]
 
-    def draw(self, position: int) -> "_Sample":
+    def draw(self, position: int) -> tuple[dict[str, Tensor], int]:
         """Draw the sample at a position of the run, everything random from the position's own seed."""
         epoch, index = self.order(position)
         generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, position))
@@ -236,29 +228,17 @@ class _TrainSampler(comfy.samplers.Sampler):
         is_dropped = bool(torch.rand((), generator=generator) < self.settings.caption_dropout)
         target, variants = self.data.targets[index], self.data.references[index]
         reference = variants[epoch % len(variants)]
-        return _Sample(
-            EMPTY_TEXT if is_dropped else index,
-            target,
-            torch.randn(target.shape, generator=generator),
-            reference,
-            torch.randn(reference.shape, generator=generator),
-            timestep,
-        )
+        sample = {
+            "target": target,
+            "noise": torch.randn(target.shape, generator=generator),
+            "reference": reference,
+            "reference_noise": torch.randn(reference.shape, generator=generator),
+            "timestep": timestep,
+        }
+        return sample, EMPTY_TEXT if is_dropped else index
 
 
 @torch.no_grad()
 def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
     for given, taken in zip(source, target, strict=True):
         taken.copy_(given)
-
-
-@dataclass(frozen=True, eq=False)
-class _Sample:
-    """One row of a batch, see ``TrainingSet``; ``text`` is an index into its texts."""
-
-    text: int
-    target: Tensor
-    noise: Tensor
-    reference: Tensor
-    reference_noise: Tensor
-    timestep: Tensor

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -27,11 +28,10 @@ from ....dreamcache_core.pipeline.latents import LATENT_FACTOR
 from ....dreamcache_core.training.initialisation import new_adapters
 from ..folders import new_adapter_path
 from ..model import model_layout, unet_of
-from ..report import report
+from ..report import node_id, report
 from .frozen_model import check_texts, noise_schedule
 from .images import (
     TrainingSet,
-    count_variants,
     encode_pairs,
     encode_texts,
     make_pairs,
@@ -90,9 +90,9 @@ class TrainingRun:
         if not self.num_images:
             raise InputError("Expected images to train on, given none. Connect images.")
         self.num_masks = 0
-        self.num_variants = count_variants(
-            self.num_images, self.steps * self.batch_size, self.reference_variants
-        )
+        # one for each time that an image is seen, up to the limit
+        num_epochs = math.ceil(self.steps * self.batch_size / self.num_images)
+        self.num_variants = max(1, min(self.reference_variants, num_epochs))
         self.settings = TrainSettings(
             self.steps,
             self.batch_size,
@@ -104,11 +104,11 @@ class TrainingRun:
         )
         self.num_encoded = self.num_images * self.num_variants
         self.bar = comfy.utils.ProgressBar(
-            self.num_encoded + self.steps, node_id=getattr(self.node.hidden, "unique_id", None)
+            self.num_encoded + self.steps, node_id=node_id(self.node)
         )
 
     @torch.inference_mode(False)
-    def start_adapters(self) -> AdapterSet:
+    def initial_adapters(self) -> AdapterSet:
         """Make untrained adapters, or copy those to go on from."""
         prediction = noise_schedule(self.model).prediction
         if self.adapters is None:
@@ -201,7 +201,7 @@ class TrainingRun:
         }
         adapters.info = replace(adapters.info, extra=extra)
 
-    def keep(self, adapters: AdapterSet) -> str | None:
+    def save_interrupted(self, adapters: AdapterSet) -> str | None:
         """Save what was learned before the run broke off, if anything; say where."""
         if not self.num_updates:
             return None
@@ -224,12 +224,12 @@ class TrainingRun:
         report(self.node, text)
         return path
 
-    def divergence(self, adapters: AdapterSet, num_updates: int) -> StateError:
+    def diverged(self, adapters: AdapterSet, num_updates: int) -> StateError:
         """Explain a loss that is not finite; of the updates, the adapters hold so many."""
         self.num_updates = num_updates
         step = len(self.losses) + 1
         start = f"The loss of step {step} is NaN or infinite, so training was stopped."
-        path = self.keep(adapters)
+        path = self.save_interrupted(adapters)
         if step == 1:
             return StateError(
                 f"{start} Before the first step that is not the learning rate: half precision overflowed, or model, VAE and "

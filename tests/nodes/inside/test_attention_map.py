@@ -119,7 +119,7 @@ def test_the_centre_of_the_demo_models_house_looks_at_the_house():
             {"mask": torch.ones(1, 16, 16), "point_x": 0.5, "point_y": 0.5},
             "Both a mask and a point",
         ),
-        ({"mask": torch.ones(3, 16, 16)}, "each of the 1 images; given 3"),
+        ({"mask": torch.ones(3, 16, 16)}, "each of the 1 images, got 3"),
         ({"image": make_image(0, batch=2)}, "1 images that the reference was encoded from"),
     ],
 )

@@ -13,8 +13,8 @@ import comfy.utils
 import pytest
 import torch
 from tiny import (
+    APPLIED,
     CPU,
-    MODEL,
     SD,
     CallCounter,
     _weight,
@@ -164,7 +164,7 @@ class ThreeTerms(comfy.samplers.CFGGuider):
 def without_dreamcache(options):
     transformer = options["transformer_options"]
     wrappers = {
-        kind: {key: value for key, value in by_key.items() if key != MODEL.KEY}
+        kind: {key: value for key, value in by_key.items() if key != APPLIED.KEY}
         for kind, by_key in transformer["wrappers"].items()
     }
     return {**options, "transformer_options": {**transformer, "wrappers": wrappers}}

@@ -8,6 +8,7 @@ import torch
 from tiny import (
     APPLIED,
     MODEL,
+    RUN,
     CallCounter,
     apply,
     encode,
@@ -103,11 +104,11 @@ def test_ranges_that_meet_never_overlap(setup, schedule):
     sampling = model.get_model_object("model_sampling")
     first = apply(model, adapters, reference, end_percent=0.5)
     both = apply(first, adapters, reference, start_percent=0.5)
-    store = APPLIED.RunStore(MODEL.applied_to(both), sampling)
+    store = RUN.RunStore(APPLIED.applied_to(both), sampling)
     border = float(torch.tensor(sampling.percent_to_sigma(0.5)))
     for sigma in (border, border * 1.01, border * 0.99):
-        active = store.active_at(torch.tensor([sigma]))
-        assert active == ((0,) if sigma > border else (1,))
+        with store.new_step(torch.tensor([sigma])) as step:
+            assert step.active == ((0,) if sigma > border else (1,))
 
 
 def test_the_model_before_apply_stays_plain(setup):
@@ -138,8 +139,8 @@ def test_a_second_apply_adds_to_the_first_without_touching_it(setup):
     two = apply(one, adapters, encode(model, seed=9))
     assert not torch.equal(sample(two), before)
     assert torch.equal(sample(one), before)
-    assert len(MODEL.applied_to(one).uses) == 1
-    assert len(MODEL.applied_to(two).uses) == 2
+    assert len(APPLIED.applied_to(one).uses) == 1
+    assert len(APPLIED.applied_to(two).uses) == 2
     assert all(
         len(keyed["dreamcache"]) == 1 for keyed in two.wrappers.values() if "dreamcache" in keyed
     )

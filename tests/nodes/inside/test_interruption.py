@@ -4,7 +4,16 @@ import comfy.model_management
 import comfy.utils
 import pytest
 import torch
-from tiny import MODEL, apply, encode, make_adapters, make_image, make_model, make_text, sample
+from tiny import (
+    APPLIED,
+    apply,
+    encode,
+    make_adapters,
+    make_image,
+    make_model,
+    make_text,
+    sample,
+)
 
 import nodes as comfy_nodes
 
@@ -116,7 +125,7 @@ def test_interrupted_encoding_leaves_an_applied_model_as_it_was(parts, interrupt
     applied = apply(model, adapters, reference)
     expected = sample(applied)
     interrupt_at_second_call(model, lambda: encode(applied, image=make_image(batch=2)))
-    assert MODEL.applied_to(applied) is not None
+    assert APPLIED.applied_to(applied) is not None
     assert_untouched(model)
     assert torch.equal(sample(applied), expected)
 

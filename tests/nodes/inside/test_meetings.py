@@ -14,6 +14,7 @@ from tiny import (
     GATES,
     MODEL,
     PATCHES,
+    WRAPPERS,
     CallCounter,
     FlatVAE,
     apply,
@@ -196,6 +197,46 @@ def test_perp_neg_is_said_to_take_no_image_guidance(parts, caplog):
     assert "image_guidance has no effect" in caplog.text
 
 
+class AsksAgain(comfy.samplers.Sampler):
+    """After a step at one noise level it asks for a prediction at another, past the guider."""
+
+    def __init__(self, first, again):
+        self.first, self.again = first, again
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, *_, **__):
+        model_wrap(noise, torch.tensor([self.first]), **extra_args)
+        conds = [model_wrap.conds["positive"], model_wrap.conds["negative"]]
+        self.predictions = comfy.samplers.calc_cond_batch(
+            model_wrap.inner_model,
+            conds,
+            noise,
+            torch.tensor([self.again]),
+            extra_args["model_options"],
+        )
+        return noise
+
+
+@pytest.mark.parametrize(("first", "again"), [(10.0, 0.1), (0.1, 10.0)])
+def test_a_prediction_outside_of_a_step_goes_by_its_own_noise_level(parts, first, again):
+    model, adapters, reference = parts
+
+    def ask(model, first):
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(make_text(model, 1), make_text(model, 2))
+        guider.set_cfg(7.5)
+        noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(1))
+        sampler, zeros = AsksAgain(first, again), torch.zeros_like(noise)
+        sigmas = torch.tensor([first, 0.0])
+        guider.sample(noise, zeros, sampler, sigmas, seed=1, disable_pbar=True)
+        return sampler.predictions
+
+    applied = apply(model, adapters, reference, end_percent=0.5)
+    after_another, alone = ask(applied, first), ask(applied, again)
+    assert all(torch.equal(*pair) for pair in zip(after_another, alone, strict=True))
+    is_plain = [torch.equal(*pair) for pair in zip(alone, ask(model, again), strict=True)]
+    assert is_plain == [again < 1] * 2
+
+
 class NewerComfyUI:
     """Calls a wrapper as a ComfyUI that passes one argument more."""
 
@@ -213,7 +254,7 @@ def test_arguments_that_a_later_comfyui_adds_are_passed_on(parts, wrapper):
     executor = NewerComfyUI(model)
     if wrapper == "predict_noise":
         executor.class_obj = executor
-    wrappers = MODEL.Wrappers(APPLIED.Applied((), CORE.Guidance()))
+    wrappers = WRAPPERS.Wrappers(APPLIED.Applied((), CORE.Guidance()))
     x, sigma = torch.zeros(1, 4, 8, 8), torch.ones(1)
     options = {"transformer_options": {}}
     given = (

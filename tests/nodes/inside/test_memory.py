@@ -12,8 +12,8 @@ import torch
 from tiny import (
     APPLIED,
     CORE,
-    MODEL,
     PATCHES,
+    RUN,
     apply,
     encode,
     make_adapters,
@@ -31,7 +31,7 @@ def parts():
 
 
 def patcher_of(applied):
-    (patcher,) = MODEL.applied_to(applied).patchers
+    (patcher,) = APPLIED.applied_to(applied).patchers
     return patcher
 
 
@@ -225,7 +225,7 @@ def test_model_options_hold_nothing_that_a_copy_would_double(parts, monkeypatch)
     original = comfy.samplers.CFGGuider.predict_noise
 
     def predict_noise(self, x, timestep, model_options, seed=None):
-        stores = [item for item in walk(model_options) if isinstance(item, APPLIED.RunStore)]
+        stores = [item for item in walk(model_options) if isinstance(item, RUN.RunStore)]
         seen.append((len(list(tensors_and_modules(model_options))), len(stores)))
         assert all(copy.deepcopy(store) is store for store in stores)
         return original(self, x, timestep, model_options, seed)
@@ -256,8 +256,8 @@ def test_clones_share_the_adapters_and_the_reference(parts):
     last = applied
     for _ in range(3):
         last = last.clone()
-    assert MODEL.applied_to(last) is MODEL.applied_to(applied)
-    (patcher,) = last.get_additional_models_with_key(MODEL.KEY)
+    assert APPLIED.applied_to(last) is APPLIED.applied_to(applied)
+    (patcher,) = last.get_additional_models_with_key(APPLIED.KEY)
     assert patcher.model is patcher_of(applied).model
     assert torch.equal(sample(last), expected)
     assert count_fused() == before

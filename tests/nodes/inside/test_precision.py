@@ -6,7 +6,15 @@ import gc
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_basic
-from tiny import MODEL, apply, assert_close, encode, make_adapters, make_image, sample
+from tiny import (
+    APPLIED,
+    apply,
+    assert_close,
+    encode,
+    make_adapters,
+    make_image,
+    sample,
+)
 from tiny import make_model as make_tiny_model
 
 # two levels are enough here
@@ -86,7 +94,7 @@ def test_half_precision_is_close_to_float32(kind, storage, compute, rounded, tol
 def test_adapters_are_stored_in_the_type_that_the_model_computes_in(storage, compute):
     model = make_model(dtype=storage, manual_cast=compute)
     applied = applied_with(model, make_adapters(model))
-    (patcher,) = MODEL.applied_to(applied).patchers
+    (patcher,) = APPLIED.applied_to(applied).patchers
     assert {p.dtype for p in patcher.model.parameters()} == {compute or storage}
     sample(applied, steps=1)
     assert {p.dtype for p in patcher.model.parameters()} == {compute or storage}
@@ -107,7 +115,7 @@ def test_adapters_are_fused_once_for_each_type():
     model, half = make_model(), make_model(dtype=FP16)
     adapters = make_adapters(model)
     modules = [
-        MODEL.applied_to(applied_with(m, adapters)).patchers[0].model
+        APPLIED.applied_to(applied_with(m, adapters)).patchers[0].model
         for m in (model, half, model, half)
     ]
     assert modules[0] is modules[2]

@@ -21,8 +21,9 @@ def pack_module(name: str) -> Any:
     return importlib.import_module(f"{CORE.__name__.rpartition('.')[0]}.{name}")
 
 
-APPLIED, MODEL, GATES, PATCHES = (
-    pack_module(f"nodes.host.{file}") for file in ("applied", "model", "gates", "patches")
+APPLIED, GATES, MODEL, PATCHES, RUN, WRAPPERS = (
+    pack_module(f"nodes.host.{file}")
+    for file in ("applied", "gates", "model", "patches", "run", "wrappers")
 )
 
 SD = {

@@ -1,0 +1,153 @@
+"""Nodes that say how texts and references guide: marks on texts, a guider, a range."""
+
+from dataclasses import replace
+from typing import Any
+
+from comfy_api.latest import io
+
+from .host.applied import require_applied
+from .host.gates import gate_conditioning
+from .host.guider import DreamCacheCFGGuider
+from .host.wrappers import with_references
+
+MAX_IMAGE_GUIDANCE = 20.0
+
+
+def percent_input(name: str, default: float, tooltip: str) -> io.Float.Input:
+    """Declare a place in the run."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, tooltip=tooltip)
+
+
+class Conditioning(io.ComfyNode):
+    """Say of one conditioning whether it sees the references."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheConditioning",
+            display_name="DreamCache Conditioning",
+            category="DreamCache/advanced",
+            description="For regional prompts, Perp-Neg and DualCFGGuider: marks which texts see the reference. Needs Apply "
+            "DreamCache on the model; a text without a mark sees it.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="The text to mark."),
+                io.Boolean.Input(
+                    "use_reference",
+                    default=True,
+                    tooltip="On: this text's prediction sees the reference. Off: it is the plain model's.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="conditioning", tooltip="The marked text.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, conditioning: list[Any], use_reference: bool) -> io.NodeOutput:
+        """Mark a copy."""
+        return io.NodeOutput(gate_conditioning(conditioning, use_reference))
+
+
+class Guider(io.ComfyNode):
+    """Guider for SamplerCustomAdvanced with an image guidance of its own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheGuider",
+            display_name="DreamCache Guider",
+            category="DreamCache/advanced",
+            description="Guides by text (cfg) and by reference (image_guidance), each with its own strength. For "
+            "SamplerCustomAdvanced.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Apply DreamCache."),
+                io.Conditioning.Input("positive", tooltip="The prompt."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt."),
+                io.Float.Input(
+                    "cfg",
+                    default=7.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Text guidance: 1 is off, 7.5 is usual.",
+                ),
+                io.Float.Input(
+                    "image_guidance",
+                    default=0.4,
+                    min=0.0,
+                    max=MAX_IMAGE_GUIDANCE,
+                    step=0.05,
+                    tooltip="Pull towards the reference, in place of the one set in Apply DreamCache: 1 is plain and "
+                    "fastest, above 1 more likeness and less prompt.",
+                ),
+                io.Conditioning.Input(
+                    "unconditional",
+                    optional=True,
+                    tooltip="Text of the prediction without the reference; the negative if not connected. No effect at "
+                    "image_guidance 1.",
+                ),
+            ],
+            outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: list[Any],
+        negative: list[Any],
+        cfg: float,
+        image_guidance: float,
+        unconditional: list[Any] | None = None,
+    ) -> io.NodeOutput:
+        """Make the guider."""
+        guider = DreamCacheCFGGuider(model)
+        guider.set_dreamcache(positive, negative, unconditional, image_guidance)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(guider)
+
+
+class GuidanceRange(io.ComfyNode):
+    """Let image guidance hold for a part of the run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheGuidanceRange",
+            display_name="DreamCache Guidance Range",
+            category="DreamCache/advanced",
+            description="Saves time: image_guidance holds for a part of the run only; in the rest it counts as 1, and a step "
+            "needs two predictions instead of three. The reference itself acts throughout.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Apply DreamCache."),
+                percent_input(
+                    "start_percent",
+                    0.0,
+                    "Progress from which on image_guidance holds: 0 from the first step.",
+                ),
+                percent_input(
+                    "end_percent",
+                    0.5,
+                    "Progress up to which image_guidance holds: 1 to the last step, which saves nothing.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="For the sampler or DreamCache Guider."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, start_percent: float, end_percent: float) -> io.NodeOutput:
+        """Set the range on a clone."""
+        applied = require_applied(model, "DreamCache Guidance Range")
+        guidance = replace(applied.guidance, image_range=(start_percent, end_percent))
+        return io.NodeOutput(with_references(model, replace(applied, guidance=guidance)))
+
+
+NODES: list[type[io.ComfyNode]] = [Conditioning, Guider, GuidanceRange]
