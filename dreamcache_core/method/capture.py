@@ -88,6 +88,7 @@ def capture_reference(
     unet_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
     layers: Sequence[str] | None = None,
+    mask: Tensor | None = None,
 ) -> ReferenceCache:
     """Cache one or several reference images, each by its own forward pass.
 
@@ -102,6 +103,7 @@ def capture_reference(
             first axis counts the references are split with them.
         seed: Seed that the noise was drawn from, recorded in the cache.
         layers: Canonical names of the layers to cache, those of the adapters; ``None`` takes METHOD.md's rule.
+        mask: The subject in the reference images, (1 or references, height, width) in [0, 1]; ``None``: all of them.
 
     Returns:
         The cache, on the CPU.
@@ -130,7 +132,7 @@ def capture_reference(
             text = _row(text_states, i, count)
             backend.call(unet, noised_latent[i : i + 1], steps, text, **row_kwargs)
         passes.append(features)
-    return cache_from_features(passes, width, tuple(noised_latent.shape[-2:]), timestep, seed)
+    return cache_from_features(passes, width, noised_latent.shape[-2:], timestep, seed, mask)
 
 
 def cache_from_features(
@@ -149,7 +151,7 @@ def cache_from_features(
         latent_size: Height and width of the latents.
         timestep: Training index of the passes.
         seed: Seed of the noise, or ``None``.
-        mask: The subject in the reference images, (references, height, width) in [0, 1], or ``None``.
+        mask: The subject in the reference images, (1 or references, height, width) in [0, 1], or ``None``.
 
     Returns:
         The cache, on the CPU.
@@ -169,6 +171,7 @@ def cache_from_features(
     height, width = latent_size
     masks = None
     if mask is not None:
+        mask = mask.expand(len(next(iter(features.values()))), -1, -1)
         masks = {n: subject_tokens(mask, *f.shape[-2:]) for n, f in features.items()}
     return ReferenceCache(features, context_width, (height, width), timestep, seed, masks)
 

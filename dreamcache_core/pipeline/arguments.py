@@ -1,12 +1,13 @@
-"""Checks of what ``DreamCachePipeline`` is called with."""
+"""Checks of what ``DreamCachePipeline`` is called with; each raises ``InputError``."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..config import check_range
 from ..errors import InputError
 from ..images.reference import check_image, check_mask_aspect
 from ..method.blending import ReferenceUse
@@ -16,22 +17,14 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def cpu_generator(seed: int) -> torch.Generator:
-    """Make the generator of a seed.
-
-    Raises:
-        InputError: The seed is no whole number of 64 bits.
-    """
+    """Make the generator of a seed."""
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise InputError(f"A seed is a whole number in 0 ... 2^64 - 1; given {seed!r}.")
     return torch.Generator("cpu").manual_seed(seed)
 
 
 def list_of_uses(uses: Any) -> list[ReferenceUse]:
-    """Make a list of one or several uses.
-
-    Raises:
-        InputError: It is something else.
-    """
+    """Make a list of one or several uses."""
     listed = [uses] if isinstance(uses, ReferenceUse) else uses
     if not isinstance(listed, Sequence) or not all(isinstance(u, ReferenceUse) for u in listed):
         raise InputError(
@@ -44,11 +37,7 @@ def list_of_uses(uses: Any) -> list[ReferenceUse]:
 def list_of_prompts(
     prompt: str | Sequence[str], negative_prompt: str | Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Make equally long lists of prompts and negative prompts.
-
-    Raises:
-        InputError: There is no prompt, or the numbers differ.
-    """
+    """Make equally long lists of prompts and negative prompts."""
     if not isinstance(prompt, (str, Sequence)):
         raise InputError(f"Expected a prompt or a list of them; given {type(prompt).__name__}.")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -62,17 +51,16 @@ def list_of_prompts(
     return prompts, negatives
 
 
+def list_of_generators(generator: Generators, num_images: int) -> Generators:
+    """Return what diffusers takes: one generator, or a list with one for each image."""
+    if isinstance(generator, Sequence):
+        check_one_or_each(generator, "generator", num_images)
+        return list(generator)
+    return generator
+
+
 def check_images(image: Tensor, mask: Tensor | None, factor: int) -> None:
-    """Refuse reference images that the VAE cannot take, and masks that do not fit them.
-
-    Args:
-        image: Should be (references, height, width, 3) in [0, 1].
-        mask: Should be (1 or references, height, width).
-        factor: Pixels for each cell of the latent.
-
-    Raises:
-        InputError: They are otherwise.
-    """
+    """Refuse images that a VAE of so many pixels a latent cannot take, and masks that do not fit them."""
     check_image(image)
     height, width, channels = image.shape[1:]
     if channels != 3 or height % factor or width % factor:
@@ -81,51 +69,27 @@ def check_images(image: Tensor, mask: Tensor | None, factor: int) -> None:
             f"given {tuple(image.shape)}. Use prepare_reference_image first."
         )
     if mask is not None:
-        if mask.ndim != 3 or len(mask) not in (1, len(image)):
+        if mask.ndim != 3:
             raise InputError(
-                f"Expected a mask of (references, height, width), one for each of {len(image)} images; given "
-                f"{tuple(mask.shape)}."
+                f"Expected a mask of (1 or references, height, width); given {tuple(mask.shape)}."
             )
+        check_one_or_each(mask, "mask", len(image))
         check_mask_aspect(mask, height, width)
 
 
-def check_settings(guidance_scale: float, num_images: int, output_type: str) -> None:
-    """Refuse numbers and words out of range.
-
-    Raises:
-        InputError: One is.
-    """
+def check_settings(guidance_scale: float, num_steps: int, scheduler: Any, output_type: str) -> None:
+    """Refuse numbers and words out of range."""
+    most = scheduler.config.num_train_timesteps
     if not math.isfinite(guidance_scale):
         raise InputError(f"guidance_scale must be a finite number; given {guidance_scale}.")
-    if num_images < 1:
-        raise InputError(f"Expected at least one image; given {num_images}.")
+    check_range("num_inference_steps", num_steps, 1, most)
     if output_type not in ("pil", "pt", "latent"):
         raise InputError(f"output_type must be 'pil', 'pt' or 'latent'; given {output_type!r}.")
 
 
-def check_regions(uses: Sequence[ReferenceUse], num_images: int) -> None:
-    """Refuse region masks that are neither one for all images nor one each.
-
-    Raises:
-        InputError: There are others.
-    """
-    for use in uses:
-        if use.regions is not None and len(use.regions) not in (1, num_images):
-            raise InputError(
-                f"Expected one region mask, or one for each of the {num_images} images; given {len(use.regions)}."
-            )
-
-
-def check_generators(generator: Generators, num_images: int) -> Generators:
-    """Refuse lists of generators of another length than the images.
-
-    Raises:
-        InputError: The lengths differ.
-    """
-    if generator is None or isinstance(generator, torch.Generator):
-        return generator
-    if len(generator) != num_images:
+def check_one_or_each(values: Sized, name: str, num_images: int) -> None:
+    """Refuse what is neither one for all images nor one for each."""
+    if len(values) not in (1, num_images):
         raise InputError(
-            f"Expected one generator, or one for each of the {num_images} images; given {len(generator)}."
+            f"Expected one {name}, or one for each of the {num_images} images; given {len(values)}."
         )
-    return list(generator)

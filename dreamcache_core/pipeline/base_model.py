@@ -93,7 +93,7 @@ class BaseModel:
 
     def unet_kwargs(self, text: Text, height_px: int, width_px: int) -> dict[str, Any]:
         """Further arguments of the U-Net: for SDXL pooled text and time ids."""
-        return self.pipeline.conditions(text, height_px, width_px)
+        return text.conditions(height_px, width_px)
 
     def warn_about_long_captions(self, captions: Sequence[str]) -> None:
         """Say how many captions exceed the text encoder's limit; ``MAX_CHECKED_CAPTIONS`` are enough to tell."""

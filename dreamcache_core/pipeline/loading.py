@@ -1,4 +1,4 @@
-"""Load a diffusers pipeline from local files. Nothing is downloaded; diffusers is imported on first use."""
+"""Load a diffusers pipeline from local files onto a device. Nothing is downloaded; diffusers is imported on first use."""
 
 import json
 import os
@@ -12,6 +12,8 @@ import torch
 from ..errors import FileFormatError, InputError, UnsupportedModelError
 from ..files.tensor_file import refuse_non_weights
 from ..packages import require
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def require_diffusers() -> Any:
@@ -27,6 +29,71 @@ def require_diffusers() -> Any:
         import diffusers
         import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
     return diffusers
+
+
+def load_pipeline(
+    model: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    scheduler: str = "ddim",
+) -> Any:
+    """Load a pipeline to generate with.
+
+    Args:
+        model: See ``load_diffusers_pipeline``.
+        config: Likewise.
+        device: See ``choose_device``.
+        dtype: Of ``DTYPES``; ``auto``: float16 on CUDA and XPU devices, float32 elsewhere.
+        scheduler: ``ddim``, the paper's (METHOD.md section 5), or ``model`` for the model's own.
+
+    Returns:
+        The pipeline, on the device.
+
+    Raises:
+        InputError: There is no such device or float type.
+        DreamCacheError: See ``load_diffusers_pipeline``.
+    """
+    where = choose_device(device)
+    if dtype == "auto":
+        dtype = "float16" if where.type in ("cuda", "xpu") else "float32"
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be auto, {', '.join(DTYPES)}; given {dtype!r}.")
+    pipeline = load_diffusers_pipeline(model, config=config, dtype=DTYPES[dtype])
+    if scheduler == "ddim":
+        pipeline.scheduler = require_diffusers().DDIMScheduler.from_config(
+            pipeline.scheduler.config,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            timestep_spacing="leading",
+        )
+    return pipeline.to(where)
+
+
+def choose_device(name: str) -> torch.device:
+    """Find what to compute on.
+
+    Args:
+        name: ``cuda``, ``cuda:1``, ``cpu``, ...; ``auto``: an accelerator where there is one.
+
+    Raises:
+        InputError: There is no such device, or it cannot be used.
+    """
+    if name == "auto":
+        for kind in ("cuda", "xpu", "mps"):
+            backend = getattr(torch, kind, None)
+            if backend is not None and backend.is_available():
+                return torch.device(kind)
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used: {reason}. Try auto.") from error
+    return device
 
 
 def load_diffusers_pipeline(

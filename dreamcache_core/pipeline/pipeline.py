@@ -1,48 +1,42 @@
 """``DreamCachePipeline``: the method around a loaded diffusers pipeline. diffusers is imported on first use."""
 
-import dataclasses
-import inspect
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedModelError
-from ..method.adapter import AdapterModules
-from ..method.backends import layout_of
+from ..errors import InputError, StateError, UnsupportedModelError
+from ..images.files import ImageFile
+from ..images.reference_files import prepare_references, read_references
+from ..method.adapter import AdapterModules, AdapterSet
+from ..method.adapter_files import load_adapters
+from ..method.backends import layout_of, require_fit
 from ..method.blending import ReferenceUse
 from ..method.cache import ReferenceCache
-from ..method.capture import capture_reference, subject_tokens
-from ..method.guidance import (
-    Guidance,
-    GuidanceMode,
-    Prediction,
-    combine_guidance,
-    needed_predictions,
-)
-from ..method.injection import inject, prepare_for_compile
+from ..method.capture import capture_reference
+from ..method.guidance import Guidance, GuidanceMode, Prediction, needed_predictions
+from ..method.injection import prepare_for_compile
 from .arguments import (
     Generators,
     OutputType,
-    check_generators,
     check_images,
-    check_regions,
+    check_one_or_each,
     check_settings,
     cpu_generator,
+    list_of_generators,
     list_of_prompts,
     list_of_uses,
 )
 from .fused import FusedAdapters
 from .latents import LatentCodec
-from .loading import is_sdxl, require_diffusers
-from .sampling import Rows, Text
+from .loading import is_sdxl, load_pipeline, require_diffusers
+from .sampling import Callback, Text, denoise
 
 logger = logging.getLogger(__name__)
-
-Callback = Callable[[int, int, Tensor], None]
 
 
 class DreamCachePipeline:
@@ -52,20 +46,61 @@ class DreamCachePipeline:
 
     Args:
         pipeline: The diffusers pipeline; components may be shared with other pipelines.
+        adapters: What ``read_reference`` uses.
 
     Raises:
+        MismatchError: The adapters were made for another model.
         MissingPackageError: diffusers or transformers is not installed.
         UnsupportedModelError: The pipeline is of another kind.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, adapters: AdapterSet | None = None) -> None:
         require_diffusers()
         self.is_sdxl = is_sdxl(pipeline)
         self.layout = layout_of(pipeline.unet)
-        self.pipeline = pipeline
+        if adapters is not None:
+            require_fit(pipeline.unet, adapters.info.layout, "the adapters")
+        self.pipeline, self.adapters = pipeline, adapters
         self.codec = LatentCodec(pipeline)
         self._fused = FusedAdapters()
         self._checked: WeakSet[AdapterModules] = WeakSet()
+
+    @classmethod
+    def from_files(
+        cls,
+        model: str | os.PathLike[str],
+        adapters: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        scheduler: str = "ddim",
+    ) -> "DreamCachePipeline":
+        """Load a base model and adapters from local files; nothing is downloaded.
+
+        Args:
+            model: A diffusers folder, or a single-file checkpoint.
+            adapters: An adapter file.
+            config: For a single file: a diffusers folder of the same family.
+            device: ``cuda``, ``cpu``, ...; ``auto``: an accelerator where there is one.
+            dtype: ``float16``, ``bfloat16`` or ``float32``; ``auto``: float16 on CUDA and XPU devices.
+            scheduler: ``ddim``, as in the paper, or ``model`` for the model's own.
+
+        Returns:
+            The pipeline on the device.
+
+        Raises:
+            FileFormatError: A file is missing, damaged or something else.
+            InputError: There is no such device or float type, or ``config`` is missing.
+            MismatchError: The adapters were made for another model.
+            MissingPackageError: diffusers or transformers is not installed.
+            UnsupportedModelError: The model is of another kind.
+        """
+        loaded = load_adapters(adapters)
+        pipeline = load_pipeline(
+            model, config=config, device=device, dtype=dtype, scheduler=scheduler
+        )
+        return cls(pipeline, loaded)
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +133,45 @@ class DreamCachePipeline:
         """
         prepare_for_compile(self.pipeline.unet, layers)
         self.pipeline.unet.compile(**options)
+
+    def read_reference(
+        self,
+        files: ImageFile | Sequence[ImageFile],
+        masks: ImageFile | Sequence[ImageFile] = (),
+        *,
+        size: int | None = None,
+        fill: float = 0.85,
+        scale: float = 1.0,
+    ) -> ReferenceUse:
+        """Turn image files of one subject into what ``__call__`` uses.
+
+        Args:
+            files: One image file or several.
+            masks: As many masks, white is the subject; none: the images' transparency.
+            size: Side of the square that the subject is placed on, pixels; ``None``: the model's own.
+            fill: Share of the side that the subject takes.
+            scale: Strength, unitless: 0 is exactly the plain model, 1 as trained.
+
+        Returns:
+            The reference with the pipeline's adapters.
+
+        Raises:
+            FileFormatError: A file is no image, or is damaged.
+            InputError: A file is missing, or an image, a mask or a number is unfit.
+            StateError: The pipeline was made without adapters.
+        """
+        if self.adapters is None:
+            raise StateError(
+                "Expected a pipeline with adapters. Make it with DreamCachePipeline.from_files(model, adapters)."
+            )
+        references = read_references(_as_list(files), _as_list(masks))
+        size = size or min(self.default_size_px)
+        reference = self.encode_reference(
+            prepare_references(references, size=size, fill=fill),
+            timestep=self.adapters.info.timestep,
+            layers=self.adapters.layers,
+        )
+        return ReferenceUse(reference, self.adapters, scale)
 
     @torch.no_grad()
     def encode_reference(
@@ -134,8 +208,9 @@ class DreamCachePipeline:
             UnsupportedModelError: The scheduler has no table of noise levels (flow matching).
         """
         check_images(image, mask, self.pipeline.vae_scale_factor)
+        height, width = image.shape[1:3]
         alpha = self._alpha(timestep)
-        noise = torch.randn(self._latent_shape(image), generator=cpu_generator(seed))
+        noise = torch.randn(self._latent_shape(1, height, width), generator=cpu_generator(seed))
         # METHOD.md section 3, point 3: x_1 = sqrt(abar_1) * z + sqrt(1 - abar_1) * noise
         noised = [
             alpha.sqrt() * self.codec.encode(image[i : i + 1]).float().cpu()
@@ -143,18 +218,18 @@ class DreamCachePipeline:
             for i in range(len(image))
         ]
         text = self.encode_text([prompt])
-        height, width = image.shape[1:3]
         cache = capture_reference(
             self.pipeline.unet,
             torch.cat(noised).to(self.device, self.dtype),
             timestep,
             text.states,
-            unet_kwargs=self.conditions(text, height, width),
+            unet_kwargs=text.conditions(height, width),
             seed=seed,
             layers=layers,
+            mask=mask,
         )
         self.pipeline.maybe_free_model_hooks()
-        return cache if mask is None else _with_masks(cache, mask)
+        return cache
 
     @torch.no_grad()
     def __call__(
@@ -170,7 +245,6 @@ class DreamCachePipeline:
         image_range: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
         width: int | None = None,
-        num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
         callback: Callback | None = None,
         output_type: OutputType = "pil",
@@ -181,7 +255,7 @@ class DreamCachePipeline:
         references are computed once per call. Where no use is active this is ordinary classifier-free guidance.
 
         Args:
-            prompt: What to show; several prompts give a batch.
+            prompt: What to show; several prompts, or one several times, give a batch.
             uses: References with their adapters, one or several. Unfused adapters are fused once per adapter set, to
                 the U-Net's float type and device.
             negative_prompt: One for all prompts, or one each.
@@ -195,110 +269,48 @@ class DreamCachePipeline:
                 cheaper. See ``Guidance``.
             height: Of the new images in pixels, a multiple of 8; ``None``: that of ``latents``, else the model's own.
             width: Likewise.
-            num_images_per_prompt: Images for each prompt.
             latents: Start noise of unit variance, (images, channels, height / 8, width / 8); ``None``: drawn.
             callback: Called after every step with the step's index, the timestep and the latents.
             output_type: ``pil``, ``pt`` or ``latent``.
 
         Returns:
-            ``pil``: a list of images; ``pt``: (images, 3, height, width), float in [0, 1]; ``latent``: scaled latents,
-            (images, channels, height / 8, width / 8). Image r of prompt p is at p * num_images_per_prompt + r.
+            An image for each prompt. ``pil``: a list of them; ``pt``: (images, 3, height, width), float in [0, 1];
+            ``latent``: scaled latents, (images, channels, height / 8, width / 8).
 
         Raises:
             InputError: An argument is out of range, or the result is not finite.
             MismatchError: A reference or its adapters were made for another model.
         """
-        rule = Guidance(
-            image_guidance_scale=image_guidance_scale, mode=guidance, image_range=image_range
-        )
-        check_settings(guidance_scale, num_images_per_prompt, output_type)
-        self._check_steps(num_inference_steps)
-        given = list_of_uses(uses)
-        for use in given:
-            self._warn_of_prediction(use.adapters)
-        ready = [self._fused.ready(use, device=self.device, dtype=self.dtype) for use in given]
+        rule = Guidance(image_guidance_scale, guidance, image_range)
+        check_settings(guidance_scale, num_inference_steps, self.pipeline.scheduler, output_type)
+        prompts, negatives = list_of_prompts(prompt, negative_prompt)
+        generators = list_of_generators(generator, len(prompts))
+        ready = self._ready(uses, len(prompts))
         if not any(use.is_active for use in ready):
             # without an active reference, joint guidance is ordinary classifier-free guidance
             rule = Guidance(mode="joint")
-        wanted = needed_predictions(rule, guidance_scale)
-        batch = self._make_batch(prompt, negative_prompt, wanted, num_images_per_prompt)
-        check_regions(ready, batch.num_images)
-        generators = check_generators(generator, batch.num_images)
-        noise = self._start(latents, (height, width), generators, batch)
-        self.pipeline.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        result = self._denoise(
+        size_px = self._size(height, width, latents)
+        noise = self._noise(latents, len(prompts), size_px, generators)
+        texts: dict[Prediction, Text] = {"reference_and_text": self.encode_text(prompts)}
+        if len(needed_predictions(rule, guidance_scale)) > 1:
+            negative = self.encode_text(negatives)
+            texts |= {"unconditional": negative, "reference_only": negative}
+        denoised = denoise(
+            self.pipeline.unet,
+            self.pipeline.scheduler,
             noise,
-            batch,
+            texts,
             ready,
-            rule=rule,
+            guidance=rule,
             guidance_scale=guidance_scale,
-            step_options=self._step_options(generators),
+            num_steps=num_inference_steps,
+            size_px=size_px,
+            generators=generators,
             callback=callback,
         )
-        images = self._finish(result, output_type)
+        images = self._finish(denoised, output_type)
         self.pipeline.maybe_free_model_hooks()
         return images
-
-    def _denoise(
-        self,
-        latents: Tensor,
-        batch: Rows,
-        uses: Sequence[ReferenceUse],
-        *,
-        rule: Guidance,
-        guidance_scale: float,
-        step_options: dict[str, Any],
-        callback: Callback | None,
-    ) -> Tensor:
-        """Run the scheduler's steps from unit noise -> latents."""
-        unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
-        factor = self.pipeline.vae_scale_factor
-        height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
-        progress = 1 - scheduler.timesteps.cpu().double() / (
-            scheduler.config.num_train_timesteps - 1
-        )
-        parts = {count: batch.last(count) for count in range(1, len(batch.predictions) + 1)}
-        conditions = {n: self.conditions(part.text, height, width) for n, part in parts.items()}
-        num_terms = 0
-        latents = latents * scheduler.init_noise_sigma
-        with inject(unet, uses) as injection:
-            for index, timestep in enumerate(scheduler.timesteps):
-                at_step = rule.at(float(progress[index]))
-                if num_terms != (wanted := len(needed_predictions(at_step, guidance_scale))):
-                    num_terms = wanted
-                    injection.choose_rows(parts[num_terms].see_references)
-                scaled = scheduler.scale_model_input(latents, timestep)
-                output = unet(
-                    scaled.repeat(num_terms, 1, 1, 1),
-                    timestep,
-                    encoder_hidden_states=parts[num_terms].text.states,
-                    return_dict=False,
-                    **conditions[num_terms],
-                )[0]
-                guided = _combine(
-                    output.chunk(num_terms), guidance_scale, rule.image_guidance_scale
-                )
-                latents = scheduler.step(
-                    guided, timestep, latents, return_dict=False, **step_options
-                )[0]
-                if callback is not None:
-                    callback(index, int(timestep), latents)
-        return latents
-
-    def _make_batch(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str],
-        wanted: tuple[Prediction, ...],
-        num_images_per_prompt: int,
-    ) -> Rows:
-        prompts, negatives = list_of_prompts(prompt, negative_prompt)
-        positive = self.encode_text(prompts).repeat_each(num_images_per_prompt)
-        texts = [positive]
-        if len(wanted) > 1:
-            negative = self.encode_text(negatives).repeat_each(num_images_per_prompt)
-            texts = [negative] * (len(wanted) - 1) + texts
-        return Rows(wanted, Text.join(texts), len(prompts) * num_images_per_prompt)
 
     def encode_text(self, prompts: list[str]) -> Text:
         """Encode prompts with the pipeline's text encoders.
@@ -318,57 +330,55 @@ class DreamCachePipeline:
         pooled = encoded[2].to(self.device, self.dtype) if self.is_sdxl else None
         return Text(encoded[0].to(self.device, self.dtype), pooled)
 
-    def conditions(self, text: Text, height: int, width: int) -> dict[str, Any]:
-        """Further arguments of the U-Net: SDXL's pooled text and time ids (METHOD.md section 3).
+    def _ready(
+        self, uses: ReferenceUse | Sequence[ReferenceUse], num_images: int
+    ) -> list[ReferenceUse]:
+        """Check uses, and give them adapters that the U-Net can run with."""
+        given = list_of_uses(uses)
+        for use in given:
+            self._warn_of_prediction(use.adapters)
+            if use.regions is not None:
+                check_one_or_each(use.regions, "region mask", num_images)
+        return [self._fused.ready(use, device=self.device, dtype=self.dtype) for use in given]
 
-        Args:
-            text: Encoded prompts of the rows.
-            height: Of the image, pixels.
-            width: Likewise.
+    def _size(
+        self, height: int | None, width: int | None, latents: Tensor | None
+    ) -> tuple[int, int]:
+        """Choose height and width of the new images: as given, that of the latents, the model's own."""
+        factor, default = self.pipeline.vae_scale_factor, self.default_size_px
+        if latents is not None and latents.ndim == 4:
+            default = latents.shape[-2] * factor, latents.shape[-1] * factor
+        size = height or default[0], width or default[1]
+        if min(size) < factor or any(side % factor for side in size):
+            raise InputError(
+                f"Expected height and width to be multiples of {factor} pixels; given {size[0]} x {size[1]}."
+            )
+        return size
 
-        Returns:
-            Keyword arguments; none for Stable Diffusion 1.x and 2.x.
-        """
-        if text.pooled is None:
-            return {}
-        ids = [height, width, 0, 0, height, width]
-        time_ids = torch.tensor([ids] * len(text.pooled), device=self.device, dtype=self.dtype)
-        return {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": time_ids}}
-
-    def _start(
+    def _noise(
         self,
         latents: Tensor | None,
-        size: tuple[int | None, int | None],
+        num_images: int,
+        size_px: tuple[int, int],
         generators: Generators,
-        batch: Rows,
     ) -> Tensor:
-        """Return unit noise of the wanted size, drawn or as given."""
+        """Return unit noise, drawn or as given."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        factor = self.pipeline.vae_scale_factor
-        height, width = size
-        if latents is not None and latents.ndim == 4:
-            height = height or latents.shape[-2] * factor
-            width = width or latents.shape[-1] * factor
-        height, width = height or self.default_size_px[0], width or self.default_size_px[1]
-        if min(height, width) < factor or height % factor or width % factor:
-            raise InputError(
-                f"Expected height and width to be multiples of {factor} pixels; given {height} x {width}."
-            )
-        channels = self.pipeline.unet.config.in_channels
-        shape = (batch.num_images, channels, height // factor, width // factor)
+        shape = self._latent_shape(num_images, *size_px)
         if latents is None:
             return randn_tensor(shape, generators, device=self.device, dtype=self.dtype)  # pyright: ignore[reportArgumentType]
         if tuple(latents.shape) != shape:
             raise InputError(
-                f"Expected latents of {shape} for {batch.num_images} images of {height} x {width} pixels (height x "
+                f"Expected latents of {shape} for {num_images} images of {size_px[0]} x {size_px[1]} pixels (height x "
                 f"width); given {tuple(latents.shape)}."
             )
         return latents.to(self.device, self.dtype)
 
-    def _step_options(self, generators: Generators) -> dict[str, Any]:
-        accepted = inspect.signature(self.pipeline.scheduler.step).parameters
-        return {"generator": generators} if "generator" in accepted else {}
+    def _latent_shape(self, num_images: int, height: int, width: int) -> tuple[int, int, int, int]:
+        factor = self.pipeline.vae_scale_factor
+        channels = self.pipeline.unet.config.in_channels
+        return num_images, channels, height // factor, width // factor
 
     def _warn_of_prediction(self, adapters: AdapterModules) -> None:
         if adapters in self._checked:
@@ -384,11 +394,6 @@ class DreamCachePipeline:
                 adapters.info.prediction,
             )
 
-    def _check_steps(self, steps: int) -> None:
-        most = self.pipeline.scheduler.config.num_train_timesteps
-        if not 1 <= steps <= most:
-            raise InputError(f"num_inference_steps must be in 1 ... {most}; given {steps}.")
-
     def _alpha(self, timestep: int) -> Tensor:
         """Cumulated signal power at a training index, a float32 scalar on the CPU."""
         alphas = getattr(self.pipeline.scheduler, "alphas_cumprod", None)
@@ -400,11 +405,6 @@ class DreamCachePipeline:
         if not 0 <= timestep < len(alphas):
             raise InputError(f"timestep must be in 0 ... {len(alphas) - 1}; given {timestep}.")
         return alphas[timestep].float().cpu()
-
-    def _latent_shape(self, image: Tensor) -> tuple[int, int, int, int]:
-        factor = self.pipeline.vae_scale_factor
-        channels = self.pipeline.vae.config.latent_channels
-        return 1, channels, image.shape[1] // factor, image.shape[2] // factor
 
     def _finish(self, latents: Tensor, output_type: OutputType) -> Any:
         if not bool(latents.isfinite().all()):
@@ -420,18 +420,5 @@ class DreamCachePipeline:
 _NOT_FINITE = "{} hold NaN or infinity, so there is no image to show: an overflow, by extreme scales or in half precision. {}"
 
 
-def _combine(terms: Sequence[Tensor], guidance_scale: float, image_guidance_scale: float) -> Tensor:
-    """Combine what ``needed_predictions`` listed; two terms have the form of ordinary guidance."""
-    if len(terms) == 1:
-        return terms[0]
-    if len(terms) == 2:
-        return terms[0] + guidance_scale * (terms[1] - terms[0])
-    return combine_guidance(
-        *terms, guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale
-    )
-
-
-def _with_masks(cache: ReferenceCache, mask: Tensor) -> ReferenceCache:
-    mask = mask.expand(cache.num_references, -1, -1)
-    tokens = {n: subject_tokens(mask, *f.shape[-2:]) for n, f in cache.features.items()}
-    return dataclasses.replace(cache, masks=tokens)
+def _as_list(files: ImageFile | Sequence[ImageFile]) -> Sequence[ImageFile]:
+    return [files] if isinstance(files, (str, bytes, os.PathLike)) else files

@@ -58,9 +58,9 @@ def noise(count=1, height=8, width=8, seed=0):
     return torch.randn(count, 4, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def run(pipe, use, **options):
+def run(pipe, use, count=1, **options):
     settings = {"num_inference_steps": STEPS, "output_type": "latent", "negative_prompt": "bad"}
-    return pipe("a cat", use, **{**settings, **options})
+    return pipe(["a cat"] * count, use, **{**settings, **options})
 
 
 def relative(ours, expected):
@@ -274,7 +274,7 @@ def test_bad_reference_images_are_refused(pipe, image, options, message):
 def test_reference_runs_once_for_all_steps_and_images(pipe):
     with Calls(pipe.pipeline.unet) as rows:
         use = make_use(pipe)
-        run(pipe, use, num_images_per_prompt=2, num_inference_steps=4)
+        run(pipe, use, count=2, num_inference_steps=4)
     assert rows == [1, 6, 6, 6, 6]
 
 
@@ -316,13 +316,12 @@ def test_without_an_active_use_the_result_is_the_plain_pipelines(any_pipe, inact
         "no use": lambda: [],
     }[inactive]()
     start = noise(2)
-    ours = run(any_pipe, uses, latents=start, num_images_per_prompt=2)
+    ours = run(any_pipe, uses, latents=start, count=2)
     plain = any_pipe.pipeline(
-        "a cat",
-        negative_prompt="bad",
+        ["a cat"] * 2,
+        negative_prompt=["bad"] * 2,
         num_inference_steps=STEPS,
         guidance_scale=7.5,
-        num_images_per_prompt=2,
         latents=start,
         output_type="latent",
         height=64,
@@ -369,7 +368,7 @@ def test_an_image_of_a_batch_equals_that_image_alone(any_pipe):
     def generators(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    batch = run(any_pipe, use, generator=generators(7, 8, 9), num_images_per_prompt=3)
+    batch = run(any_pipe, use, count=3, generator=generators(7, 8, 9))
     alone = run(any_pipe, use, generator=generators(8))
     assert relative(batch[1:2], alone) < 1e-4
 
@@ -380,7 +379,7 @@ def test_ancestral_noise_comes_from_each_images_own_generator(pipe):
     pipe.pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(before.config)
     try:
         seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        batch = run(pipe, use, generator=seeds, num_images_per_prompt=2)
+        batch = run(pipe, use, generator=seeds, count=2)
         alone = run(pipe, use, generator=torch.Generator().manual_seed(2))
     finally:
         pipe.pipeline.scheduler = before
@@ -399,7 +398,7 @@ def test_several_prompts_give_the_images_in_order(pipe):
 def test_region_masks_of_several_images_reach_their_own_image(pipe):
     start = noise(2)
     mask = torch.stack([torch.zeros(8, 8), torch.ones(8, 8)])
-    batch = run(pipe, make_use(pipe, mask=mask), latents=start, num_images_per_prompt=2)
+    batch = run(pipe, make_use(pipe, mask=mask), count=2, latents=start)
     with_reference = run(pipe, make_use(pipe), latents=start[1:])
     # an empty region: e_c is e_u, so the three-term rule is ordinary guidance
     without = run(pipe, [], latents=start[:1])
