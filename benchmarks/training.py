@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from dreamcache_core.training.memory import SavedBytes
+from dreamcache_core.training.plan import SavedBytes
 
 from .flops import count_flops
 from .models import SIZES

@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
 from dreamcache_core.data.precomputed.encoding import EncodeOptions, encode_dataset
+from dreamcache_core.processes import Interruption
 from dreamcache_core.training.config import TrainConfig
-from dreamcache_core.training.interruption import Interruption
+from dreamcache_core.training.dataset import open_training_data
 from dreamcache_core.training.loop import Loop
-from dreamcache_core.training.trainer import DTYPES, Trainer
-from dreamcache_core.training.training_data import open_training_data
+from dreamcache_core.training.run import DTYPES, open_run
 
 from .models import SIZES, write_model
 from .textbook import TextbookLoop
@@ -66,7 +66,7 @@ class Runs:
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         config = _write_inputs(settings, folder)
-        self.trainer = Trainer(config)
+        self.trainer = open_run(config)
         self.loop = Loop(self.trainer, Interruption())
         self.device = self.trainer.accelerator.device
         dtype = DTYPES[config.mixed_precision]
@@ -106,7 +106,7 @@ class Runs:
         return lambda: take(next(batches))
 
     def _train(self, batch: Mapping[str, Any]) -> None:
-        """What ``Loop.run`` does with a batch, less the progress bar."""
+        """What ``Loop.train`` does with a batch, less the progress bar."""
         self.loop.take(batch)
         self.loop.finish_step()
 

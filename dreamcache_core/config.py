@@ -80,3 +80,25 @@ def check_range(name: str, value: float, low: float, high: float | None = None) 
     if not (math.isfinite(value) and low <= value and (high is None or value <= high)):
         allowed = f"at least {low}" if high is None else f"in {low} ... {high}"
         raise InputError(f"{name} must be {allowed}; given {value}.")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say in which settings something was begun otherwise than it is to go on.
+
+    Args:
+        before: What it was begun with.
+        now: What is asked for.
+
+    Returns:
+        ``steps was 1, is 2; seed was 0, is 3``; empty where ``before`` agrees with all that ``now`` names.
+    """
+    return "; ".join(
+        f"{name} was {_short(before.get(name))}, is {_short(value)}"
+        for name, value in now.items()
+        if before.get(name) != value
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,9 +1,12 @@
-"""Several processes at one job."""
+"""Several processes at one job, and signals that end it."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 from .errors import StateError
@@ -53,3 +56,44 @@ def require_all_processes(num_processes: int) -> None:
             f"The launcher started {started} processes, but each of them works alone and would write the same files. "
             "On CPUs set ACCELERATE_USE_CPU=true; on GPUs run 'accelerate config', and start with 'accelerate launch'."
         )
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Whether the process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.is_requested = False
+
+    def request(self, number: int, _: FrameType | None) -> None:
+        """Ask once; a second Ctrl-C stops at once."""
+        if self.is_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.is_requested = True
+
+
+@contextmanager
+def catch_signals() -> Iterator[Interruption]:
+    """Turn Ctrl-C and SIGTERM into requests, so that a job can save before it ends.
+
+    Yields:
+        The request; outside the main thread, where signals cannot be caught, it is never made.
+    """
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+    before = {number: signal.signal(number, interruption.request) for number in SIGNALS}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(_: int) -> None:
+    """Let a data loader's worker live until the loader ends it (its ``worker_init_fn``)."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -7,13 +7,14 @@ from ..training.config import TrainConfig
 
 def run(config: TrainConfig) -> None:
     """Print the plan, and train."""
-    from ..training.trainer import Trainer
+    from ..training.loop import train
+    from ..training.run import open_run
 
-    trainer = Trainer(config)
-    if trainer.accelerator.is_main_process:
-        print("\n".join(trainer.plan.lines()))
+    opened = open_run(config)
+    if opened.accelerator.is_main_process:
+        print("\n".join(opened.plan.lines()))
     if config.dry_run:
         return
-    finished = trainer.run()
-    if trainer.accelerator.is_main_process:
+    finished = train(opened)
+    if opened.accelerator.is_main_process:
         print(finished)

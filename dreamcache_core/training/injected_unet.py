@@ -1,4 +1,7 @@
-"""The module that is trained: its parameters are the adapters, its forward pass is the U-Net with them."""
+"""The module that is trained, whose parameters are the adapters and whose forward pass is the U-Net with them; its loss.
+
+Source: METHOD.md sections 3 and 7.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,6 +16,11 @@ from ..method.blending import ReferenceUse
 from ..method.cache import ReferenceCache
 from ..method.capture import capture_features
 from ..method.injection import inject
+from ..pipeline.base_model import BaseModel
+from ..pipeline.latents import LATENT_FACTOR
+from ..pipeline.sampling import Text
+from .config import TrainConfig
+from .objective import NoiseSchedule, denoising_loss
 
 
 class InjectedUNet(nn.Module):
@@ -108,9 +116,109 @@ class InjectedUNet(nn.Module):
         Returns:
             Features on the device of ``noised``.
         """
-        timestep = self.adapters.info.timestep
-        timesteps = torch.full((len(noised),), timestep, device=noised.device)
         with capture_features(self.unet, self.adapters.layers, stop_early=True) as features:
-            self.call_plain(noised, timesteps, text_states, unet_kwargs)
+            self.call_plain(noised, self.reference_timesteps(noised), text_states, unet_kwargs)
         height, width = noised.shape[-2:]
+        timestep = self.adapters.info.timestep
         return ReferenceCache(features, self._context_width, (height, width), timestep)
+
+    def reference_timesteps(self, references: Tensor) -> Tensor:
+        """Return the adapters' timestep for each reference, int64 (references,)."""
+        timestep = self.adapters.info.timestep
+        return torch.full((len(references),), timestep, device=references.device)
+
+
+class Objective:
+    """The loss of a run's batches; what is not precomputed is encoded here.
+
+    Args:
+        base: The base model, on its device.
+        module: Its U-Net with the adapters.
+        schedule: Its noise levels.
+        config: Settings of the run.
+        reference_px: Side of the references, pixels.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        module: InjectedUNet,
+        schedule: NoiseSchedule,
+        config: TrainConfig,
+        reference_px: int,
+    ) -> None:
+        self.base, self.module, self.schedule = base, module, schedule
+        self.config, self.reference_px = config, reference_px
+        self.empty = base.encode_text([""])
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """Noise the targets, predict with their references cached, and compare.
+
+        Args:
+            model: The module as accelerate prepared it; call it inside ``until_backward``.
+            batch: From ``TrainingData.loader``, on the device.
+
+        Returns:
+            A scalar.
+        """
+        latent, noise, timesteps = self._target_latent(batch), batch["noise"], batch["timestep"]
+        text = self._text(batch)
+        seen = text if self.config.reference_caption else self.empty.repeat_each(len(latent))
+        reference = self.module.capture(*self._reference_inputs(batch, seen))
+        height, width = (side * LATENT_FACTOR for side in latent.shape[2:])
+        prediction = model(
+            reference,
+            self.schedule.add_noise(latent, noise, timesteps).to(self.base.pipeline.dtype),
+            timesteps,
+            text.states,
+            self.base.unet_kwargs(text, height, width),
+        )
+        return denoising_loss(
+            prediction,
+            self.schedule.target(latent, noise, timesteps),
+            self.schedule.weights(timesteps, self.config.min_snr_gamma),
+        )
+
+    @torch.no_grad()
+    def show_references(self, batch: Mapping[str, Any]) -> int:
+        """Run the whole plain U-Net over a batch's references; return how many they are."""
+        count = len(batch["reference_noise"])
+        inputs = self._reference_inputs(batch, self.empty.repeat_each(count))
+        noised, text_states, unet_kwargs = inputs
+        timesteps = self.module.reference_timesteps(noised)
+        self.module.call_plain(noised, timesteps, text_states, unet_kwargs)
+        return count
+
+    def _reference_inputs(
+        self, batch: Mapping[str, Any], text: Text
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Noise the references -> arguments of ``InjectedUNet.capture``."""
+        if "reference_latent" in batch:
+            latent = batch["reference_latent"].float()
+        else:
+            latent = self.base.encode_images(batch["reference"]).float()
+        timesteps = self.module.reference_timesteps(latent)
+        noised = self.schedule.add_noise(latent, batch["reference_noise"], timesteps)
+        return (
+            noised.to(self.base.pipeline.dtype),
+            text.states,
+            self.base.unet_kwargs(text, self.reference_px, self.reference_px),
+        )
+
+    def _target_latent(self, batch: Mapping[str, Any]) -> Tensor:
+        if "target_latent" in batch:
+            return batch["target_latent"].float()
+        return self.base.encode_images(batch["target"]).float()
+
+    def _text(self, batch: Mapping[str, Any]) -> Text:
+        """Text states of the captions, those of the empty prompt where the caption is dropped."""
+        is_dropped = batch["is_dropped"]
+        if "text_states" not in batch:
+            pairs = zip(batch["caption"], is_dropped.tolist(), strict=True)
+            return self.base.encode_text(["" if drop else caption for caption, drop in pairs])
+        like = self.empty.states
+        states = torch.where(is_dropped[:, None, None], like, batch["text_states"].to(like.dtype))
+        if self.empty.pooled is None:
+            return Text(states, None)
+        given = batch["text_pooled"].to(like.dtype)
+        return Text(states, torch.where(is_dropped[:, None], self.empty.pooled, given))

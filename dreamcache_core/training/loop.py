@@ -2,134 +2,157 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from ..errors import InputError, StateError
-from ..method.adapter import AdapterInfo, AdapterSet
+from ..files.jsonl import append_lines
+from ..method.adapter import AdapterSet
 from ..method.adapter_files import save_adapters
-from ..pipeline.latents import LATENT_FACTOR
-from ..pipeline.sampling import Text
+from ..processes import Interruption, catch_signals
 from ..version import __version__
-from .interruption import Interruption
-from .meter import Meter, TakenStep
-from .moving_average import MovingAverage
-from .objective import denoising_loss
-from .samples import FAILURE
-from .self_attention_start import NUM_IMAGES, observe_self_attention, start_from_self_attention
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .checkpoints import ADAPTERS_FILE, Checkpoint, cut_log
+from .dataset import FAILURE
+from .initialisation import NUM_IMAGES, observe_self_attention, start_from_self_attention
+from .injected_unet import Objective
+from .optimization import MovingAverage
+from .run import Run
 
 logger = logging.getLogger(__name__)
 
+LOG_FILE = "log.jsonl"
 
 MAX_SKIPPED = 50
 """Steps in a row that an overflow may cost in float16."""
 
 
+def train(run: Run) -> Path:
+    """Train.
+
+    Args:
+        run: From ``open_run``.
+
+    Returns:
+        File of the finished adapters.
+
+    Raises:
+        InputError: A sample cannot be read, or there is no room for a checkpoint.
+        KeyboardInterrupt: The run was asked to stop; it saved a checkpoint first.
+        StateError: The loss is not finite.
+    """
+    run.begin()
+    with catch_signals() as interruption:
+        Loop(run, interruption).train()
+    run.accelerator.end_training()
+    return run.folder / ADAPTERS_FILE
+
+
+class TakenStep(NamedTuple):
+    """One optimizer step: mean loss over all processes, norm of its gradients before clipping, learning rate."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+
+
 class Loop:
     """The steps of a run: models on their device, the loader, the counters."""
 
-    def __init__(self, trainer: Trainer, interruption: Interruption) -> None:
-        self.trainer, self.interruption = trainer, interruption
-        self.config, self.accelerator = trainer.config, trainer.accelerator
-        self.base, self.folder, self.schedule = trainer.base, trainer.folder, trainer.schedule
-        self.base.to(self.accelerator.device)
+    def __init__(self, run: Run, interruption: Interruption) -> None:
+        self.run, self.interruption = run, interruption
+        self.config, self.accelerator = run.config, run.accelerator
+        run.base.to(self.accelerator.device)
         if self.config.gradient_checkpointing:
-            self.base.unet.enable_gradient_checkpointing()
-        self.step = 0 if trainer.checkpoint is None else trainer.checkpoint[0]
-        self.empty = self.base.encode_text([""])
-        if trainer.checkpoint is None and trainer.starts_from_self_attention:
+            run.base.unet.enable_gradient_checkpointing()
+        self.objective = Objective(
+            run.base, run.module, run.schedule, self.config, run.data.resolution
+        )
+        self.step = 0 if run.start is None else run.start.step
+        is_untrained = run.start is None and self.config.adapters is None
+        if is_untrained and self.config.init == "self_attention":
             self._start_from_self_attention()
         self.model, self.optimizer, self.loader, self.lr_schedule = self._prepare()
-        parameters = trainer.module.adapters.parameters
-        self.average = MovingAverage.of(parameters, self.config.ema_decay)
-        if trainer.checkpoint is not None:
-            self._restore(trainer.checkpoint[1])
+        self.average = MovingAverage(run.module.adapters.parameters(), self.config.ema_decay)
+        if run.start is not None:
+            self._restore(run.start)
         self._losses: list[Tensor] = []
         self._indices: list[Tensor] = []
         self._is_asked_to_stop, self._num_skipped = False, 0
 
     def _loader(self) -> DataLoader[dict[str, object]]:
-        trainer, channels = self.trainer, int(self.base.unet.config.in_channels)
-        first = self.step * trainer.global_batch
-        return trainer.data.loader(self.config, first, trainer.global_batch, channels)
+        run, channels = self.run, int(self.run.base.unet.config.in_channels)
+        first = self.step * run.global_batch
+        return run.data.loader(self.config, first, run.global_batch, channels)
 
-    @torch.no_grad()
     def _start_from_self_attention(self) -> None:
         """Look at the run's first references, in every process at the same ones."""
         from accelerate.utils import send_to_device
 
-        module, seen = self.trainer.module, 0
-        timestep = module.adapters.info.timestep
-        with observe_self_attention(self.base.unet, module.adapters.layers) as guesses:
+        unet, adapters, num_seen = self.run.base.unet, self.run.module.adapters, 0
+        with observe_self_attention(unet, adapters.layers) as guesses:
             for batch in self._loader():
                 self._require_readable(batch)
-                noised = self._noised_reference(send_to_device(batch, self.accelerator.device))
-                text = self.empty.repeat_each(len(noised))
-                module.call_plain(
-                    noised.to(self.base.pipeline.dtype),
-                    torch.full((len(noised),), timestep, device=noised.device),
-                    text.states,
-                    self.base.unet_kwargs(text, *self._reference_size_px),
-                )
-                seen += len(noised)
-                if seen >= NUM_IMAGES:
+                on_device: Any = send_to_device(batch, self.accelerator.device)
+                num_seen += self.objective.show_references(on_device)
+                if num_seen >= NUM_IMAGES:
                     break
-        start_from_self_attention(self.base.unet, module.adapters, guesses)
+        start_from_self_attention(unet, adapters, guesses)
 
     def _prepare(self) -> tuple[Any, ...]:
         from diffusers.optimization import get_scheduler
 
-        config, trainer = self.config, self.trainer
         lr_schedule = get_scheduler(
-            config.lr_schedule,
-            trainer.optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.steps,
+            self.config.lr_schedule,
+            self.run.optimizer,
+            num_warmup_steps=self.config.warmup_steps,
+            num_training_steps=self.config.steps,
         )
         return self.accelerator.prepare(
-            trainer.module, trainer.optimizer, self._loader(), lr_schedule
+            self.run.module, self.run.optimizer, self._loader(), lr_schedule
         )
 
-    def _restore(self, checkpoint: Path) -> None:
-        self.accelerator.load_state(str(checkpoint))
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.accelerator.load_state(str(checkpoint.path))
         self.accelerator.step = 0  # a checkpoint lies between steps, however they are accumulated
-        self.average.load(checkpoint, self.step)
-        logger.info("Going on from %s.", checkpoint)
+        self.average.load(checkpoint.path, checkpoint.step)
+        logger.info("Going on from %s.", checkpoint.path)
 
-    def run(self) -> None:
+    def train(self) -> None:
         """Run all steps that are left, and write the adapters."""
-        self._start_trackers()
-        meter = Meter(self)
+        if self.config.tracker != "none":
+            plain = {k: str(v) for k, v in self.config.to_dict().items()}
+            self.accelerator.init_trackers("dreamcache", config=plain)
+        meter = Meter(self.run, self.step)
         try:
-            self._run_steps(meter)
+            self._take_steps(meter)
         finally:
             meter.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         self._save_checkpoint()
-        self._save_adapters(self.folder.adapters_file)
+        self._save_adapters(self.run.folder / ADAPTERS_FILE)
 
-    def _run_steps(self, meter: Meter) -> None:
+    def _take_steps(self, meter: Meter) -> None:
         if self.accelerator.is_main_process:
-            self.folder.cut_log(self.step)
+            cut_log(meter.log_file, self.step)
         if self.step == 0:
             self._validate()
         meter.resume()
         for batch in self.loader:
             taken = self.take(batch)
             if taken is not None:
-                meter.count(taken)
+                meter.count(self.step, taken)
                 self.finish_step()
                 meter.resume()
 
@@ -148,7 +171,7 @@ class Loop:
         """
         self._require_readable(batch)
         self._indices.append(batch["index"])
-        with self.accelerator.accumulate(self.model), self.trainer.module.until_backward():
+        with self.accelerator.accumulate(self.model), self.run.module.until_backward():
             loss = self.loss(batch)
             self._losses.append(loss.detach())
             self.accelerator.backward(loss)
@@ -168,6 +191,10 @@ class Loop:
         self.step += 1
         self._losses, self._indices = [], []
         return taken
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Loss of a batch; call it inside ``InjectedUNet.until_backward``."""
+        return self.objective.loss(self.model, batch)
 
     def _count_skipped(self) -> None:
         self._num_skipped += 1
@@ -191,64 +218,6 @@ class Loop:
             self._save_checkpoint()
         raise InputError(failure)
 
-    def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """Loss of a batch (METHOD.md section 7)."""
-        dtype, module = self.base.pipeline.dtype, self.trainer.module
-        latent, noise, timesteps = self._target_latent(batch), batch["noise"], batch["timestep"]
-        rows, (height, width) = len(latent), (side * LATENT_FACTOR for side in latent.shape[2:])
-        text = self._text(batch)
-        seen = text if self.config.reference_caption else self.empty.repeat_each(rows)
-        with torch.no_grad():
-            reference = module.capture(
-                self._noised_reference(batch).to(dtype),
-                seen.states,
-                self.base.unet_kwargs(seen, *self._reference_size_px),
-            )
-        prediction = self.model(
-            reference,
-            self.schedule.add_noise(latent, noise, timesteps).to(dtype),
-            timesteps,
-            text.states,
-            self.base.unet_kwargs(text, height, width),
-        )
-        return denoising_loss(
-            prediction,
-            self.schedule.target(latent, noise, timesteps),
-            self.schedule.weights(timesteps, self.config.min_snr_gamma),
-        )
-
-    @property
-    def _reference_size_px(self) -> tuple[int, int]:
-        return self.trainer.data.resolution, self.trainer.data.resolution
-
-    def _target_latent(self, batch: Mapping[str, Any]) -> Tensor:
-        if "target_latent" in batch:
-            return batch["target_latent"].float()
-        return self.base.encode_images(batch["target"]).float()
-
-    def _noised_reference(self, batch: Mapping[str, Any]) -> Tensor:
-        if "reference_latent" in batch:
-            latent = batch["reference_latent"].float()
-        else:
-            latent = self.base.encode_images(batch["reference"]).float()
-        timestep = self.trainer.module.adapters.info.timestep
-        timesteps = torch.full((len(latent),), timestep, device=latent.device)
-        return self.schedule.add_noise(latent, batch["reference_noise"], timesteps)
-
-    def _text(self, batch: Mapping[str, Any]) -> Text:
-        """Text states of the captions, those of the empty prompt where the caption is dropped."""
-        is_dropped = batch["is_dropped"]
-        if "text_states" not in batch:
-            dropped = is_dropped.tolist()
-            pairs = zip(batch["caption"], dropped, strict=True)
-            return self.base.encode_text(["" if drop else caption for caption, drop in pairs])
-        like = self.empty.states
-        states = torch.where(is_dropped[:, None, None], like, batch["text_states"].to(like.dtype))
-        if self.empty.pooled is None:
-            return Text(states, None)
-        given = batch["text_pooled"].to(like.dtype)
-        return Text(states, torch.where(is_dropped[:, None], self.empty.pooled, given))
-
     def _agree(self, norm: float) -> float:
         """Agree with all processes on the step's mean loss, and stop all where it is not finite."""
         local = torch.stack(self._losses).mean()
@@ -259,11 +228,11 @@ class Loop:
         is_scaled = self.accelerator.scaler is not None
         if math.isfinite(loss) and (is_scaled or math.isfinite(norm)):
             return loss
-        files = self.trainer.data.names(torch.cat(self._indices).tolist())
+        files = [self.run.data.files(i)[0] for i in torch.cat(self._indices).tolist()]
         # weights are known to be good once a step was taken from them
-        good = self.folder.newest_checkpoint(before=self.step)
+        good = self.run.checkpoints.newest(before=self.step)
         advice = (
-            f"The last good checkpoint is {good[1]}: its adapters.safetensors can be given as adapters to a run of its own"
+            f"The last good checkpoint is {good.path}: its {ADAPTERS_FILE} can be given as adapters to a run of its own"
             if good
             else "There is no good checkpoint yet"
         )
@@ -288,56 +257,91 @@ class Loop:
 
     def _adapters(self) -> AdapterSet:
         """The adapters as they would be used: averaged where there is an average; on the CPU."""
-        weights = self.accelerator.get_state_dict(self.model)
-        module, info = self.trainer.module, self._info()
+        run = self.run
+        trained = run.module.adapters
+        training = {**self.config.without_folders(), "step": self.step}
+        info = dataclasses.replace(
+            trained.info,
+            base_model=run.base.name,
+            prediction=run.schedule.prediction,
+            extra={
+                **trained.info.extra,
+                "training": json.dumps(training),
+                "base_model_fingerprint": run.identity["base model"],
+                "dreamcache_version": __version__,
+            },
+        )
         adapters = AdapterSet(info)
-        prefix = "adapters."
-        adapters.load_state_dict({k.removeprefix(prefix): v.cpu() for k, v in weights.items()})
+        adapters.load_state_dict(trained.state_dict())
         self.average.copy_to(adapters)
-        assert module.adapters.layers == adapters.layers
         return adapters.requires_grad_(False)
 
-    def _info(self) -> AdapterInfo:
-        info = self.trainer.module.adapters.info
-        extra = {
-            **info.extra,
-            "training": json.dumps({**self.config.without_folders(), "step": self.step}),
-            "base_model_fingerprint": self.trainer.identity["base model"],
-            "dreamcache_version": __version__,
-        }
-        return AdapterInfo(
-            info.layout, info.timestep, self.base.name, self.schedule.prediction, extra
-        )
-
     def _save_adapters(self, path: Path) -> None:
-        adapters = self._adapters()
         if self.accelerator.is_main_process:
-            save_adapters(adapters, path)
+            save_adapters(self._adapters(), path)
 
     def _save_checkpoint(self) -> None:
-        accelerator = self.accelerator
-        newest = self.folder.newest_checkpoint()
-        if newest is not None and newest[0] == self.step:
+        newest = self.run.checkpoints.newest()
+        if newest is not None and newest.step == self.step:
             return
-        accelerator.wait_for_everyone()
-        with self.folder.new_checkpoint(
-            self.step, is_main=accelerator.is_main_process, wait=accelerator.wait_for_everyone
-        ) as target:
-            accelerator.save_state(str(target))
-            self._save_adapters(target / "adapters.safetensors")
-            if accelerator.is_main_process:
+        self.accelerator.wait_for_everyone()
+        with self.run.checkpoints.new(self.step, self.accelerator) as target:
+            self.accelerator.save_state(str(target))
+            self._save_adapters(target / ADAPTERS_FILE)
+            if self.accelerator.is_main_process:
                 self.average.save(target)
 
     def _validate(self) -> None:
-        adapters = self._adapters() if self.config.validate_every else None
-        validation = self.trainer.validation
-        if validation is not None and adapters is not None:
-            sheet = validation.save(adapters, self.folder.validation_folder, self.step)
+        if self.run.validation is not None:
+            folder = self.run.folder / "validation"
+            sheet = self.run.validation.save(self._adapters(), folder, self.step)
             for tracker in self.accelerator.trackers:
                 tracker.log_images({"validation": sheet.permute(0, 3, 1, 2)}, step=self.step)
         self.accelerator.wait_for_everyone()
 
-    def _start_trackers(self) -> None:
-        if self.config.tracker != "none":
-            plain = {k: str(v) for k, v in self.config.to_dict().items()}
-            self.accelerator.init_trackers("dreamcache", config=plain)
+
+class Meter:
+    """What a run tells while it goes on: progress bar, log, trackers."""
+
+    def __init__(self, run: Run, first_step: int) -> None:
+        self.run, self.log_file = run, run.folder / LOG_FILE
+        self.bar = tqdm(
+            total=run.config.steps,
+            initial=first_step,
+            unit="step",
+            desc="training",
+            disable=not run.accelerator.is_main_process,
+        )
+        self.losses: list[float] = []
+        self.busy_s, self.since = 0.0, time.perf_counter()
+
+    def resume(self) -> None:
+        """Begin to time a step: what was done since the last one (validation, checkpoint) is left out."""
+        self.since = time.perf_counter()
+
+    def count(self, step: int, taken: TakenStep) -> None:
+        """Take in a step; every so many, write an entry."""
+        config, accelerator = self.run.config, self.run.accelerator
+        self.losses.append(taken.loss)
+        self.busy_s += time.perf_counter() - self.since
+        self.bar.update(1)
+        if step % config.log_every and step != config.steps:
+            return
+        values = {
+            "loss": sum(self.losses) / len(self.losses),
+            "learning_rate": taken.learning_rate,
+            "gradient_norm": taken.gradient_norm,
+            "images_per_s": len(self.losses) * self.run.global_batch / self.busy_s,
+        }
+        self.losses, self.busy_s = [], 0.0
+        self.bar.set_postfix_str("loss {loss:.4f}, {images_per_s:.2f} images/s".format(**values))
+        if accelerator.is_main_process:
+            try:
+                append_lines(self.log_file, [{"step": step, **values}])
+            except OSError as error:
+                logger.warning("The log cannot be written: %s.", error)
+        accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()

@@ -52,7 +52,7 @@ class Validation:
         ]
         given = config.validation_prompts
         self.prompts = [given[i % len(given)] if given else pairs[i].caption for i in range(count)]
-        self._without: list[Tensor] | None = None
+        self._without: list[Tensor] = []
 
     @torch.no_grad()
     def draw(self, adapters: AdapterSet) -> Tensor:
@@ -64,17 +64,15 @@ class Validation:
         Returns:
             A contact sheet, (1, height, width, 3) in [0, 1]: a row for each reference.
         """
-        uses = [self._use(image, adapters) for image in self.references]
-        if self._without is None:
-            self._without = [
-                self._image(prompt, use, scale=0.0)
-                for prompt, use in zip(self.prompts, uses, strict=True)
-            ]
         rows: list[Sequence[Tensor]] = []
-        for prompt, use, image, plain in zip(
-            self.prompts, uses, self.references, self._without, strict=True
-        ):
-            rows.append([image, plain, self._image(prompt, use)])
+        for row, (prompt, image) in enumerate(zip(self.prompts, self.references, strict=True)):
+            reference = self.base.pipeline.encode_reference(
+                image, timestep=adapters.info.timestep, layers=adapters.layers
+            )
+            if row == len(self._without):
+                self._without.append(self._sample(prompt, ReferenceUse(reference, adapters, 0.0)))
+            with_it = self._sample(prompt, ReferenceUse(reference, adapters))
+            rows.append([image, self._without[row], with_it])
         captions = [["reference", f"without: {prompt}", "with it"] for prompt in self.prompts]
         return contact_sheet(rows, captions)
 
@@ -85,16 +83,10 @@ class Validation:
         save_png(folder / f"step-{step:06d}.png", sheet)
         return sheet
 
-    def _use(self, image: Tensor, adapters: AdapterSet) -> ReferenceUse:
-        reference = self.base.pipeline.encode_reference(
-            image, timestep=adapters.info.timestep, layers=adapters.layers
-        )
-        return ReferenceUse(reference, adapters)
-
-    def _image(self, prompt: str, use: ReferenceUse, scale: float = 1.0) -> Tensor:
+    def _sample(self, prompt: str, use: ReferenceUse) -> Tensor:
         image = self.base.pipeline(
             prompt,
-            ReferenceUse(use.reference, use.adapters, scale),
+            use,
             guidance_scale=self.config.validation_cfg,
             image_guidance_scale=self.config.validation_image_guidance,
             num_inference_steps=self.config.validation_steps,

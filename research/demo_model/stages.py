@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dreamcache_core.training.interruption import catch_signals
-from dreamcache_core.training.run_folder import RunFolder
+from dreamcache_core.files.jsonl import append_lines
+from dreamcache_core.processes import catch_signals
+from dreamcache_core.training.checkpoints import Checkpoints, cut_log
 
 KEPT_CHECKPOINTS = 2
 LOG_EVERY = 50
@@ -82,8 +83,9 @@ def train_stage(stage: Stage, schedule: Schedule, folder: Path, mixed_precision:
     module, optimizer, cosine = accelerator.prepare(stage.module, optimizer, cosine)
     average.to(accelerator.device)
     accelerator.register_for_checkpointing(average)
-    run = RunFolder(folder, KEPT_CHECKPOINTS)
-    step = _resume(accelerator, run)
+    log, checkpoints = folder / "log.jsonl", Checkpoints(folder, KEPT_CHECKPOINTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    step = _resume(accelerator, checkpoints, log)
     losses: list[float] = []
     began = time.monotonic()
     with (
@@ -103,16 +105,14 @@ def train_stage(stage: Stage, schedule: Schedule, folder: Path, mixed_precision:
             bar.update()
             losses.append(loss.item())
             if step % LOG_EVERY == 0:
-                _log(run, step, losses, time.monotonic() - began)
+                _log(log, step, losses, time.monotonic() - began)
                 losses.clear()
             if (
                 step % schedule.save_every == 0
                 or step == schedule.steps
                 or interruption.is_requested
             ):
-                with run.new_checkpoint(
-                    step, is_main=True, wait=accelerator.wait_for_everyone
-                ) as checkpoint:
+                with checkpoints.new(step, accelerator) as checkpoint:
                     accelerator.save_state(str(checkpoint))
     average.copy_to(stage.module.parameters())
     return step == schedule.steps
@@ -133,17 +133,15 @@ def _optimizer(module: nn.Module, schedule: Schedule) -> tuple[torch.optim.Optim
     return optimizer, cosine
 
 
-def _log(run: RunFolder, step: int, losses: list[float], seconds: float) -> None:
+def _log(log: Path, step: int, losses: list[float], seconds: float) -> None:
     mean = sum(losses) / len(losses)
-    run.log({"step": step, "loss": round(mean, 6), "seconds": round(seconds)})
+    append_lines(log, [{"step": step, "loss": round(mean, 6), "seconds": round(seconds)}])
 
 
-def _resume(accelerator: Any, run: RunFolder) -> int:
-    run.path.mkdir(parents=True, exist_ok=True)
-    newest = run.newest_checkpoint()
+def _resume(accelerator: Any, checkpoints: Checkpoints, log: Path) -> int:
+    newest = checkpoints.newest()
     if newest is None:
         return 0
-    step, checkpoint = newest
-    accelerator.load_state(str(checkpoint))
-    run.cut_log(step)
-    return step
+    accelerator.load_state(str(newest.path))
+    cut_log(log, newest.step)
+    return newest.step

@@ -99,7 +99,8 @@ def train_variants(config: VariantsConfig) -> list[Path]:
 
 def _train(config: VariantsConfig, name: str) -> Path:
     from dreamcache_core.training.config import TrainConfig
-    from dreamcache_core.training.trainer import Trainer
+    from dreamcache_core.training.loop import train
+    from dreamcache_core.training.run import open_run
 
     finished = Path(config.out) / f"{name}.safetensors"
     if finished.is_file():
@@ -120,7 +121,7 @@ def _train(config: VariantsConfig, name: str) -> Path:
         "tracker": "none",
         **changes,
     }
-    adapters = Trainer(TrainConfig.from_dict(settings)).run()
+    adapters = train(open_run(TrainConfig.from_dict(settings)))
     finished.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(finished) as unfinished:
         unfinished.write_bytes(adapters.read_bytes())

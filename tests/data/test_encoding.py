@@ -13,8 +13,9 @@ from dreamcache_core.cli.main import main
 from dreamcache_core.data.precomputed import encoding
 from dreamcache_core.data.precomputed.encoded import EncodedSet
 from dreamcache_core.data.precomputed.encoding import EncodeOptions, encode_dataset
+from dreamcache_core.training import loop
 from dreamcache_core.training.config import TrainConfig
-from dreamcache_core.training.trainer import Trainer
+from dreamcache_core.training.run import open_run
 
 pytestmark = pytest.mark.diffusers
 
@@ -58,7 +59,7 @@ def train(tmp_path, model, name, **fields) -> dict[str, torch.Tensor]:
         "tracker": "none",
         "caption_dropout": 0.5,
     }
-    return load_file(Trainer(TrainConfig.from_dict({**settings, **fields})).run())
+    return load_file(loop.train(open_run(TrainConfig.from_dict({**settings, **fields}))))
 
 
 def test_training_from_latents_equals_training_from_images(options, tmp_path, model, data):

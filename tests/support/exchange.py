@@ -15,7 +15,8 @@ from training_set import write_pairs
 
 from dreamcache_core import ReferenceUse, capture_reference, inject, load_adapters
 from dreamcache_core.training.config import TrainConfig
-from dreamcache_core.training.trainer import Trainer
+from dreamcache_core.training.loop import train
+from dreamcache_core.training.run import open_run
 
 CASE = "sd21_tiny"
 STEP = 601
@@ -38,7 +39,7 @@ def train_in_diffusers(folder: Path) -> None:
         validate_every=0,
         tracker="none",
     )
-    Trainer(config).run().rename(folder / "adapters.safetensors")
+    train(open_run(config)).rename(folder / "adapters.safetensors")
     inputs = case.vectors
     kept = ("x_ref_t1", "null_text", "positive_text", "x_T")
     expected = {name: inputs[name].contiguous() for name in kept}

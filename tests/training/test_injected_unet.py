@@ -8,7 +8,7 @@ from dreamcache_core import InputError, MismatchError, ReferenceUse, inject
 from dreamcache_core.method.adapter import ReferenceAdapter
 from dreamcache_core.training.initialisation import new_adapters
 from dreamcache_core.training.injected_unet import InjectedUNet
-from dreamcache_core.training.memory import SavedBytes, estimate_saved_bytes
+from dreamcache_core.training.plan import SavedBytes, estimate_saved_bytes
 
 pytestmark = pytest.mark.diffusers
 

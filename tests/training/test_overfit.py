@@ -11,7 +11,8 @@ from dreamcache_core import DreamCachePipeline, ReferenceUse, load_adapters
 from dreamcache_core.images.files import save_png
 from dreamcache_core.images.reference import prepare_reference_image
 from dreamcache_core.training.config import TrainConfig
-from dreamcache_core.training.trainer import Trainer
+from dreamcache_core.training.loop import train
+from dreamcache_core.training.run import open_run
 
 pytestmark = pytest.mark.diffusers
 
@@ -46,7 +47,7 @@ class Overfit:
             "log_every": 1,
             **fields,
         }
-        file = Trainer(TrainConfig.from_dict(settings)).run()
+        file = train(open_run(TrainConfig.from_dict(settings)))
         lines = (self.folder / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return file, [json.loads(line)["loss"] for line in lines]
 

@@ -15,8 +15,9 @@ from training_set import save_base_model, write_pairs
 
 from dreamcache_core import InputError, StateError, load_adapters
 from dreamcache_core.cli.main import main
+from dreamcache_core.training import loop
 from dreamcache_core.training.config import TrainConfig
-from dreamcache_core.training.trainer import Trainer
+from dreamcache_core.training.run import open_run
 
 pytestmark = pytest.mark.diffusers
 
@@ -56,7 +57,7 @@ def settings(model, data, tmp_path):
 
 def train(settings, **changes) -> dict[str, torch.Tensor]:
     config = TrainConfig.from_dict({**settings, **changes})
-    return load_file(Trainer(config).run())
+    return load_file(loop.train(open_run(config)))
 
 
 def flags(settings) -> list[str]:
@@ -116,7 +117,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(settings, tmp_path):
 
 def untrained(settings) -> dict[str, torch.Tensor]:
     """Adapters as a run starts with them, by the keys of its file."""
-    adapters = Trainer(
+    adapters = open_run(
         TrainConfig.from_dict({**settings, "out": settings["out"] + "-none"})
     ).module.adapters
     return {
@@ -227,9 +228,9 @@ def predict_v(model: Path) -> None:
 
 def base_model_loss(config: TrainConfig) -> float:
     """Loss of the first batch without adapters, written as METHOD.md section 7 reads."""
-    trainer = Trainer(TrainConfig.from_dict({**config.to_dict(), "out": config.out + "-plain"}))
-    batch = next(iter(trainer.data.loader(config, 0, trainer.global_batch, 4)))
-    base, pipeline = trainer.base, trainer.base.pipeline.pipeline
+    run = open_run(TrainConfig.from_dict({**config.to_dict(), "out": config.out + "-plain"}))
+    batch = next(iter(run.data.loader(config, 0, run.global_batch, 4)))
+    base, pipeline = run.base, run.base.pipeline.pipeline
     latent = base.encode_images(batch["target"])
     assert tuple(latent.shape[2:]) == (32, 16)
     alpha = base.scheduler.alphas_cumprod[batch["timestep"]][:, None, None, None]
@@ -402,20 +403,20 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(
     settings, tmp_path, wrong, message
 ):
     with pytest.raises((InputError, ImportError, ValueError), match=message):
-        Trainer(TrainConfig.from_dict({**settings, **wrong}))
+        open_run(TrainConfig.from_dict({**settings, **wrong}))
     assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_know_nothing_of_each_other_are_refused(settings, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(StateError, match=r"started 2 processes.*ACCELERATE_USE_CPU"):
-        Trainer(TrainConfig.from_dict(settings))
+        open_run(TrainConfig.from_dict(settings))
 
 
 def test_a_tracker_that_is_not_installed_is_not_left_out_silently(settings, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     with pytest.raises(ImportError, match="tensorboard is not installed"):
-        Trainer(TrainConfig.from_dict({**settings, "tracker": "tensorboard"}))
+        open_run(TrainConfig.from_dict({**settings, "tracker": "tensorboard"}))
 
 
 def test_a_loss_of_nan_stops_with_step_files_and_checkpoint(settings, tmp_path):
@@ -432,20 +433,20 @@ def test_a_run_resumes_with_its_own_settings_only(settings, changes):
     settings = {**settings, "checkpoint_every": 2}
     train(settings)
     with pytest.raises(InputError, match="cannot be resumed with other settings"):
-        Trainer(TrainConfig.from_dict({**settings, **changes, "resume": True}))
+        open_run(TrainConfig.from_dict({**settings, **changes, "resume": True}))
 
 
 def test_a_run_resumes_on_its_own_model_and_data_only(settings, tmp_path):
     train({**settings, "checkpoint_every": 2})
     more = {**settings, "resume": True, "data": str(write_pairs(tmp_path / "more", 8))}
     with pytest.raises(InputError, match="training set was"):
-        Trainer(TrainConfig.from_dict(more))
+        open_run(TrainConfig.from_dict(more))
     torch.manual_seed(1)
     other = save_base_model(tmp_path / "other")
     weights = other / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
     with pytest.raises(InputError, match="base model was"):
-        Trainer(TrainConfig.from_dict({**settings, "resume": True, "model": str(other)}))
+        open_run(TrainConfig.from_dict({**settings, "resume": True, "model": str(other)}))
 
 
 def test_a_run_is_not_resumed_to_fewer_steps_than_it_has(settings):
@@ -456,7 +457,7 @@ def test_a_run_is_not_resumed_to_fewer_steps_than_it_has(settings):
 
 def test_a_failing_validation_loses_no_step(settings, tmp_path, monkeypatch):
     settings = {**settings, "checkpoint_every": 2, "validate_every": 2, "validation_steps": 1}
-    trainer = Trainer(TrainConfig.from_dict(settings))
+    run = open_run(TrainConfig.from_dict(settings))
     drawn = []
 
     def fail_later(adapters):
@@ -465,9 +466,9 @@ def test_a_failing_validation_loses_no_step(settings, tmp_path, monkeypatch):
             raise MemoryError
         return torch.zeros(1, 8, 8, 3)
 
-    monkeypatch.setattr(trainer.validation, "draw", fail_later)
+    monkeypatch.setattr(run.validation, "draw", fail_later)
     with pytest.raises(MemoryError):
-        trainer.run()
+        loop.train(run)
     assert (tmp_path / "run" / "checkpoints" / "step-000002").exists()
 
 
@@ -488,7 +489,7 @@ def test_a_resumed_run_may_be_longer_and_split_otherwise(settings):
 def test_a_folder_with_a_run_is_not_overwritten(settings):
     train(settings)
     with pytest.raises(StateError, match="--resume"):
-        Trainer(TrainConfig.from_dict(settings))
+        open_run(TrainConfig.from_dict(settings))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -544,5 +545,5 @@ def test_too_little_disk_is_said_before_training(settings, monkeypatch):
 def test_long_captions_are_counted_once(settings, tmp_path, caplog):
     data = write_pairs(tmp_path / "set", 3)
     (data / "subject_0" / "000_caption.txt").write_text("abc " * 50)
-    Trainer(TrainConfig.from_dict({**settings, "data": str(data)}))
+    open_run(TrainConfig.from_dict({**settings, "data": str(data)}))
     assert caplog.text.count("1 of 3 captions are longer") == 1

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ....dreamcache_core import AdapterSet, ReferenceCache, ReferenceUse, capture_features, inject
 from ....dreamcache_core.data.order import SampleOrder, sample_seed
-from ....dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule, denoising_loss
-from ....dreamcache_core.training.self_attention_start import (
+from ....dreamcache_core.training.initialisation import (
     NUM_IMAGES,
     observe_self_attention,
     start_from_self_attention,
 )
+from ....dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule, denoising_loss
 from ..model import compute_dtype
 from ..sampling import LoadedModel, clean_clone, inside_sampling
 from .frozen_model import FrozenModel, checkpointed, frozen, noise_schedule

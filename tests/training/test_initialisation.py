@@ -6,9 +6,9 @@ from tiny_diffusers import random_unet
 
 from dreamcache_core import StateError, capture_features
 from dreamcache_core.method.backends import select_sites
-from dreamcache_core.training.initialisation import new_adapters
-from dreamcache_core.training.self_attention_start import (
+from dreamcache_core.training.initialisation import (
     LinearGuess,
+    new_adapters,
     observe_self_attention,
     start_from_self_attention,
 )

@@ -1,0 +1,159 @@
+"""Checkpoints that appear whole or not at all, and what they are checkpoints of."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+
+from ..config import differences
+from ..errors import InputError, StateError
+from ..files.jsonl import append_lines, read_lines
+from ..files.whole_files import whole_file
+
+logger = logging.getLogger(__name__)
+
+ADAPTERS_FILE = "adapters.safetensors"
+"""Of a run or of one of its checkpoints."""
+
+_NAME = re.compile(r"step-(\d+)")
+_STATE_FILE = "run.json"
+_UNFINISHED = ".unfinished"
+
+
+class Checkpoint(NamedTuple):
+    """A complete checkpoint: the steps before it, and its folder."""
+
+    step: int
+    path: Path
+
+
+class Checkpoints:
+    """The checkpoints in the folder of a run.
+
+    Args:
+        run_folder: The folder; made when the run begins.
+        keep: How many of the newest are kept.
+    """
+
+    def __init__(self, run_folder: Path, keep: int) -> None:
+        self.run_folder, self.keep = run_folder, keep
+        self.folder = run_folder / "checkpoints"
+
+    def complete(self) -> list[Checkpoint]:
+        """List the complete ones, oldest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        matches = ((_NAME.fullmatch(path.name), path) for path in found)
+        return sorted(Checkpoint(int(match[1]), path) for match, path in matches if match)
+
+    def newest(self, before: float = math.inf) -> Checkpoint | None:
+        """Find the newest complete one of a step earlier than ``before``."""
+        return next((c for c in reversed(self.complete()) if c.step < before), None)
+
+    @property
+    def num_bytes(self) -> int:
+        """What they take now, one that was cut off included."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+    def choose_start(self, identity: Mapping[str, Any], *, resume: bool) -> Checkpoint | None:
+        """Check the folder against what the run is about to do; change nothing yet.
+
+        Args:
+            identity: What makes the run the run it is: model, data, settings.
+            resume: Whether it goes on from the newest checkpoint.
+
+        Returns:
+            The checkpoint to go on from; ``None``: begin anew.
+
+        Raises:
+            InputError: The checkpoints are of another run; the message lists what differs.
+            StateError: There are checkpoints, or finished adapters, but nobody asked to resume.
+        """
+        newest = self.newest()
+        if not resume:
+            if newest is not None or (self.run_folder / ADAPTERS_FILE).exists():
+                raise StateError(
+                    f"{self.run_folder} holds a run already. Add --resume to go on with it, or give another --out."
+                )
+            return None
+        if newest is None:
+            logger.warning("%s holds no checkpoint: the run begins at step 0.", self.run_folder)
+            return None
+        changes = differences(self._read_identity(), json.loads(json.dumps(identity)))
+        if changes:
+            raise InputError(
+                f"The run in {self.run_folder} cannot be resumed with other settings: {changes}. Set them back, "
+                "or start a run of its own with another --out (--adapters takes over what this one has learnt)."
+            )
+        return newest
+
+    def _read_identity(self) -> dict[str, Any]:
+        file = self.run_folder / _STATE_FILE
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))["identity"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{file} is missing or damaged ({error}), so nothing tells what the checkpoints "
+                "are of. Give another --out."
+            ) from error
+
+    def write_identity(self, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Record what the run is, before its first step."""
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"identity": identity, "settings": settings}, indent=2)
+        with whole_file(self.run_folder / _STATE_FILE) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def new(self, step: int, processes: Any) -> Iterator[Path]:
+        """Write a checkpoint into a folder that gets its name only when it is complete.
+
+        All processes enter; the main one names the folder and removes the oldest ones.
+
+        Args:
+            step: Steps done.
+            processes: accelerate's ``Accelerator`` of this process.
+
+        Yields:
+            The folder to write to.
+        """
+        target = self.folder / f"step-{step:06d}"
+        unfinished = target.with_suffix(_UNFINISHED)
+        if processes.is_main_process:
+            for left in self.folder.glob(f"*{_UNFINISHED}"):
+                shutil.rmtree(left)
+            unfinished.mkdir(parents=True)
+        processes.wait_for_everyone()
+        try:
+            yield unfinished
+        except (OSError, RuntimeError, SafetensorError, InputError) as error:
+            newest = self.newest()
+            raise InputError(
+                f"The checkpoint of step {step} could not be written: {error}. "
+                f"{f'The last good one is {newest.path}' if newest else 'There is none before it'}. Make room and "
+                "go on with --resume."
+            ) from error
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            if target.exists():
+                shutil.rmtree(target)
+            unfinished.rename(target)
+            for old in self.complete()[: -self.keep]:
+                shutil.rmtree(old.path)
+        processes.wait_for_everyone()
+
+
+def cut_log(file: Path, step: int) -> None:
+    """Drop a log's entries after a step, which are about to be written again."""
+    if file.exists():
+        kept = [entry for entry in read_lines(file) if entry.get("step", math.inf) <= step]
+        with whole_file(file) as temporary:
+            append_lines(temporary, kept)
