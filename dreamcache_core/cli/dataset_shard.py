@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import Config
+from ..data.packing import write_shards
 from ..data.sources.opening import open_source
-from ..data.sources.shards import write_shards
 
 
 @dataclass(frozen=True)

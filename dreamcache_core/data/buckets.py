@@ -42,6 +42,11 @@ def aspect_buckets(resolution: int, step: int = 64) -> tuple[tuple[int, int], ..
     return tuple(sorted(sizes, key=lambda size: (-size[0], size[1])))
 
 
+def bucket_choice(resolution: int, has_buckets: bool) -> tuple[tuple[int, int], ...]:
+    """List the sizes that targets may take: aspect buckets, or the square alone."""
+    return aspect_buckets(resolution) if has_buckets else ((resolution, resolution),)
+
+
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Find the bucket whose aspect is nearest, as a ratio of ratios; the first among equals.
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from ..errors import DreamCacheError, FileFormatError, InputError
 from ..images.files import contact_sheet
 from ..packages import require
 from .augmentation import ALL_ALTERATIONS, Alterations, augment_reference
-from .buckets import aspect_buckets, crop_target, nearest_bucket
+from .buckets import bucket_choice, crop_target, nearest_bucket
 from .order import sample_seed
 from .sources.reading import MaskError, located, weak_mask
 from .sources.source import Pair, PairSource
@@ -68,18 +70,19 @@ class SetReport:
     caption_tokens: tuple[int, ...] | None
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """What is known of one pair; with a problem that keeps it from being read, the rest is empty."""
+class _Facts(NamedTuple):
+    """What is known of a pair that can be read."""
 
-    problems: tuple[tuple[str, str], ...] = ()
-    size: tuple[int, int] | None = None
-    has_mask: bool = True
-    is_enlarged: bool = False
-    is_cropped: bool = False
-    is_transparent: bool = False
-    words: int = 0
-    tokens: int = 0
+    size: tuple[int, int]
+    has_mask: bool
+    is_enlarged: bool
+    is_cropped: bool
+    is_transparent: bool
+    num_words: int
+    num_tokens: int
+
+
+_Problems = tuple[tuple[str, str], ...]
 
 
 def check_source(
@@ -90,7 +93,7 @@ def check_source(
     count_tokens: CountTokens | None = None,
     has_bar: bool = False,
 ) -> SetReport:
-    """Read every pair of a set.
+    """Read every pair of a set, several at a time.
 
     Args:
         source: The set.
@@ -102,26 +105,33 @@ def check_source(
     Returns:
         The report.
     """
-    examine = partial(_examine, source, _sizes(resolution, has_buckets), count_tokens)
-    findings = list(_find_all(examine, len(source.keys), has_bar=has_bar))
-    read = [finding for finding in findings if finding.size is not None]
-    problems: dict[str, list[str]] = {}
-    for message in source.problems:
-        problems.setdefault(INCOMPLETE, []).append(message)
-    for finding in findings:
-        for kind, message in finding.problems:
-            problems.setdefault(kind, []).append(message)
-    sizes = Counter(finding.size for finding in read if finding.size is not None)
+    count = len(source.keys)
+    examine = partial(_examine, source, bucket_choice(resolution, has_buckets), count_tokens)
+    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+    # The readers hold warnings back, but not thread by thread: this keeps them from undoing each other.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = pool.map(examine, range(count))
+            results = list(
+                tqdm(found, total=count, unit="pair", desc="checking", disable=not has_bar)
+            )
+        finally:
+            pool.shutdown(cancel_futures=True)
+    problems: dict[str, list[str]] = {INCOMPLETE: list(source.problems)} if source.problems else {}
+    for kind, message in chain.from_iterable(doubts for doubts, _ in results):
+        problems.setdefault(kind, []).append(message)
+    read = [facts for _, facts in results if facts is not None]
     return SetReport(
-        num_pairs=len(findings),
+        num_pairs=count,
         problems={kind: tuple(messages) for kind, messages in problems.items()},
-        sizes=dict(sizes.most_common()),
-        num_enlarged=sum(finding.is_enlarged for finding in read),
-        num_cropped=sum(finding.is_cropped for finding in read),
-        num_transparent=sum(finding.is_transparent for finding in read),
-        num_without_mask=sum(not finding.has_mask for finding in read),
-        caption_words=tuple(finding.words for finding in read),
-        caption_tokens=None if count_tokens is None else tuple(f.tokens for f in read),
+        sizes=dict(Counter(facts.size for facts in read).most_common()),
+        num_enlarged=sum(facts.is_enlarged for facts in read),
+        num_cropped=sum(facts.is_cropped for facts in read),
+        num_transparent=sum(facts.is_transparent for facts in read),
+        num_without_mask=sum(not facts.has_mask for facts in read),
+        caption_words=tuple(facts.num_words for facts in read),
+        caption_tokens=None if count_tokens is None else tuple(f.num_tokens for f in read),
     )
 
 
@@ -148,7 +158,7 @@ def training_sheet(
         One row for each pair: target above its caption, reference above the pair's name; ``None`` where no pair can be
         shown.
     """
-    sizes = _sizes(resolution, has_buckets)
+    sizes = bucket_choice(resolution, has_buckets)
     count = len(source.keys)
     num_shown = min(num_samples, count)
     rows: list[tuple[Tensor, Tensor]] = []
@@ -207,49 +217,29 @@ def load_token_counter(folder: str | os.PathLike[str]) -> tuple[CountTokens, int
     return count, tokenizer.model_max_length
 
 
-def _sizes(resolution: int, has_buckets: bool) -> tuple[tuple[int, int], ...]:
-    """Return the sizes of targets in training, height and width."""
-    return aspect_buckets(resolution) if has_buckets else ((resolution, resolution),)
-
-
-def _find_all(
-    examine: Callable[[int], _Finding], count: int, *, has_bar: bool
-) -> Iterator[_Finding]:
-    """Read all pairs, several at a time, in order."""
-    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
-    # The readers hold warnings back, but not thread by thread: this keeps them from undoing each other.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            found = pool.map(examine, range(count))
-            yield from tqdm(found, total=count, unit="pair", desc="checking", disable=not has_bar)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _examine(
     source: PairSource,
     sizes: Sequence[tuple[int, int]],
     count_tokens: CountTokens | None,
     index: int,
-) -> _Finding:
+) -> tuple[_Problems, _Facts | None]:
     try:
         pair = source.read(index)
     except DreamCacheError as error:
         kind = BAD_MASK if isinstance(error, MaskError) else UNREADABLE
-        return _Finding(((kind, located(source, index, str(error))),))
+        return ((kind, located(source, index, str(error))),), None
     height, width = pair.target.shape[1:3]
     size = nearest_bucket(height, width, sizes)
-    return _Finding(
-        problems=tuple((kind, located(source, index, text)) for kind, text in _doubts(pair)),
+    facts = _Facts(
         size=(height, width),
         has_mask=pair.mask is not None,
         is_enlarged=height < size[0] or width < size[1],
         is_cropped=_share_inside(pair, size) < LEAST_INSIDE,
         is_transparent=pair.has_hidden_pixels,
-        words=len(pair.caption.split()),
-        tokens=count_tokens(pair.caption) if count_tokens else 0,
+        num_words=len(pair.caption.split()),
+        num_tokens=count_tokens(pair.caption) if count_tokens else 0,
     )
+    return tuple((kind, located(source, index, text)) for kind, text in _doubts(pair)), facts
 
 
 def _share_inside(pair: Pair, size: tuple[int, int]) -> float:

@@ -157,7 +157,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         source, encoded = self.data.source, self.data.encoded
         if encoded is not None:
             sample |= encoded.read_target(index)
-            if encoded.num_variants:
+            if encoded.index.num_variants:
                 return sample | encoded.read_reference(index, epoch)
         assert source is not None
         pair = source.read(index)
@@ -203,11 +203,11 @@ def open_training_data(config: TrainConfig, base: BaseModel) -> TrainingData:
     }
     if source is not None:
         wanted["data_fingerprint"] = fingerprint(source)
-    if encoded.num_variants:
+    if index.num_variants:
         # what is left as it is may differ: the set decides
         wanted |= {name: False for name in ALTERATION_FIELDS if not getattr(config, name)}
     require_same_set(index, wanted)
-    if not encoded.num_variants and source is None:
+    if not index.num_variants and source is None:
         raise InputError(
             f"{encoded.folder} holds no references (it was made with reference_variants = 0), so their images are "
             "needed: give data as well."

@@ -443,8 +443,8 @@ def test_a_folder_with_other_things_is_left_alone(files, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 2}, "steps: 1, now 2"),
-        ({"form": "shards"}, "form: 'folder', now 'shards'"),
+        ({"steps": 2}, "steps was 1, is 2"),
+        ({"form": "shards"}, "form was 'folder', is 'shards'"),
         ({"captions": None}, "captions_sha256"),
     ],
 )

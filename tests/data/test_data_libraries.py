@@ -16,10 +16,11 @@ from tiny_pipeline import TOKENS, tokenizer
 from training_set import write_pairs
 
 from dreamcache_core.cli.main import main
+from dreamcache_core.data.packing import write_shards
 from dreamcache_core.data.sources.folder import FolderSource
 from dreamcache_core.data.sources.manifest import ManifestSource
 from dreamcache_core.data.sources.opening import open_source
-from dreamcache_core.data.sources.shards import UNFINISHED, ShardSource, write_shards
+from dreamcache_core.data.sources.shards import UNFINISHED, ShardSource
 from dreamcache_core.data.sources.subjects200k import Subjects200KSource
 from dreamcache_core.errors import FileFormatError, InputError, MissingPackageError
 
@@ -312,7 +313,7 @@ def test_command_packs_a_set_that_training_then_reads_as_before(tmp_path, capsys
     [
         ("full", (), "full holds something"),
         ("full/note.txt", (), "note.txt holds something"),
-        ("new", ("--max-count", "0"), "at least 1 pair"),
+        ("new", ("--max-count", "0"), "max_count must be at least 1"),
     ],
 )
 def test_command_packs_nothing_into_a_folder_that_holds_something(

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...config import differences
 from ...errors import FileFormatError, InputError
 from ...files.whole_files import whole_file
 
@@ -123,11 +124,6 @@ class EncodedSet:
         self.index = EncodedIndex.load(self.folder / INDEX_FILE)
         self._open: dict[int, Any] = {}
 
-    @property
-    def num_variants(self) -> int:
-        """Latents of differently augmented references for every pair; 0: none."""
-        return self.index.num_variants
-
     def read_target(self, index: int) -> dict[str, Tensor]:
         """Read what belongs to the target of a pair.
 
@@ -138,10 +134,8 @@ class EncodedSet:
         Raises:
             FileFormatError: A shard is missing or damaged.
         """
-        names = ["target_latent", "text_states"]
-        if self.index.has_pooled:
-            names.append("text_pooled")
-        return {name: self._read(index, name) for name in names}
+        pooled = ["text_pooled"] if self.index.has_pooled else []
+        return {name: self._read(index, name) for name in ("target_latent", "text_states", *pooled)}
 
     def read_reference(self, index: int, epoch: int) -> dict[str, Tensor]:
         """Read the latent of a pair's reference: in every epoch the next of its variants.
@@ -152,7 +146,7 @@ class EncodedSet:
         Raises:
             FileFormatError: A shard is missing or damaged.
         """
-        variant = epoch % self.num_variants
+        variant = epoch % self.index.num_variants
         return {"reference_latent": self._read(index, f"reference_latent.{variant}")}
 
     def _read(self, index: int, name: str) -> Tensor:
@@ -185,16 +179,10 @@ def require_same_set(index: EncodedIndex, wanted: Mapping[str, object]) -> None:
         wanted: Expected value by field of ``EncodedIndex``.
 
     Raises:
-        InputError: A field differs; the message names it.
+        InputError: A field differs; the message names all that do.
     """
-    for name, value in wanted.items():
-        if getattr(index, name) != value:
-            raise InputError(
-                f"The precomputed set was made with another {name.replace('_', ' ')}: {_short(getattr(index, name))}, "
-                f"expected {_short(value)}. Run 'dataset encode' into a new folder."
-            )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    changes = differences(vars(index), wanted)
+    if changes:
+        raise InputError(
+            f"The precomputed set was made with other settings: {changes}. Run 'dataset encode' into a new folder."
+        )

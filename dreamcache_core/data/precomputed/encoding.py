@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,15 +102,31 @@ def encode_dataset(options: EncodeOptions) -> Path:
     """
     require_diffusers()
     with join("train") as state:
-        return _encode(options, state)
+        source = open_source(options.data)
+        base = BaseModel(options.model, options.model_config, torch.float32)
+        index = _index(options, source, base)
+        base.warn_about_long_captions(index.captions[:MAX_CHECKED_CAPTIONS])
+        folder = Path(options.out)
+        if state.is_main_process:
+            _begin(folder, index)
+        state.wait_for_everyone()
+        base.to(state.device)
+        encoder = _Encoder(options, source, base, index)
+        shards = range(math.ceil(len(index.sizes) / options.samples_per_shard))
+        mine = shards[state.process_index :: state.num_processes]
+        for shard in tqdm(mine, unit="shard", desc="encoding", disable=not state.is_main_process):
+            encoder.write(folder / shard_name(shard), shard)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            (folder / UNFINISHED_FILE).replace(folder / INDEX_FILE)
+        state.wait_for_everyone()
+    return folder
 
 
-def _encode(options: EncodeOptions, state: Any) -> Path:
-    source = open_source(options.data)
-    base = BaseModel(options.model, options.model_config, torch.float32)
+def _index(options: EncodeOptions, source: PairSource, base: BaseModel) -> EncodedIndex:
     resolution = options.resolution or min(base.pipeline.default_size_px)
     sizes = target_sizes(source, resolution, has_buckets=options.buckets)
-    index = EncodedIndex(
+    return EncodedIndex(
         keys=list(source.keys),
         sizes=sizes,
         captions=[source.caption(i) for i in range(len(sizes))],
@@ -125,34 +142,18 @@ def _encode(options: EncodeOptions, state: Any) -> Path:
         reference_jitter=options.reference_jitter,
         reference_erase=options.reference_erase,
     )
-    base.warn_about_long_captions(index.captions[:MAX_CHECKED_CAPTIONS])
-    folder = Path(options.out)
-    if state.is_main_process:
-        _begin(folder, index)
-    state.wait_for_everyone()
-    base.to(state.device)
-    encoder = _Encoder(options, source, base, index)
-    shards = range(-(-len(sizes) // options.samples_per_shard))
-    mine = shards[state.process_index :: state.num_processes]
-    for shard in tqdm(mine, unit="shard", desc="encoding", disable=not state.is_main_process):
-        encoder.write(folder / shard_name(shard), shard)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        (folder / UNFINISHED_FILE).replace(folder / INDEX_FILE)
-    state.wait_for_everyone()
-    return folder
 
 
 def _begin(folder: Path, index: EncodedIndex) -> None:
     """Make the folder, or check that what lies in it is of the same set."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (INDEX_FILE, UNFINISHED_FILE):
-        if (folder / name).exists():
-            before = EncodedIndex.load(folder / name)
-            require_same_set(before, {name: getattr(index, name) for name in COMPARED})
-    if (folder / INDEX_FILE).exists():
-        (folder / INDEX_FILE).replace(folder / UNFINISHED_FILE)
-    index.save(folder / UNFINISHED_FILE)
+    finished, unfinished = folder / INDEX_FILE, folder / UNFINISHED_FILE
+    for file in (finished, unfinished):
+        if file.exists():
+            wanted = {name: getattr(index, name) for name in COMPARED}
+            require_same_set(EncodedIndex.load(file), wanted)
+    index.save(unfinished)
+    finished.unlink(missing_ok=True)
 
 
 class _Encoder:
@@ -167,16 +168,15 @@ class _Encoder:
         """Write a shard, all or nothing; one of the same set that exists is left."""
         if self._is_written(path):
             return
-        first = shard * self.options.samples_per_shard
-        last = min(first + self.options.samples_per_shard, len(self.index.sizes))
+        size = self.options.samples_per_shard
+        indices = range(len(self.index.sizes))[shard * size : (shard + 1) * size]
         tensors: dict[str, Tensor] = {}
-        for start in range(first, last, self.options.batch_size):
-            tensors |= self.encode(range(start, min(start + self.options.batch_size, last)))
+        for start in range(0, len(indices), self.options.batch_size):
+            tensors |= self._encode(indices[start : start + self.options.batch_size])
         try:
             with whole_file(path) as temporary:
-                temporary.write_bytes(
-                    save(tensors, {IDENTITY_KEY: self.index.identity})
-                )  # save_file's are their owner's alone
+                # save_file's are their owner's alone
+                temporary.write_bytes(save(tensors, {IDENTITY_KEY: self.index.identity}))
         except OSError as error:
             raise InputError(
                 f"Cannot write {path}: {error}. Make room and start the command again: it goes on where it stopped."
@@ -189,21 +189,27 @@ class _Encoder:
         except (OSError, SafetensorError):
             return False
 
-    def encode(self, indices: range) -> dict[str, Tensor]:
+    def _encode(self, indices: range) -> dict[str, Tensor]:
         """Encode some pairs -> tensors by key."""
         pairs = [self._read(index) for index in indices]
-        tensors: dict[str, Tensor] = {}
         text = self.base.encode_text([pair.caption for pair in pairs])
+        tensors: dict[str, Tensor] = {}
         images: dict[str, Tensor] = {}
+        num_variants = self.options.reference_variants
         for row, (index, pair) in enumerate(zip(indices, pairs, strict=True)):
             tensors[f"{index}.text_states"] = text.states[row]
             if text.pooled is not None:
                 tensors[f"{index}.text_pooled"] = text.pooled[row]
-            target = crop_target(pair.target, *self.index.sizes[index])
-            images[f"{index}.target_latent"] = target
-            for variant in range(self.options.reference_variants):
-                reference = self._reference(pair, index, variant)
-                images[f"{index}.reference_latent.{variant}"] = reference
+            images[f"{index}.target_latent"] = crop_target(pair.target, *self.index.sizes[index])
+            for variant in range(num_variants):
+                seed = sample_seed(self.options.seed, index * num_variants + variant)
+                images[f"{index}.reference_latent.{variant}"] = augment_reference(
+                    pair.subject,
+                    pair.mask,
+                    size=self.index.resolution,
+                    generator=torch.Generator().manual_seed(seed),
+                    alterations=self.options.alterations,
+                )
         tensors |= self._latents(images)
         dtype = DTYPES[self.options.dtype]
         return {key: tensor.to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
@@ -227,13 +233,3 @@ class _Encoder:
                 f"Sample {index} ({', '.join(self.source.files(index))}) cannot be encoded: {error} Find all such "
                 "samples with 'dataset check'."
             ) from error
-
-    def _reference(self, pair: Pair, index: int, variant: int) -> Tensor:
-        seed = sample_seed(self.options.seed, index * self.options.reference_variants + variant)
-        return augment_reference(
-            pair.subject,
-            pair.mask,
-            size=self.index.resolution,
-            generator=torch.Generator().manual_seed(seed),
-            alterations=self.options.alterations,
-        )

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import InputError
-from ...images.files import read_image, read_mask
 from .reading import (
-    decode_caption,
-    image_size,
-    make_pair,
+    FileSource,
+    NamedFile,
+    Part,
+    one_line,
     printable,
-    read_bytes,
-    settle,
+    read_text,
+    require_pairs,
     stamp_files,
 )
-from .source import Pair
 
 PARTS = ("generation", "mask", "caption")
 _MEMBER = re.compile(
@@ -38,7 +37,7 @@ class _Files(NamedTuple):
         return os.path.join(self.folder, getattr(self, part))
 
 
-class FolderSource:
+class FolderSource(FileSource):
     """Pairs in folders of any depth, in the order of their names; no file is opened until a pair is read.
 
     Files and folders whose names begin with a dot are passed over. Images may be PNG, JPEG or WebP.
@@ -62,7 +61,7 @@ class FolderSource:
         found = sorted(_scan(self.root, problems))
         self.keys = tuple(key for key, _ in found)
         self._pairs = tuple(files for _, files in found)
-        self.problems = settle(self.root, len(found), sorted(problems))
+        self.problems = require_pairs(self.root, len(found), sorted(problems))
 
     def files(self, index: int) -> tuple[str, ...]:
         """Paths of image, mask and caption."""
@@ -72,29 +71,15 @@ class FolderSource:
         """Names, sizes and times of the files of a pair."""
         return stamp_files(self.root, self.files(index))
 
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width of the target, pixels, from its header."""
-        return image_size(self._pairs[index].path("generation"))
+    def image(self, index: int, part: Part) -> NamedFile | None:
+        """Find an image of a pair; the target is its own subject."""
+        if part == "subject":
+            return None
+        return self._pairs[index].path("generation" if part == "target" else part), None
 
     def caption(self, index: int) -> str:
         """Caption of a pair."""
-        path = self._pairs[index].path("caption")
-        return decode_caption(read_bytes(path), path)
-
-    def read(self, index: int) -> Pair:
-        """Read a pair; the target is its own subject."""
-        image, mask, _ = self.files(index)
-        target, alpha = read_image(image)
-        caption = self.caption(index)
-        return make_pair(
-            target,
-            target,
-            alpha,
-            read_mask(mask),
-            caption,
-            name=mask,
-            has_hidden_pixels=alpha is not None,
-        )
+        return one_line(read_text(self._pairs[index].path("caption")))
 
 
 def _scan(root: Path, problems: list[str]) -> Iterator[tuple[str, _Files]]:

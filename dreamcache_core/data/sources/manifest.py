@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import FileFormatError, InputError
-from ...images.files import read_image, read_mask
-from .reading import image_size, make_pair, printable, read_bytes, settle, stamp_files
-from .source import Pair
+from .reading import (
+    FileSource,
+    NamedFile,
+    Part,
+    one_line,
+    printable,
+    read_text,
+    require_pairs,
+    stamp_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +38,7 @@ class _Row(NamedTuple):
     subject: str
 
 
-class ManifestSource:
+class ManifestSource(FileSource):
     """Pairs that a file lists, one to a line, in its order.
 
     Columns (CSV) or keys (JSONL): ``image``, the target; ``caption``; optionally ``subject``, another image of the
@@ -61,7 +68,7 @@ class ManifestSource:
         found = list(_complete(self.path, lines, problems))
         self.keys = tuple(_unique(key for key, _ in found))
         self._rows = tuple(row for _, row in found)
-        self.problems = settle(self.path, len(found), problems)
+        self.problems = require_pairs(self.path, len(found), problems)
 
     def files(self, index: int) -> tuple[str, ...]:
         """Paths of the images of a pair."""
@@ -72,42 +79,20 @@ class ManifestSource:
         """Caption of a pair; names, sizes and times of its images."""
         return f"{self.caption(index)}; {stamp_files(self.path.parent, self.files(index))}"
 
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width of the target, pixels, from its header."""
-        return image_size(self._rows[index].image)
+    def image(self, index: int, part: Part) -> NamedFile | None:
+        """Find an image of a pair."""
+        row = self._rows[index]
+        path = row.image if part == "target" else getattr(row, part)
+        return (path, None) if path else None
 
     def caption(self, index: int) -> str:
         """Caption of a pair."""
         return self._rows[index].caption
 
-    def read(self, index: int) -> Pair:
-        """Read a pair."""
-        row = self._rows[index]
-        target, alpha = read_image(row.image)
-        subject, has_hidden_pixels = target, alpha is not None
-        if row.subject:
-            subject, alpha = read_image(row.subject)
-        mask = read_mask(row.mask) if row.mask else None
-        name = row.mask or row.subject or row.image
-        return make_pair(
-            target,
-            subject,
-            alpha,
-            mask,
-            row.caption,
-            name=name,
-            has_hidden_pixels=has_hidden_pixels,
-        )
-
 
 def _entries(path: Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield line number and columns of each line that holds any."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(
-            f"Expected {path} in UTF-8: {error}. Save it again as UTF-8 text."
-        ) from error
+    text = read_text(path)
     if path.suffix.lower() == ".jsonl":
         yield from _json_lines(path, text, problems)
     else:
@@ -180,11 +165,7 @@ def _complete(
         if lost:
             problems.append(f"{path.name}, line {number}: there is no {lost[0]}; add the file.")
             continue
-        yield printable(texts[0]), _Row(image, _one_line(texts[1]), mask, subject)
-
-
-def _one_line(caption: str) -> str:
-    return printable(" ".join(caption.split()))
+        yield printable(texts[0]), _Row(image, printable(one_line(texts[1])), mask, subject)
 
 
 class _Listing:

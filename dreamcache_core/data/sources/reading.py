@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal, TypeAlias
 
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from ...errors import FileFormatError, InputError
-from ...images.files import ImageFile, open_image
+from ...images.files import ImageFile, open_image, read_image, read_mask
 from ...images.reference import check_image, subject_box, subject_opacity
 from .source import Pair, PairSource
 
@@ -39,6 +40,12 @@ STRONG_FROM = 0.9
 
 NUM_SHOWN = 3
 """Problems that the warning about a set names."""
+
+
+Part = Literal["target", "subject", "mask"]
+
+NamedFile: TypeAlias = tuple[ImageFile, str | None]
+"""An image file, and what to call it in messages; ``None``: by its own name."""
 
 
 class MaskError(InputError):
@@ -85,17 +92,14 @@ def stamp_files(root: Path, files: Iterable[str]) -> str:
         InputError: A file is not there.
     """
     above = os.path.join(root, "")
-    return "; ".join(_stamp_file(file, file.removeprefix(above)) for file in files)
-
-
-def _stamp_file(path: str, name: str) -> str:
     try:
-        state = os.stat(path)
+        states = [(file.removeprefix(above), os.stat(file)) for file in files]
     except OSError as error:
         raise InputError(
-            f"Expected the file {path}, which was there before: {error.strerror}. Put it back, or open the set again."
+            f"Expected the file {error.filename}, which was there before: {error.strerror}. Put it back, or open the set "
+            "again."
         ) from error
-    return f"{name}, {state.st_size}, {state.st_mtime_ns}"
+    return "; ".join(f"{name}, {state.st_size}, {state.st_mtime_ns}" for name, state in states)
 
 
 def located(source: PairSource, index: int, text: str) -> str:
@@ -122,71 +126,86 @@ def _has_late_exif(stream: IO[bytes]) -> bool:
         stream.seek(place)
 
 
-def decode_caption(data: bytes, name: str) -> str:
-    """Read a caption from bytes; line breaks and runs of spaces become one space.
-
-    Args:
-        data: UTF-8 text, with or without a byte order mark.
-        name: What to call it in messages.
-
-    Returns:
-        The caption, possibly empty.
+def decode_text(data: bytes, name: str) -> str:
+    """Decode UTF-8 text, with or without a byte order mark.
 
     Raises:
-        FileFormatError: It is not UTF-8.
+        FileFormatError: It is not UTF-8; the message calls it ``name``.
     """
     try:
-        return " ".join(data.decode("utf-8-sig").split())
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileFormatError(
-            f"Expected a caption in UTF-8, got {name}: {error}. Save it again as UTF-8 text."
+            f"Expected text in UTF-8, got {name}: {error}. Save it again as UTF-8 text."
         ) from error
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Read a file.
+def one_line(text: str) -> str:
+    """Replace line breaks and runs of spaces by one space."""
+    return " ".join(text.split())
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 file.
 
     Raises:
         FileFormatError: It cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise FileFormatError(
             f"Expected a readable file, got {path}: {error.strerror}. Check its place and permissions."
         ) from error
+    return decode_text(data, str(path))
 
 
-def make_pair(
-    target: Tensor,
-    subject: Tensor,
-    alpha: Tensor | None,
-    mask: Tensor | None,
-    caption: str,
-    *,
-    name: str,
-    has_hidden_pixels: bool = False,
-) -> Pair:
-    """Put a pair together; refuse a mask from which no reference can be made.
+class FileSource(ABC):
+    """A set whose images are files, or members of files."""
 
-    Args:
-        target: The image to be generated, (1, height, width, 3).
-        subject: Image of its subject, (1, height, width, 3).
-        alpha: Alpha channel of ``subject``, (1, height, width), if there is one.
-        mask: Where the subject is, (1, height, width), any size of the same aspect. Alpha and mask are multiplied.
-        caption: Text of the target.
-        name: File of the mask, or of the image whose alpha it is, for messages.
-        has_hidden_pixels: Whether the target has an alpha channel of its own that is not opaque everywhere.
+    @abstractmethod
+    def image(self, index: int, part: Part) -> NamedFile | None:
+        """Find an image of a pair; ``None``: the pair has none of its own."""
 
-    Returns:
-        The pair; its mask has the size of ``subject``.
+    @abstractmethod
+    def caption(self, index: int) -> str:
+        """Caption of a pair."""
 
-    Raises:
-        MaskError: The mask is empty, marks too little, or has another aspect than the image.
-        InputError: An image is too small.
-    """
-    check_image(target)
-    check_image(subject)
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the target, pixels, from its header."""
+        return image_size(*self._target(index))
+
+    def read(self, index: int) -> Pair:
+        """Read a pair; the alpha channel of the subject's image and the mask are multiplied.
+
+        Raises:
+            MaskError: The mask is empty, marks too little, or has another aspect than the image.
+            DreamCacheError: A file is missing, damaged or unfit.
+        """
+        target_file = self._target(index)
+        subject_file, mask_file = self.image(index, "subject"), self.image(index, "mask")
+        target, alpha = read_image(*target_file)
+        subject, has_hidden_pixels = target, alpha is not None
+        if subject_file is not None:
+            subject, alpha = read_image(*subject_file)
+        mask = None if mask_file is None else read_mask(*mask_file)
+        caption = self.caption(index)
+        check_image(target)
+        check_image(subject)
+        file, name = mask_file or subject_file or target_file
+        opacity = _checked_opacity(subject, alpha, mask, name or str(file))
+        return Pair(target, subject, opacity, caption, has_hidden_pixels)
+
+    def _target(self, index: int) -> NamedFile:
+        file = self.image(index, "target")
+        assert file is not None
+        return file
+
+
+def _checked_opacity(
+    subject: Tensor, alpha: Tensor | None, mask: Tensor | None, name: str
+) -> Tensor | None:
+    """Return where the subject is, if not everywhere; refuse what no reference can be made from."""
     image = subject if alpha is None else torch.cat([subject, alpha[..., None]], dim=-1)
     opacity = None
     try:
@@ -197,7 +216,7 @@ def make_pair(
         weakness = "" if opacity is None else weak_mask(opacity)
         hint = f" Perhaps {weakness}" if weakness else ""
         raise MaskError(f"{name}: {error}{hint}") from error
-    return Pair(target, subject, opacity, caption, has_hidden_pixels)
+    return opacity
 
 
 def weak_mask(mask: Tensor) -> str:
@@ -213,7 +232,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "backslashreplace")
 
 
-def settle(path: Path, num_pairs: int, problems: Sequence[str]) -> tuple[str, ...]:
+def require_pairs(path: Path, num_pairs: int, problems: Sequence[str]) -> tuple[str, ...]:
     """Say what was left out of a set; refuse a set of which nothing is left.
 
     Args:
@@ -222,7 +241,7 @@ def settle(path: Path, num_pairs: int, problems: Sequence[str]) -> tuple[str, ..
         problems: What was left out, and why, one sentence each.
 
     Returns:
-        The problems.
+        The problems, printable.
 
     Raises:
         InputError: There is no complete pair.

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tqdm import tqdm
-
-from ...errors import DreamCacheError, FileFormatError, InputError
-from ...files.whole_files import whole_file
-from ...images.files import encode_png, read_image, read_mask
-from ..synthetic.folder import require_webdataset
-from . import reading
-from .reading import decode_caption, image_size, make_pair, printable, settle
-from .source import Pair, PairSource
+from ...errors import FileFormatError, InputError
+from .reading import (
+    FileSource,
+    NamedFile,
+    Part,
+    decode_text,
+    one_line,
+    printable,
+    require_pairs,
+    stamp_files,
+)
 
 UNFINISHED = ".unfinished-shards"
 """Folder in the set in which its shards lie, each by a digest of what it holds, until the last one is written."""
@@ -42,7 +43,7 @@ class _Entry(NamedTuple):
     caption: _Member
 
 
-class ShardSource:
+class ShardSource(FileSource):
     """Pairs in tar files, with random access: the tars are indexed once, then read by seeking.
 
     ``KEY.subject.png`` is optional: another image of the subject, to which the mask then belongs, if there is one;
@@ -72,10 +73,11 @@ class ShardSource:
                     problems.append(f"{shard.name}: {key} {doubt}")
                 else:
                     keys.append(printable(f"{shard.stem}/{key}"))
-                    entries.append(_entry(shard, parts))
+                    images = parts["generation"], parts.get("mask"), parts.get("subject")
+                    entries.append(_Entry(shard, *images, parts["caption"]))
         self.keys = tuple(keys)
         self._entries = tuple(entries)
-        self.problems = settle(self.path, len(keys), problems)
+        self.problems = require_pairs(self.path, len(keys), problems)
 
     def files(self, index: int) -> tuple[str, ...]:
         """Shard and member of every part, as ``SHARD:MEMBER``."""
@@ -86,37 +88,18 @@ class ShardSource:
         """Name, size and time of the shard of a pair, and where in it its members are."""
         entry = self._entries[index]
         places = [f"{member.offset}+{member.size}" for member in entry[1:] if member is not None]
-        return f"{reading.stamp_files(entry.shard.parent, [str(entry.shard)])}; {', '.join(places)}"
+        return f"{stamp_files(entry.shard.parent, [str(entry.shard)])}; {', '.join(places)}"
 
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width of the target, pixels, from its header."""
+    def image(self, index: int, part: Part) -> NamedFile | None:
+        """Read an image of a pair."""
         entry = self._entries[index]
-        return image_size(*_contents(entry, entry.generation))
+        member = entry.generation if part == "target" else getattr(entry, part)
+        return None if member is None else _contents(entry, member)
 
     def caption(self, index: int) -> str:
         """Caption of a pair."""
         entry = self._entries[index]
-        return decode_caption(*_contents(entry, entry.caption))
-
-    def read(self, index: int) -> Pair:
-        """Read a pair."""
-        entry = self._entries[index]
-        target, alpha = read_image(*_contents(entry, entry.generation))
-        subject, mask, has_hidden_pixels = target, None, alpha is not None
-        if entry.subject is not None:
-            subject, alpha = read_image(*_contents(entry, entry.subject))
-        if entry.mask is not None:
-            mask = read_mask(*_contents(entry, entry.mask))
-        name = _name(entry, entry.mask or entry.subject or entry.generation)
-        return make_pair(
-            target,
-            subject,
-            alpha,
-            mask,
-            self.caption(index),
-            name=name,
-            has_hidden_pixels=has_hidden_pixels,
-        )
+        return one_line(decode_text(*_contents(entry, entry.caption)))
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -132,91 +115,6 @@ def shard_files(path: Path) -> list[Path]:
             f"Expected finished shards in {path}; writing them was interrupted. Give the command 'dataset shard' again."
         )
     return sorted(shard for shard in path.glob("*.tar") if not shard.name.startswith("."))
-
-
-def write_shards(
-    source: PairSource,
-    folder: str | os.PathLike[str],
-    *,
-    max_count: int = 1000,
-    has_bar: bool = False,
-) -> list[Path]:
-    """Write a set as shards (``dreamcache dataset shard``); after an interruption, those that were whole are kept.
-
-    Args:
-        source: The set. Pairs without a mask whose target is their own subject get a mask of ones.
-        folder: Where to; empty, new, or interrupted before.
-        max_count: Most pairs to a shard.
-        has_bar: Whether to show a progress bar.
-
-    Returns:
-        The shards, ``shard-000000.tar`` and so on. They appear when all of them are whole.
-
-    Raises:
-        InputError: The folder holds something else, ``max_count`` is below 1, or a pair cannot be read.
-        MissingPackageError: webdataset is not installed.
-    """
-    folder = Path(folder)
-    if max_count < 1:
-        raise InputError(f"Expected at least 1 pair to a shard, got {max_count}. Use 1000.")
-    if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= {UNFINISHED}):
-        raise InputError(
-            f"Expected an empty or new folder to write shards to; {folder} holds something. Give another one."
-        )
-    TarWriter = require_webdataset().TarWriter
-    unfinished = folder / UNFINISHED
-    unfinished.mkdir(parents=True, exist_ok=True)
-    indices = range(len(source.keys))
-    with tqdm(total=len(indices), unit="pair", desc="packing", disable=not has_bar) as bar:
-        written = [
-            _write_shard(unfinished, source, indices[start : start + max_count], TarWriter, bar)
-            for start in indices[::max_count]
-        ]
-    return _finish(folder, written)
-
-
-def _write_shard(
-    folder: Path, source: PairSource, indices: range, TarWriter: Any, bar: Any
-) -> Path:
-    """Write a shard, unless it is there."""
-    path = folder / f"{_digest(source, indices)}.tar"
-    if path.exists():
-        bar.update(len(indices))
-        return path
-    with (
-        whole_file(path) as temporary,
-        temporary.open("wb") as stream,
-        TarWriter(stream, mtime=0) as writer,
-    ):
-        for index in indices:
-            writer.write({"__key__": f"{index:08d}", **_encode(_read(source, index))})
-            bar.update()
-    return path
-
-
-def _digest(source: PairSource, indices: range) -> str:
-    """Identify what a shard holds by its pairs' numbers, names and stamps."""
-    texts = "\n".join(f"{i}\n{source.keys[i]}\n{source.stamp(i)}" for i in indices)
-    return hashlib.sha256(texts.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _read(source: PairSource, index: int) -> Pair:
-    try:
-        return source.read(index)
-    except DreamCacheError as error:
-        text = f"{error} Mend or remove it, and give the command again: whole shards are kept."
-        raise InputError(reading.located(source, index, text)) from error
-
-
-def _finish(folder: Path, written: Sequence[Path]) -> list[Path]:
-    """Let the shards appear; what else an interruption left is deleted."""
-    for stale in set((folder / UNFINISHED).iterdir()) - set(written):
-        stale.unlink()
-    shards = [folder / f"shard-{number:06d}.tar" for number in range(len(written))]
-    for path, shard in zip(written, shards, strict=True):
-        path.rename(shard)
-    (folder / UNFINISHED).rmdir()
-    return shards
 
 
 def _index(shard: Path, problems: list[str]) -> dict[str, dict[str, _Member]]:
@@ -248,12 +146,6 @@ def _add(keys: dict[str, dict[str, _Member]], info: tarfile.TarInfo) -> None:
         keys.setdefault(f"{folder}{slash}{stem}", {})[part] = member
 
 
-def _entry(shard: Path, parts: Mapping[str, _Member]) -> _Entry:
-    return _Entry(
-        shard, parts["generation"], parts.get("mask"), parts.get("subject"), parts["caption"]
-    )
-
-
 def _incomplete(parts: Mapping[str, _Member]) -> str:
     """Say what is missing of a pair, if anything."""
     missing = [part for part in ("generation", "caption") if part not in parts]
@@ -277,18 +169,3 @@ def _contents(entry: _Entry, member: _Member) -> tuple[bytes, str]:
         raise FileFormatError(
             f"Expected to read {name}: {error.strerror}. Check the shard's place and permissions."
         ) from error
-
-
-def _encode(pair: Pair) -> dict[str, Any]:
-    """Return the members of a pair by ending."""
-    members: dict[str, Any] = {
-        "generation.png": encode_png(pair.target),
-        "caption.txt": pair.caption,
-    }
-    is_own_subject = pair.subject is pair.target
-    if not is_own_subject:
-        members["subject.png"] = encode_png(pair.subject)
-    if pair.mask is not None or is_own_subject:
-        mask = pair.target.new_ones(pair.target.shape[:3]) if pair.mask is None else pair.mask
-        members["mask.png"] = encode_png(mask)
-    return members

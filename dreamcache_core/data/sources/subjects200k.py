@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import FileFormatError, InputError
 from ...images.files import read_image
 from ...packages import require
-from .reading import image_size, make_pair, stamp_files
+from .reading import image_size, one_line, stamp_files
 from .source import Pair
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Subjects200KSource:
     def caption(self, index: int) -> str:
         """Description of the target; empty where there is none."""
         description = self._descriptions[self._rows[index // 2]]["description"] or {}
-        return " ".join((description.get(f"description_{index % 2}") or "").split())
+        return one_line(description.get(f"description_{index % 2}") or "")
 
     def read(self, index: int) -> Pair:
         """Read a pair."""
@@ -87,7 +87,7 @@ class Subjects200KSource:
             image[:, top:bottom, left:right].contiguous()
             for left, top, right, bottom in (boxes[index % 2], boxes[1 - index % 2])
         )
-        return make_pair(target, subject, None, None, self.caption(index), name=name)
+        return Pair(target, subject, None, self.caption(index))
 
     def _good_rows(self) -> list[int]:
         if "quality_assessment" not in self._table.column_names:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ...pipeline.generate import DTYPES
 from ..order import sample_seed
+from ..packing import require_webdataset
 from .captions import (
     CONTEXTS_FILE,
     SUBJECTS_FILE,
@@ -21,9 +22,9 @@ from .captions import (
     combine_lists,
     read_captions,
 )
-from .folder import BuildFolder, Sample, read_rejections, require_webdataset
+from .folder import BuildFolder, Sample, read_rejections
 from .options import BuildOptions
-from .quality import judge_image, judge_mask
+from .quality import is_blank, judge_mask
 from .segmentation import ClipSegmenter, GroundedSegmenter, Segmenter
 from .text_to_image import TextToImage
 
@@ -120,12 +121,14 @@ class _Maker:
         self.options, self.folder, self.device = options, folder, device
 
     def load(self) -> None:
-        self.segment = _load_segmenter(self.options, self.device)
+        options, device = self.options, self.device
+        self.segment = _load_segmenter(options, device)
+        if options.dtype != "auto":
+            dtype = DTYPES[options.dtype]
+        else:
+            dtype = torch.float16 if device.type in ("cuda", "xpu") else torch.float32
         self.text_to_image = TextToImage(
-            self.options.model,
-            pipeline_class=self.options.pipeline_class,
-            dtype=_dtype(self.options, self.device),
-            device=self.device,
+            options.model, pipeline_class=options.pipeline_class, dtype=dtype, device=device
         )
 
     def make(self, batch: Sequence[Sample]) -> None:
@@ -146,17 +149,19 @@ class _Maker:
             negative_prompt=self.options.negative,
         )
         for index in missing:
-            self._finish(batch[index], images[index : index + 1])
+            self._decide(batch[index], images[index : index + 1])
 
-    def _finish(self, sample: Sample, image: torch.Tensor) -> None:
-        verdict = judge_image(image)
-        if verdict.reason is None:
-            mask = self.segment(image, sample.caption.subject)
-            verdict = judge_mask(mask, self.options.limits)
+    def _decide(self, sample: Sample, image: torch.Tensor) -> None:
+        """Keep a sample or reject it."""
+        if is_blank(image):
+            self.folder.reject(sample, "blank image", None)
+            return
+        mask = self.segment(image, sample.caption.subject)
+        verdict = judge_mask(mask, self.options.limits)
         if verdict.reason is None:
             self.folder.save(sample, image, verdict.mask)
         else:
-            self.folder.reject(sample, verdict)
+            self.folder.reject(sample, verdict.reason, verdict.value)
 
 
 def _captions(options: BuildOptions) -> list[Caption]:
@@ -206,9 +211,3 @@ def _load_segmenter(options: BuildOptions, device: torch.device) -> Segmenter:
     return GroundedSegmenter(
         options.detector_model, model, box_threshold=options.box_threshold, device=device
     )
-
-
-def _dtype(options: BuildOptions, device: torch.device) -> torch.dtype:
-    if options.dtype != "auto":
-        return DTYPES[options.dtype]
-    return torch.float16 if device.type in ("cuda", "xpu") else torch.float32

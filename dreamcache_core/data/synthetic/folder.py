@@ -18,18 +18,19 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ...config import differences
 from ...errors import InputError
 from ...files.jsonl import append_lines, read_lines
 from ...files.whole_files import whole_file
 from ...images.files import encode_png
-from ...packages import require
+from ..packing import write_tar
 from .captions import Caption
-from .quality import Verdict
 
 SETTINGS_FILE = "build.json"
 MEMBERS = ("generation.png", "mask.png", "caption.txt")
@@ -57,16 +58,15 @@ class Sample:
 
 
 class BuildFolder:
-    """The folder as one process sees it."""
+    """The folder as one process sees it; nothing is written before ``begin``.
 
-    def __init__(self, root: Path, *, shard_size: int | None, process_index: int = 0) -> None:
-        """Take stock; nothing is written.
+    Args:
+        root: The folder; need not exist.
+        shard_size: Samples to a shard, rejected ones included; ``None``: no shards.
+        process_index: Of this process, for the name of its log.
+    """
 
-        Args:
-            root: The folder; need not exist.
-            shard_size: Samples to a shard, rejected ones included; ``None``: no shards.
-            process_index: Of this process, for the name of its log.
-        """
+    def __init__(self, root: Path, *, shard_size: int | None, process_index: int) -> None:
         self.root, self.shard_size = root, shard_size
         self._log = root / f"rejected-{process_index:05d}.jsonl"
         self._packed = {path.stem for path in root.glob("shard-*.tar")}
@@ -96,13 +96,22 @@ class BuildFolder:
                     f"files and no {SETTINGS_FILE}. Give another folder."
                 )
             return
-        _require_same(_read_settings(file), settings, self.root)
+        try:
+            changes = differences(json.loads(file.read_text(encoding="utf-8")), settings)
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"Expected {file} to say what the set is built from; it cannot be read: {error}. Give another --out."
+            ) from error
+        if changes:
+            raise InputError(
+                f"Expected the settings that {self.root} was begun with, got others ({changes}). Give the same ones to "
+                "go on, or another --out."
+            )
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Create the folder and write down what the set is built from; every process may do so."""
         self.root.mkdir(parents=True, exist_ok=True)
-        file = self.root / SETTINGS_FILE
-        with whole_file(file, by=self._log.stem) as temporary:
+        with whole_file(self.root / SETTINGS_FILE, by=self._log.stem) as temporary:
             temporary.write_bytes(json.dumps(dict(settings), indent=2).encode())
 
     def is_decided(self, sample: Sample) -> bool:
@@ -135,12 +144,12 @@ class BuildFolder:
             with whole_file(self._file(sample, member)) as temporary:
                 temporary.write_bytes(content)
 
-    def reject(self, sample: Sample, verdict: Verdict) -> None:
+    def reject(self, sample: Sample, reason: str, value: float | None) -> None:
         """Write down that a sample is rejected, and why."""
         entry = {
             "number": sample.number,
-            "reason": verdict.reason,
-            "value": verdict.value,
+            "reason": reason,
+            "value": value,
             "subject": sample.caption.subject,
             "caption": sample.caption.text,
             "seed": sample.seed,
@@ -153,24 +162,17 @@ class BuildFolder:
 
         Args:
             samples: All samples of the shard, in order.
-
-        Raises:
-            MissingPackageError: webdataset is not installed.
         """
         loose = self._home(samples[0])
         shard = loose.with_suffix(".tar")
         kept = [sample for sample in samples if sample.number not in self._rejected]
         if not shard.exists() and kept:
-            with whole_file(shard) as temporary:
-                self._write_shard(temporary, kept)
+            write_tar(shard, map(self._members, kept))
         shutil.rmtree(loose, ignore_errors=True)
 
-    def _write_shard(self, path: Path, samples: Sequence[Sample]) -> None:
-        TarWriter = require_webdataset().TarWriter
-        with path.open("wb") as stream, TarWriter(stream, mtime=0) as writer:
-            for sample in samples:
-                contents = {member: self._file(sample, member).read_bytes() for member in MEMBERS}
-                writer.write({"__key__": sample.stem.replace("/", "-"), **contents})
+    def _members(self, sample: Sample) -> dict[str, Any]:
+        contents = {member: self._file(sample, member).read_bytes() for member in MEMBERS}
+        return {"__key__": sample.stem.replace("/", "-"), **contents}
 
     def _file(self, sample: Sample, member: str) -> Path:
         return self._home(sample) / f"{sample.stem}_{member}"
@@ -182,48 +184,8 @@ class BuildFolder:
         return self.root / f"shard-{sample.number // self.shard_size:06d}"
 
 
-def require_webdataset() -> Any:
-    """Import webdataset.
-
-    Raises:
-        MissingPackageError: It is not installed.
-    """
-    with require("webdataset", "train"):
-        import webdataset
-    return webdataset
-
-
 def read_rejections(root: Path) -> dict[int, str]:
-    """Read which samples were rejected, by all processes.
-
-    Args:
-        root: Folder of a build.
-
-    Returns:
-        Number of the sample to reason.
-    """
-    rejections: dict[int, str] = {}
-    for log in sorted(root.glob("rejected-*.jsonl")):
-        # a line that an interruption cut short is left out: its sample is made again
-        rejections |= {entry["number"]: entry["reason"] for entry in read_lines(log)}
-    return rejections
-
-
-def _read_settings(file: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"Expected {file} to say what the set is built from; it cannot be read: {error}. Give another --out."
-        ) from error
-    return found if isinstance(found, dict) else {}
-
-
-def _require_same(found: Mapping[str, Any], given: Mapping[str, Any], root: Path) -> None:
-    different = [key for key in given if found.get(key) != given[key]]
-    if different:
-        changes = "; ".join(f"{key}: {found.get(key)!r}, now {given[key]!r}" for key in different)
-        raise InputError(
-            f"Expected the settings that {root} was begun with, got others ({changes}). Give the same ones to go on, "
-            "or another --out."
-        )
+    """Read which samples of a build were rejected, by all processes: number to reason."""
+    # a line that an interruption cut short is left out: its sample is made again
+    entries = chain.from_iterable(map(read_lines, sorted(root.glob("rejected-*.jsonl"))))
+    return {entry["number"]: entry["reason"] for entry in entries}

@@ -11,9 +11,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...packages import require
 
-Reason = Literal[
-    "blank image", "no subject", "scattered", "too small", "too large", "touches border"
-]
+Reason = Literal["no subject", "scattered", "too small", "too large", "touches border"]
 
 BLANK_RANGE = 2 / 255
 """An image whose channels each span no more than this shows nothing: what a safety checker or an overflow leaves."""
@@ -54,7 +52,7 @@ class QualityLimits:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What became of a sample.
+    """Whether a mask is fit.
 
     Attributes:
         mask: The largest connected part of the mask, (1, height, width), bool; the few pixels beside it are dropped.
@@ -67,19 +65,14 @@ class Verdict:
     value: float | None = None
 
 
-def judge_image(image: Tensor) -> Verdict:
-    """Tell whether an image shows anything in which a subject can be looked for.
+def is_blank(image: Tensor) -> bool:
+    """Tell whether an image shows nothing in which a subject can be looked for.
 
     Args:
         image: (1, height, width, 3), float, in [0, 1]; NaN and infinity where its making overflowed.
-
-    Returns:
-        The verdict, with an empty mask: blank, or no reason.
     """
     low, high = image.amin(dim=(0, 1, 2)), image.amax(dim=(0, 1, 2))  # -> (3,)
-    is_blank = not bool(image.isfinite().all()) or float((high - low).max()) <= BLANK_RANGE
-    mask = torch.zeros(image.shape[:3], dtype=torch.bool)
-    return Verdict(mask, "blank image" if is_blank else None)
+    return not bool(image.isfinite().all()) or float((high - low).max()) <= BLANK_RANGE
 
 
 def judge_mask(mask: Tensor, limits: QualityLimits) -> Verdict:
