@@ -15,7 +15,7 @@ WEIGHTS: dict[Part, str] = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
-SCHEDULER_CONFIG = "scheduler_config.json"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 PREVIEW_FILE = "vae/preview.json"
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
@@ -55,7 +55,7 @@ class DemoFiles:
 
     def scheduler_config(self) -> dict[str, Any]:
         """Read the noise schedule's settings."""
-        return _read_json(self.model / "scheduler" / SCHEDULER_CONFIG)
+        return _read_json(self.model / SCHEDULER_CONFIG)
 
     def preview(self) -> dict[str, Any]:
         """Read the linear map from latents to colours: ``factors``, 4 rows of 3, and ``bias``."""
@@ -66,7 +66,7 @@ class DemoFiles:
         for part in WEIGHTS:
             yield self.model / part / "config.json"
             yield self.weights(part)
-        yield self.model / "scheduler" / SCHEDULER_CONFIG
+        yield self.model / SCHEDULER_CONFIG
         yield self.model / PREVIEW_FILE
         yield from (self.tokenizer / name for name in TOKENIZER_FILES)
         yield self.adapters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,24 +25,7 @@ SHAPES_SHOWN = ("mug", "fish", "house", "star")
 SCENES_SHOWN = (Scene("grass"), Scene("night"), Scene("beach", place="left"))
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the demo's images are sampled.
-
-    Attributes:
-        steps: Sampling steps.
-        guidance_scale: s_text of METHOD.md section 5.
-        image_guidance_scale: s_image of it.
-        image_range: Part of the run in which it holds, as in ``Guidance``.
-    """
-
-    steps: int = STEPS
-    guidance_scale: float = GUIDANCE_SCALE
-    image_guidance_scale: float = IMAGE_GUIDANCE_SCALE
-    image_range: tuple[float, float] = IMAGE_RANGE
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Theme:
     """One reference image with the prompts that it is shown in.
 
@@ -51,15 +34,13 @@ class Theme:
         reference: The reference image, (1, height, width, 3) in [0, 1].
         mask: Where the subject is on it, (1, height, width) in [0, 1]; ``None``: not known.
         prompts: What to draw.
-        scenes: The scenes that these describe, where the world knows them.
-        subject: Who is on the image; ``None`` for an image of the user's own.
+        subject: Who is drawn in ``SCENES_SHOWN``; ``None`` where image or prompt are the user's own.
     """
 
     name: str
     reference: Tensor
     mask: Tensor | None
     prompts: Sequence[str]
-    scenes: Sequence[Scene] = ()
     subject: Subject | None = None
 
 
@@ -69,13 +50,12 @@ class Panel:
 
     Attributes:
         theme: The theme.
-        with_reference: An image for each prompt, (prompts, height, width, 3) in [0, 1].
-        without_reference: The same seeds and prompts, likewise.
+        images: An image for each prompt, (prompts, height, width, 3) in [0, 1], ``with_reference`` and, of the same
+            seeds, ``without_reference``.
     """
 
     theme: Theme
-    with_reference: Tensor
-    without_reference: Tensor
+    images: Mapping[str, Tensor]
 
 
 def choose_themes(seed: int, shapes: Sequence[str] = SHAPES_SHOWN) -> list[Theme]:
@@ -94,71 +74,49 @@ def choose_themes(seed: int, shapes: Sequence[str] = SHAPES_SHOWN) -> list[Theme
             write_caption(subject, scene, random, name_pattern=False) for scene in SCENES_SHOWN
         ]
         cutout = image_to_tensor(render_cutout(subject, random))
-        image, mask = cutout[..., :3], cutout[..., 3]
-        themes.append(Theme(shape, image, mask, prompts, SCENES_SHOWN, subject))
+        themes.append(Theme(shape, cutout[..., :3], cutout[..., 3], prompts, subject))
     return themes
 
 
-def draw_panels(
+def draw_panel(
     pipeline: DreamCachePipeline,
     adapters: AdapterSet,
-    themes: Sequence[Theme],
+    theme: Theme,
     seed: int,
-    sampling: Sampling,
-) -> Iterator[Panel]:
-    """Draw every theme with and without its reference, from the same noise.
+    *,
+    steps: int,
+    guidance_scale: float,
+    image_guidance_scale: float,
+) -> Panel:
+    """Draw a theme with and without its reference, from the same noise.
 
     Args:
         pipeline: The demo's model.
         adapters: Its adapters.
-        themes: What to draw.
-        seed: Image number p of a theme is drawn from ``seed + p``.
-        sampling: How.
-
-    Yields:
-        The panels, one after the other.
-    """
-    for theme in themes:
-        reference = pipeline.encode_reference(
-            theme.reference, mask=theme.mask, layers=adapters.layers
-        )
-        images = [
-            sample(pipeline, uses, theme.prompts, seed, sampling)
-            for uses in ([ReferenceUse(reference, adapters)], [])
-        ]
-        yield Panel(theme, *images)
-
-
-def sample(
-    pipeline: DreamCachePipeline,
-    uses: Sequence[ReferenceUse],
-    prompts: Sequence[str],
-    seed: int,
-    sampling: Sampling,
-) -> Tensor:
-    """Draw an image for each prompt.
-
-    Args:
-        pipeline: The demo's model.
-        uses: References; none of them: ordinary images.
-        prompts: What to draw.
+        theme: What to draw.
         seed: Image number p is drawn from ``seed + p``.
-        sampling: How.
-
-    Returns:
-        (prompts, height, width, 3) in [0, 1].
+        steps: Sampling steps.
+        guidance_scale: s_text of METHOD.md section 5.
+        image_guidance_scale: s_image of it, in the part ``IMAGE_RANGE`` of the run.
     """
-    images = pipeline(
-        list(prompts),
-        uses,
-        guidance_scale=sampling.guidance_scale,
-        image_guidance_scale=sampling.image_guidance_scale,
-        image_range=sampling.image_range,
-        num_inference_steps=sampling.steps,
-        generator=[torch.Generator().manual_seed(seed + number) for number in range(len(prompts))],
-        output_type="pt",
-    )
-    return images.permute(0, 2, 3, 1)
+    cache = pipeline.encode_reference(theme.reference, mask=theme.mask, layers=adapters.layers)
+
+    def draw(uses: Sequence[ReferenceUse]) -> Tensor:
+        seeds = range(seed, seed + len(theme.prompts))
+        images = pipeline(
+            list(theme.prompts),
+            uses,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            image_range=IMAGE_RANGE,
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(each) for each in seeds],
+            output_type="pt",
+        )
+        return images.permute(0, 2, 3, 1)
+
+    with_reference = draw([ReferenceUse(cache, adapters)])
+    return Panel(theme, {"with_reference": with_reference, "without_reference": draw([])})
 
 
 def draw_sheet(panels: Sequence[Panel]) -> Tensor:
@@ -172,20 +130,9 @@ def draw_sheet(panels: Sequence[Panel]) -> Tensor:
     """
     blank = torch.ones_like(panels[0].theme.reference)
     rows = [[image for panel in panels for image in (panel.theme.reference, blank)]]
-    captions = [[text for _ in panels for text in ("reference", "")]]
+    captions = [["reference", ""] * len(panels)]
     for number in range(len(panels[0].theme.prompts)):
-        rows.append(
-            [
-                images[number : number + 1]
-                for panel in panels
-                for images in (panel.with_reference, panel.without_reference)
-            ]
-        )
-        captions.append(
-            [
-                text
-                for panel in panels
-                for text in (panel.theme.prompts[number], "same seed, no reference")
-            ]
-        )
+        rows.append([images[number, None] for panel in panels for images in panel.images.values()])
+        texts = ((panel.theme.prompts[number], "same seed, no reference") for panel in panels)
+        captions.append([text for pair in texts for text in pair])
     return contact_sheet(rows, captions, cell_px=160)

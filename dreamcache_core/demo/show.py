@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,17 @@ from ..method.adapter_files import load_adapters
 from ..pipeline.loading import load_diffusers_pipeline
 from ..pipeline.pipeline import DreamCachePipeline
 from .files import require_demo_files
-from .gallery import Panel, Sampling, Theme, choose_themes, draw_panels, draw_sheet
+from .gallery import (
+    IMAGE_RANGE,
+    SCENES_SHOWN,
+    Panel,
+    Theme,
+    choose_themes,
+    draw_panel,
+    draw_sheet,
+)
+from .measures.classifier import load_classifier, recognise
+from .measures.match import measure_match
 from .options import DemoOptions
 from .world.world import IMAGE_SIZE, with_article
 
@@ -41,17 +52,25 @@ def show_demo(options: DemoOptions, folder: Path | None = None) -> Iterator[str]
         OSError: A file could not be written.
     """
     files = require_demo_files(folder)
-    themes = [_with_prompt(theme, options.prompt) for theme in _themes(options)]
+    themes = _themes(options)
     pipeline = DreamCachePipeline(load_diffusers_pipeline(files.model))
     adapters = load_adapters(files.adapters)
-    sampling = Sampling(options.steps, options.cfg, options.image_guidance)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     panels: list[Panel] = []
-    for panel in draw_panels(pipeline, adapters, themes, options.seed, sampling):
+    for theme in themes:
+        panel = draw_panel(
+            pipeline,
+            adapters,
+            theme,
+            options.seed,
+            steps=options.steps,
+            guidance_scale=options.cfg,
+            image_guidance_scale=options.image_guidance,
+        )
         panels.append(panel)
-        _write(panel, out, options, sampling)
-        yield f"{panel.theme.name}: {len(panel.theme.prompts)} images with and without reference"
+        _write(panel, out, options)
+        yield f"{theme.name}: {len(theme.prompts)} images with and without reference"
     save_png(out / SHEET, draw_sheet(panels))
     try:
         yield from _measured(panels)
@@ -62,17 +81,16 @@ def show_demo(options: DemoOptions, folder: Path | None = None) -> Iterator[str]
 
 def _themes(options: DemoOptions) -> Sequence[Theme]:
     if options.reference is not None:
-        shape = options.subject or "ball"
-        prompts = [f"{with_article(shape)} {scene}" for scene in OWN_SCENES]
-        return [Theme("own", *_read_reference(options.reference), prompts)]
-    if options.subject is not None:
-        return choose_themes(options.seed, [options.subject])
-    return choose_themes(options.seed)
-
-
-def _with_prompt(theme: Theme, prompt: str | None) -> Theme:
-    """Replace a theme's prompts by the user's own, if there is one."""
-    return theme if prompt is None else Theme(theme.name, theme.reference, theme.mask, [prompt])
+        shape = with_article(options.subject or "ball")
+        prompts = [f"{shape} {scene}" for scene in OWN_SCENES]
+        themes = [Theme("own", *_read_reference(options.reference), prompts)]
+    elif options.subject is not None:
+        themes = choose_themes(options.seed, [options.subject])
+    else:
+        themes = choose_themes(options.seed)
+    if options.prompt is None:
+        return themes
+    return [replace(theme, prompts=[options.prompt], subject=None) for theme in themes]
 
 
 def _read_reference(path: str) -> tuple[Tensor, Tensor | None]:
@@ -85,45 +103,37 @@ def _read_reference(path: str) -> tuple[Tensor, Tensor | None]:
 
 def _measured(panels: Sequence[Panel]) -> Iterator[str]:
     """Tell how well the images keep to subject and prompt, where the world knows both."""
-    from .measures.classifier import load_classifier, recognise
-    from .measures.match import measure_match
-
-    classifier, _ = load_classifier()
-    heading = "subject match (0 to 1), scene and shape recognised"
-    for panel in panels:
-        subject, scenes = panel.theme.subject, panel.theme.scenes
-        if subject is None:
-            continue
-        if heading:
-            yield f"{heading:>52}"
-            heading = ""
-        for kind, images in _kinds(panel).items():
+    known = [(panel, panel.theme.subject) for panel in panels if panel.theme.subject]
+    if known:
+        yield f"{'subject match (0 to 1), scene and shape recognised':>52}"
+    classifier = load_classifier()
+    for panel, subject in known:
+        for kind, images in panel.images.items():
             pixels = (images * 255.0).round().byte().numpy()
             match = [measure_match(image, subject).match for image in pixels]
             seen = recognise(pixels, classifier)
-            scenes_seen = [s.background == w.background for s, w in zip(seen, scenes, strict=True)]
-            shapes_seen = [s.shape == subject.shape for s in seen]
+            scenes = sum(
+                found.background == scene.background
+                for found, scene in zip(seen, SCENES_SHOWN, strict=True)
+            )
+            shapes = sum(found.shape == subject.shape for found in seen)
             yield (
                 f"{panel.theme.name:>8}, {kind.replace('_', ' '):<17} {sum(match) / len(match):.2f}   "
-                f"{sum(scenes_seen)} and {sum(shapes_seen)} of {len(seen)}"
+                f"{scenes} and {shapes} of {len(seen)}"
             )
 
 
-def _kinds(panel: Panel) -> dict[str, Tensor]:
-    return {"with_reference": panel.with_reference, "without_reference": panel.without_reference}
-
-
-def _write(panel: Panel, out: Path, options: DemoOptions, sampling: Sampling) -> None:
+def _write(panel: Panel, out: Path, options: DemoOptions) -> None:
     """Write a theme's reference and images, each with the parameters that it was made with."""
     name = panel.theme.name
     save_png(out / f"{name}_reference.png", panel.theme.reference)
     settings = {
-        "steps": sampling.steps,
-        "cfg": sampling.guidance_scale,
-        "image_guidance": sampling.image_guidance_scale,
-        "image_range": sampling.image_range,
+        "steps": options.steps,
+        "cfg": options.cfg,
+        "image_guidance": options.image_guidance,
+        "image_range": IMAGE_RANGE,
     }
-    for kind, images in _kinds(panel).items():
+    for kind, images in panel.images.items():
         for number, (prompt, image) in enumerate(
             zip(panel.theme.prompts, torch.unbind(images), strict=True)
         ):

@@ -14,11 +14,11 @@ import numpy as np
 from dreamcache_core.demo.world.backgrounds import BACKGROUNDS
 from dreamcache_core.demo.world.world import (
     IMAGE_SIZE,
+    Pose,
     Scene,
     draw_pose,
     draw_scene,
     draw_subject,
-    draw_twin_poses,
     render,
     subject_masks,
     write_caption,
@@ -29,6 +29,8 @@ WORDINGS = 4
 CHUNK = 500
 TWIN_RATE = 0.4
 """Share of images with the subject twice: to draw two alike, self-attention must find what is where on a subject."""
+
+TWIN_HALF_SIZES = (0.17, 0.24)
 
 PATCH = 8
 """Side in pixels of what one latent stands for."""
@@ -115,6 +117,19 @@ def _draw_chunk(
         subjects.append(_reached_patches(mask))
         captions.append([write_caption(subject, scene, random) for _ in range(WORDINGS)])
     return np.stack(images), np.stack(subjects), captions
+
+
+def draw_twin_poses(random: np.random.Generator) -> list[Pose]:
+    """Draw where a subject and its twin are: left and right, each with a size and a turn of its own."""
+    return [
+        Pose(
+            x + random.uniform(-0.015, 0.015),
+            random.uniform(0.46, 0.6),
+            random.uniform(*TWIN_HALF_SIZES),
+            random.uniform(-15, 15),
+        )
+        for x in (0.26, 0.74)
+    ]
 
 
 def _reached_patches(mask: np.ndarray) -> np.ndarray:

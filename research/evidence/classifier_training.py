@@ -17,14 +17,15 @@ from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.config import Config
 from dreamcache_core.demo.measures.classifier import (
     BACKGROUND_NAMES,
+    FORMAT,
     INPUT_SIZE,
     SHAPE_NAMES,
     SceneClassifier,
     load_classifier,
-    save_classifier,
     shrink,
 )
 from dreamcache_core.demo.world.world import draw_pose, draw_scene, draw_subject, render
+from dreamcache_core.files.tensor_file import write_tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +144,30 @@ def train(config: ClassifierConfig) -> Mapping[str, str]:
     settings = {key: str(value) for key, value in config.to_dict().items() if key != "out"}
     save_classifier(classifier, config.out, settings)
     # measured as it is read: in half precision
-    metadata = {**settings, **measure(load_classifier(config.out)[0], held_out, config.seed)}
+    metadata = {**settings, **measure(load_classifier(config.out), held_out, config.seed)}
     save_classifier(classifier, config.out, metadata)
     logger.info("%s: %s", Path(config.out).name, metadata)
     return metadata
+
+
+def save_classifier(
+    classifier: SceneClassifier, path: str | Path, metadata: Mapping[str, str]
+) -> None:
+    """Write a classifier in half precision.
+
+    Args:
+        classifier: What to write.
+        path: Target; its folder must exist.
+        metadata: How it was trained and how well it does.
+
+    Raises:
+        InputError: The folder does not exist or cannot be written to.
+    """
+    tensors = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in classifier.state_dict().items()
+    }
+    write_tensor_file(path, tensors, {"format": FORMAT, **metadata})
 
 
 def _fit(classifier: SceneClassifier, data: LabelledImages, config: ClassifierConfig) -> None:

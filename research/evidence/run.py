@@ -172,7 +172,7 @@ class _Session:
         self.files = require_demo_files(Path(options.folder) if options.folder else None)
         model = load_diffusers_pipeline(self.files.model, dtype=DTYPES[options.dtype])
         self.pipeline = DreamCachePipeline(model.to(choose_device(options.device)))
-        self.classifier, _ = load_classifier()
+        self.classifier = load_classifier()
         self.adapters: dict[str, AdapterSet] = {}
 
     def measure(self, condition: Condition, triples: Sequence[Triple]) -> list[Judgement]:

@@ -18,7 +18,6 @@ from dreamcache_core.demo.world.world import (
     draw_subject,
     render,
     render_cutout,
-    render_reference,
     write_caption,
 )
 from dreamcache_core.errors import InputError
@@ -65,12 +64,11 @@ class Triple:
         Args:
             number: Which; each shows the subject on white in another pose.
         """
-        return render_reference(self.subject, self._random(REFERENCE, number))
+        return self._cutout(number).convert("RGB")
 
     def reference_mask(self, number: int = 0) -> np.ndarray:
         """Say where the subject is in a reference image: 1 there, 0 beside, float32 (128, 128)."""
-        cutout = render_cutout(self.subject, self._random(REFERENCE, number))
-        return np.asarray(cutout, dtype=np.float32)[..., 3] / 255
+        return np.asarray(self._cutout(number), dtype=np.float32)[..., 3] / 255
 
     def true_image(self) -> Image.Image:
         """Draw the subject in its scene: what a perfect model might give."""
@@ -79,6 +77,9 @@ class Triple:
     def other_image(self) -> Image.Image:
         """Draw a random other subject of the same shape in the scene: what a model without the reference might give."""
         return self._image(draw_subject(self._random(OTHER, 1), self.subject.shape), OTHER)
+
+    def _cutout(self, number: int) -> Image.Image:
+        return render_cutout(self.subject, self._random(REFERENCE, number))
 
     def _image(self, subject: Subject, stream: int) -> Image.Image:
         random = self._random(stream)

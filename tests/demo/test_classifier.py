@@ -14,17 +14,21 @@ from dreamcache_core.demo.measures.classifier import (
     SceneClassifier,
     load_classifier,
     recognise,
-    save_classifier,
     shrink,
 )
 from dreamcache_core.demo.world.world import Pose, Scene, Subject, render
-from dreamcache_core.errors import FileFormatError, InputError
-from dreamcache_core.files.tensor_file import write_tensor_file
-from research.evidence.classifier_training import draw_labelled, measure, roughen
+from dreamcache_core.errors import FileFormatError
+from dreamcache_core.files.tensor_file import read_tensor_file, write_tensor_file
+from research.evidence.classifier_training import (
+    draw_labelled,
+    measure,
+    roughen,
+    save_classifier,
+)
 
 
 def test_the_weights_are_small_and_state_their_accuracy() -> None:
-    _, metadata = load_classifier()
+    _, metadata = read_tensor_file(WEIGHTS, FORMAT)
     assert WEIGHTS.stat().st_size < 400_000
     assert float(metadata["background_accuracy"]) >= 0.98
     assert float(metadata["shape_accuracy"]) >= 0.98
@@ -32,7 +36,7 @@ def test_the_weights_are_small_and_state_their_accuracy() -> None:
 
 
 def test_true_renders_of_another_seed_are_recognised() -> None:
-    classifier, _ = load_classifier()
+    classifier = load_classifier()
     accuracies = measure(classifier, draw_labelled(100, seed=1234))
     assert accuracies.keys() == {
         "background_accuracy",
@@ -49,14 +53,12 @@ def test_true_renders_of_another_seed_are_recognised() -> None:
 def test_an_image_is_called_by_its_names(shape: str, background: str) -> None:
     subject = Subject(shape, "dots", ((214, 40, 40), (245, 245, 240)), (0, 12))
     image = render(subject, Scene(background), Pose(0.5, 0.53, 0.26), np.random.default_rng(0))
-    (found,) = recognise(np.asarray(image)[None], load_classifier()[0])
+    (found,) = recognise(np.asarray(image)[None], load_classifier())
     assert (found.shape, found.background) == (shape, background)
-    assert found.shape_probability > 0.5
-    assert found.background_probability > 0.9
 
 
 def test_accuracy_is_the_share_of_right_answers() -> None:
-    classifier, _ = load_classifier()
+    classifier = load_classifier()
     data = draw_labelled(4, seed=77)
     data.shapes[0] = (data.shapes[0] + 1) % len(SHAPE_NAMES)
     data.backgrounds[:2] = (data.backgrounds[:2] + 1) % len(BACKGROUND_NAMES)
@@ -66,7 +68,7 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
 
 
 def test_each_row_is_the_image_of_its_place() -> None:
-    classifier, _ = load_classifier()
+    classifier = load_classifier()
     data = [draw_labelled(1, seed=seed) for seed in range(3)]
     wide = np.stack([d.images[0].permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1) for d in data])
     together = recognise(wide, classifier)
@@ -84,15 +86,6 @@ def test_images_shrink_by_averaging() -> None:
     assert small.sum().item() == 1.5
 
 
-def test_what_cannot_be_looked_at_is_refused() -> None:
-    with pytest.raises(InputError, match="64 divides"):
-        shrink(np.zeros((1, 100, 100, 3), np.uint8))
-    with pytest.raises(InputError, match="64 divides"):
-        shrink(np.zeros((128, 128, 3), np.uint8))
-    with pytest.raises(InputError, match="8-bit"):
-        shrink(np.zeros((1, 128, 128, 3), np.float32))
-
-
 def test_roughened_images_keep_shape_and_range_and_are_decided_by_the_generator() -> None:
     images = draw_labelled(3, seed=5).images.float() / 255
     rough = roughen(images, torch.Generator().manual_seed(1))
@@ -106,8 +99,8 @@ def test_a_classifier_survives_its_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     classifier = SceneClassifier().eval()
     save_classifier(classifier, tmp_path / "c.safetensors", {"steps": "0"})
-    loaded, metadata = load_classifier(tmp_path / "c.safetensors")
-    assert metadata["steps"] == "0"
+    loaded = load_classifier(tmp_path / "c.safetensors")
+    assert read_tensor_file(tmp_path / "c.safetensors", FORMAT)[1]["steps"] == "0"
     image = torch.rand(2, 3, 64, 64)
     for before, after in zip(classifier(image), loaded(image), strict=True):
         assert torch.allclose(before, after, atol=5e-3)

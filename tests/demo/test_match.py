@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from dreamcache_core.demo.measures.colours import srgb_to_lab
-from dreamcache_core.demo.measures.location import locate_subject, place_of, size_of
+from dreamcache_core.demo.measures.location import locate_subject
 from dreamcache_core.demo.measures.match import WORST_COLOUR_ERROR, measure_match
 from dreamcache_core.demo.world.backgrounds import paint_background
 from dreamcache_core.demo.world.world import (
@@ -66,18 +66,8 @@ def test_a_subject_is_found_where_it_was_drawn(shape: str, scene: Scene) -> None
     pose = Pose(0.45, 0.6, 0.3, 9.0, True)
     found = locate_subject(np.asarray(drawn(subject, scene, pose)), shape)
     assert found.is_found
-    assert found.background == scene.background
     true, fitted = (subject_masks(subject, each)[0] for each in (pose, found.pose))
     assert (true & fitted).sum() / (true | fitted).sum() > 0.8
-
-
-def test_place_and_size_are_told_by_the_pose() -> None:
-    assert place_of(Pose(0.29, 0.5, 0.2)) == "left"
-    assert place_of(Pose(0.5, 0.55, 0.2)) == ""
-    assert place_of(Pose(0.52, 0.3, 0.2)) == "top"
-    assert size_of(Pose(0.5, 0.5, 0.16)) == "tiny"
-    assert size_of(Pose(0.5, 0.5, 0.25)) == ""
-    assert size_of(Pose(0.5, 0.5, 0.36)) == "large"
 
 
 @pytest.mark.parametrize("scene", [GRASS, BEACH])

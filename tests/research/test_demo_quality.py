@@ -26,7 +26,7 @@ def means() -> dict[str, float]:
     """Mean match and obedience with and without reference, and the bounds of the match."""
     files = require_demo_files()
     pipeline = DreamCachePipeline(load_diffusers_pipeline(files.model))
-    adapters, (classifier, _) = load_adapters(files.adapters), load_classifier()
+    adapters, classifier = load_adapters(files.adapters), load_classifier()
     triples = draw_triples(0, NUM_TRIPLES, 0)
     bounds = measure_bounds(triples)
     means = {

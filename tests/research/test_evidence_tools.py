@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from dreamcache_core.cli.parsing import parse_config
-from dreamcache_core.demo.measures.classifier import load_classifier
+from dreamcache_core.demo.measures.classifier import FORMAT
 from dreamcache_core.errors import InputError
+from dreamcache_core.files.tensor_file import read_tensor_file
 from research.evidence.classifier_training import ClassifierConfig, train
 from research.evidence.plots import Bar, Sweep, SweepPoint, plot_bars, plot_pareto
 from research.evidence.statistics import Interval
@@ -97,7 +98,7 @@ def test_the_command_trains_and_writes_a_classifier(tmp_path: Path) -> None:
     file = tmp_path / "c.safetensors"
     flags = ["--out", str(file), "--images", "24", "--held_out", "8", "--steps", "3"]
     train(parse_config(ClassifierConfig, [*flags, "--batch", "8"], program="classifier"))
-    _, metadata = load_classifier(file)
+    _, metadata = read_tensor_file(file, FORMAT)
     assert metadata["steps"] == "3"
     assert 0.0 <= float(metadata["shape_accuracy"]) <= 1.0
     assert "out" not in metadata

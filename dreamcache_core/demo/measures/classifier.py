@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...errors import FileFormatError, InputError
-from ...files.tensor_file import read_tensor_file, write_tensor_file
+from ...errors import FileFormatError
+from ...files.tensor_file import read_tensor_file
 from ..world.shapes import SHAPES
 from ..world.world import PAPER, SCENE_BACKGROUNDS
 
@@ -37,14 +36,10 @@ class Recognised:
     Attributes:
         background: Likeliest background, one of ``BACKGROUND_NAMES``.
         shape: Likeliest shape, one of ``SHAPE_NAMES``.
-        background_probability: Its probability.
-        shape_probability: Its probability.
     """
 
     background: str
     shape: str
-    background_probability: float
-    shape_probability: float
 
 
 class SceneClassifier(nn.Module):
@@ -55,11 +50,8 @@ class SceneClassifier(nn.Module):
         blocks: list[nn.Module] = []
         channels = 3
         for width, stride in LAYERS:
-            blocks += [
-                nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-            ]
+            convolution = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+            blocks += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
         self.features = nn.Sequential(*blocks)
         self.background = nn.Linear(2 * channels, len(BACKGROUND_NAMES))
@@ -87,18 +79,7 @@ def shrink(images: np.ndarray) -> Tensor:
 
     Returns:
         (count, 3, 64, 64), float32 in [0, 1].
-
-    Raises:
-        InputError: The array has another shape or type.
     """
-    is_square = images.ndim == 4 and images.shape[1] == images.shape[2]
-    if not is_square or images.shape[1] % INPUT_SIZE or images.shape[3] != 3:
-        raise InputError(
-            f"Expected images of shape (count, side, side, 3) with a side that 64 divides, got {images.shape}. "
-            "Stack RGB images of 128 x 128."
-        )
-    if images.dtype != np.uint8:
-        raise InputError(f"Expected 8-bit images, got {images.dtype}. Multiply by 255.")
     planes = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 255
     return functional.avg_pool2d(planes, images.shape[1] // INPUT_SIZE)
 
@@ -110,41 +91,27 @@ def recognise(images: np.ndarray, classifier: SceneClassifier) -> list[Recognise
     Args:
         images: 8-bit RGB, (count, side, side, 3); the side is a multiple of 64.
         classifier: As ``load_classifier`` returns it.
-
-    Raises:
-        InputError: The array has another shape or type.
     """
     found: list[Recognised] = []
     for part in shrink(images).split(BATCH):
-        backgrounds, shapes = (logits.softmax(dim=1).max(dim=1) for logits in classifier(part))
+        backgrounds, shapes = (logits.argmax(dim=1).tolist() for logits in classifier(part))
         found += [
-            Recognised(BACKGROUND_NAMES[b], SHAPE_NAMES[s], p, q)
-            for b, s, p, q in zip(
-                backgrounds.indices.tolist(),
-                shapes.indices.tolist(),
-                backgrounds.values.tolist(),
-                shapes.values.tolist(),
-                strict=True,
-            )
+            Recognised(BACKGROUND_NAMES[background], SHAPE_NAMES[shape])
+            for background, shape in zip(backgrounds, shapes, strict=True)
         ]
     return found
 
 
-def load_classifier(
-    path: str | os.PathLike[str] = WEIGHTS,
-) -> tuple[SceneClassifier, dict[str, str]]:
-    """Load a trained classifier.
+def load_classifier(path: str | os.PathLike[str] = WEIGHTS) -> SceneClassifier:
+    """Load a trained classifier, on the CPU in float32, ready to use.
 
     Args:
         path: A file that the training command wrote; without it, the one that comes with the package.
 
-    Returns:
-        The classifier on the CPU, float32, ready to use; and how it was trained and how well it does.
-
     Raises:
         FileFormatError: The file is missing, damaged or of another kind or layout.
     """
-    tensors, metadata = read_tensor_file(path, FORMAT)
+    tensors, _ = read_tensor_file(path, FORMAT)
     classifier = SceneClassifier().eval()
     try:
         classifier.load_state_dict(tensors)
@@ -153,24 +120,4 @@ def load_classifier(
             f"{path} does not fit the demo world of this version ({error}). Train it again: "
             "python -m research.evidence.classifier_training --out FILE"
         ) from error
-    return classifier, metadata
-
-
-def save_classifier(
-    classifier: SceneClassifier, path: str | os.PathLike[str], metadata: Mapping[str, str]
-) -> None:
-    """Write a classifier in half precision.
-
-    Args:
-        classifier: What to write.
-        path: Target; its folder must exist.
-        metadata: How it was trained and how well it does.
-
-    Raises:
-        InputError: The folder does not exist or cannot be written to.
-    """
-    tensors = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in classifier.state_dict().items()
-    }
-    write_tensor_file(path, tensors, {"format": FORMAT, **metadata})
+    return classifier

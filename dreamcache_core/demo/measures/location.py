@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -10,23 +10,15 @@ from PIL import ImageFilter
 
 from ...errors import InputError
 from ..world.backgrounds import BACKGROUNDS, paint_background
-from ..world.world import (
-    HALF_SIZES,
-    IMAGE_SIZE,
-    OUTLINE,
-    PLACES,
-    Place,
-    Pose,
-    Size,
-    Subject,
-    subject_masks,
-)
+from ..world.world import IMAGE_SIZE, OUTLINE, Pose, Subject, subject_masks
 
 GRID = 64
 """Side of the image in which the search runs."""
 
 MARGIN = 16
 """Rows and columns added around it, so that subjects may reach over the edge."""
+
+PADDED = GRID + 2 * MARGIN
 
 EDGE = 8
 """Rows and columns at the edge of the image where no centre is looked for."""
@@ -55,12 +47,10 @@ class Location:
     Attributes:
         pose: The pose whose silhouette fits best.
         support: How well, from -1 to 1: mean evidence per pixel. True renders have 0.5 to 0.9, empty scenes -0.2.
-        background: The background that the rest of the image resembles most, a key of ``BACKGROUNDS``.
     """
 
     pose: Pose
     support: float
-    background: str
 
     @property
     def is_found(self) -> bool:
@@ -82,10 +72,12 @@ def locate_subject(image: np.ndarray, shape: str) -> Location:
     Raises:
         InputError: The image has another shape or type.
     """
-    check_image(image)
-    small = _halve(image)
-    background, distance = _background_distance(small)
-    interior, outline = _evidence(image, small, distance)
+    if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
+        raise InputError(
+            f"Expected an image as an 8-bit array of shape ({IMAGE_SIZE}, {IMAGE_SIZE}, 3), got {image.dtype} of "
+            f"shape {image.shape}. Convert it: np.asarray(image.convert('RGB'))."
+        )
+    interior, outline = _evidence(image)
     templates = _templates(shape)
     total = (
         _spectrum(interior) * templates.interiors
@@ -94,45 +86,19 @@ def locate_subject(image: np.ndarray, shape: str) -> Location:
     inside = slice(MARGIN + EDGE, MARGIN + GRID - EDGE)
     scores = np.fft.irfft2(total)[:, inside, inside]
     number, row, column = np.unravel_index(int(scores.argmax()), scores.shape)
-    pose = templates.poses[number]
-    x, y = ((int(column) + EDGE) / GRID, (int(row) + EDGE) / GRID)
-    support = scores[number, row, column]
-    return Location(
-        Pose(x, y, pose.half_size, pose.angle, pose.flipped),
-        float(support / templates.areas[number]),
-        background,
+    fitted = templates.poses[number]
+    pose = replace(
+        fitted,
+        x=(int(column) + EDGE) / GRID,
+        y=(int(row) + EDGE) / GRID,
+        half_size=fitted.half_size * PADDED / GRID,
     )
-
-
-def place_of(pose: Pose) -> Place:
-    """Say at which of the places of the world a pose is: the nearest."""
-    return min(PLACES, key=lambda place: np.hypot(*np.subtract(PLACES[place], (pose.x, pose.y))))  # pyright: ignore[reportReturnType]
-
-
-def size_of(pose: Pose) -> Size:
-    """Say which of the sizes of the world a pose has: the nearest by ratio."""
-    return min(HALF_SIZES, key=lambda size: abs(np.log(pose.half_size / HALF_SIZES[size])))  # pyright: ignore[reportReturnType]
-
-
-def check_image(image: np.ndarray) -> None:
-    """Refuse what is no image of the demo world.
-
-    Args:
-        image: Anything that calls itself one.
-
-    Raises:
-        InputError: It is not 8-bit RGB of 128 x 128 pixels.
-    """
-    if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
-        raise InputError(
-            f"Expected an image as an 8-bit array of shape ({IMAGE_SIZE}, {IMAGE_SIZE}, 3), got {image.dtype} of "
-            f"shape {image.shape}. Convert it: np.asarray(image.convert('RGB'))."
-        )
+    return Location(pose, float(scores[number, row, column] / templates.areas[number]))
 
 
 @dataclass(frozen=True)
 class _Templates:
-    """Fourier transforms of silhouettes, and their poses around the corner of the grid."""
+    """Silhouettes in the middle of the padded grid: poses, Fourier transforms about the corner, weighted areas."""
 
     poses: tuple[Pose, ...]
     interiors: np.ndarray
@@ -142,32 +108,27 @@ class _Templates:
 
 @lru_cache(maxsize=32)
 def _templates(shape: str) -> _Templates:
-    side = GRID + 2 * MARGIN
     poses = tuple(
-        Pose(0.5, 0.5, half * GRID / side, angle, flipped)
+        Pose(0.5, 0.5, half * GRID / PADDED, angle, flipped)
         for half in HALF_SIZES_TRIED
         for angle in ((0.0,) if shape == "ball" else ANGLES_TRIED)
         for flipped in ((False, True) if shape in MIRRORED_SHAPES else (False,))
     )
     subject = Subject(shape, "solid", ((0, 0, 0),), (0,))
-    masks = [_soft_masks(subject, pose, side) for pose in poses]
+    masks = [_soft_masks(subject, pose) for pose in poses]
     interiors, outlines = (np.stack(kind) for kind in zip(*masks, strict=True))
-    real = tuple(
-        Pose(0.0, 0.0, pose.half_size * side / GRID, pose.angle, pose.flipped) for pose in poses
+    interior_spectra, outline_spectra = (
+        np.conj(np.fft.rfft2(np.fft.ifftshift(kind, axes=(1, 2)))) for kind in (interiors, outlines)
     )
-    return _Templates(
-        real,
-        np.conj(np.fft.rfft2(np.fft.ifftshift(interiors, axes=(1, 2)))),
-        np.conj(np.fft.rfft2(np.fft.ifftshift(outlines, axes=(1, 2)))),
-        (interiors + OUTLINE_WEIGHT * outlines).sum(axis=(1, 2)),
-    )
+    areas = (interiors + OUTLINE_WEIGHT * outlines).sum(axis=(1, 2))
+    return _Templates(poses, interior_spectra, outline_spectra, areas)
 
 
-def _soft_masks(subject: Subject, pose: Pose, side: int) -> tuple[np.ndarray, np.ndarray]:
+def _soft_masks(subject: Subject, pose: Pose) -> tuple[np.ndarray, np.ndarray]:
     """Share of each pixel that is interior, and outline or mark."""
     whole, inner = (
-        mask.reshape(side, 4, side, 4).mean(axis=(1, 3), dtype=np.float32)
-        for mask in subject_masks(subject, pose, 4 * side)
+        mask.reshape(PADDED, 4, PADDED, 4).mean(axis=(1, 3), dtype=np.float32)
+        for mask in subject_masks(subject, pose, 4 * PADDED)
     )
     return inner, whole - inner
 
@@ -185,29 +146,10 @@ def _halve(image: np.ndarray) -> np.ndarray:
     return image.reshape(GRID, 2, GRID, 2, 3).mean(axis=(1, 3), dtype=np.float32)
 
 
-def _background_distance(small: np.ndarray) -> tuple[str, np.ndarray]:
-    """Find the background that an image resembles most, and how far each pixel is from all examples of it."""
-    coarse = small[::3, ::3]
-    name = min(
-        BACKGROUNDS,
-        key=lambda background: np.minimum(
-            _distance_to(coarse, _examples(background)[:, ::3, ::3]), TELLING
-        ).mean(),
-    )
-    distance = _distance_to(small, _examples(name))
-    # what is off everywhere is the model's tint, not the subject
-    return name, np.maximum(distance - np.quantile(distance, COMMON_SHARE), 0.0)
-
-
-def _distance_to(image: np.ndarray, examples: np.ndarray) -> np.ndarray:
-    """Distance in RGB of each pixel to the nearest pixel at its place, (height, width)."""
-    return np.sqrt(((examples - image) ** 2).sum(axis=-1).min(axis=0))
-
-
-def _evidence(
-    image: np.ndarray, small: np.ndarray, distance: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _evidence(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weigh how far each pixel looks like a subject's interior and like its outline, (grid, grid) each."""
+    small = _halve(image)
+    distance = _background_distance(small)
     away = np.sqrt(((image.astype(np.float32) - OUTLINE) ** 2).sum(axis=-1))
     # lines are thin: the darker of each four pixels counts
     darkest = away.reshape(GRID, 2, GRID, 2).min(axis=(1, 3))
@@ -215,6 +157,24 @@ def _evidence(
     strange = np.clip((distance - CLOSE) / CLOSE, -FAMILIAR_WEIGHT, 1.0)
     light = np.sqrt(((small - OUTLINE) ** 2).sum(axis=-1))
     return np.minimum(strange, np.clip((light - TELLING) / TELLING, -0.5, 1.0)), outline
+
+
+def _background_distance(small: np.ndarray) -> np.ndarray:
+    """Say how far each pixel is from all examples of the background that an image resembles most."""
+    coarse = small[::3, ::3]
+
+    def unlikeness(background: str) -> float:
+        away = _distance_to(coarse, _examples(background)[:, ::3, ::3])
+        return np.minimum(away, TELLING).mean()
+
+    distance = _distance_to(small, _examples(min(BACKGROUNDS, key=unlikeness)))
+    # what is off everywhere is the model's tint, not the subject
+    return np.maximum(distance - np.quantile(distance, COMMON_SHARE), 0.0)
+
+
+def _distance_to(image: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    """Distance in RGB of each pixel to the nearest pixel at its place, (height, width)."""
+    return np.sqrt(((examples - image) ** 2).sum(axis=-1).min(axis=0))
 
 
 def _spectrum(evidence: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ from PIL import Image
 
 from ...packages import require
 from ..world.patterns import PATTERNS
-from ..world.world import IMAGE_SIZE, OUTLINE, Pose, Subject, subject_masks
+from ..world.world import IMAGE_SIZE, OUTLINE, Pose, Subject, in_subject_frame, subject_masks
 from .colours import srgb_to_lab
-from .location import Location, locate_subject
+from .location import locate_subject
 
 WORST_COLOUR_ERROR = 60.0
 """Mean colour difference, Lab units, from which on colours count as all wrong: about that of random other subjects."""
@@ -47,13 +47,11 @@ class SubjectMatch:
             they are near the patch's mean colour and nearer to it than to that of any other patch. Blind to which
             colours these are.
         is_found: Whether there is anything of the subject's shape.
-        location: Where it was found.
     """
 
     colour_error: float
     pattern_agreement: float
     is_found: bool
-    location: Location
 
     @property
     def colour_score(self) -> float:
@@ -89,18 +87,7 @@ def measure_match(image: np.ndarray | Image.Image, subject: Subject) -> SubjectM
         _colour_error(found, subject, labels[best]),
         float(agreements[best]),
         location.is_found and contrast > LEAST_CONTRAST,
-        replace(location, pose=pose),
     )
-
-
-def _core(inner: np.ndarray) -> np.ndarray:
-    """Leave out the pixels that an outline rubs off on; a subject too thin for that keeps them."""
-    core = inner.copy()
-    core[1:] &= inner[:-1]
-    core[:-1] &= inner[1:]
-    core[:, 1:] &= inner[:, :-1]
-    core[:, :-1] &= inner[:, 1:]
-    return core if 3 * core.sum() > inner.sum() else inner
 
 
 def _settle(pixels: np.ndarray, subject: Subject, pose: Pose) -> tuple[Pose, np.ndarray, float]:
@@ -120,10 +107,20 @@ def _settle(pixels: np.ndarray, subject: Subject, pose: Pose) -> tuple[Pose, np.
             moved = np.roll(away, (-down, -right), axis=(0, 1))
             contrast = float(moved[core].mean() - moved[outline].mean())
             if contrast > best[2]:
-                place = (grown.x + right / IMAGE_SIZE, grown.y + down / IMAGE_SIZE)
-                at = replace(grown, x=place[0], y=place[1])
-                best = (at, np.roll(core, (down, right), axis=(0, 1)), contrast)
+                x, y = grown.x + right / IMAGE_SIZE, grown.y + down / IMAGE_SIZE
+                settled = replace(grown, x=x, y=y)
+                best = (settled, np.roll(core, (down, right), axis=(0, 1)), contrast)
     return best
+
+
+def _core(inner: np.ndarray) -> np.ndarray:
+    """Leave out the pixels that an outline rubs off on; a subject too thin for that keeps them."""
+    core = inner.copy()
+    core[1:] &= inner[:-1]
+    core[:-1] &= inner[1:]
+    core[:, 1:] &= inner[:, :-1]
+    core[:, :-1] &= inner[:, 1:]
+    return core if 3 * core.sum() > inner.sum() else inner
 
 
 def _possible_labels(
@@ -136,14 +133,12 @@ def _possible_labels(
     """
     if len(subject.colours) == 1:
         return np.zeros((1, len(rows)), dtype=np.intp)
-    right = ((columns + 0.5) / IMAGE_SIZE - pose.x) / pose.half_size
-    down = ((rows + 0.5) / IMAGE_SIZE - pose.y) / pose.half_size
+    right, down = (columns + 0.5) / IMAGE_SIZE, (rows + 0.5) / IMAGE_SIZE
     draw, count = PATTERNS[subject.pattern].draw, len(subject.colours)
     labels: list[np.ndarray] = []
-    for turn, side in product(TURNS, (1.0, -1.0)):
-        angle = np.radians(pose.angle + turn)
-        x = side * (np.cos(angle) * right + np.sin(angle) * down)
-        y = np.cos(angle) * down - np.sin(angle) * right
+    for turn, flipped in product(TURNS, (False, True)):
+        turned = replace(pose, angle=pose.angle + turn, flipped=flipped)
+        x, y = in_subject_frame(right, down, turned)
         labels += [draw(x + dx, y + dy, count) for dx, dy in product(SHIFTS, SHIFTS)]
     return np.stack(labels)
 

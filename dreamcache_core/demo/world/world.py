@@ -8,11 +8,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .backgrounds import BACKGROUNDS, paint_background
+from .backgrounds import BACKGROUNDS, Colour, paint_background
 from .patterns import PATTERNS
 from .shapes import SHAPES, UNSEEN_SHAPES
 
-Colour = tuple[int, int, int]
 Size = Literal["", "tiny", "large"]
 Place = Literal["", "left", "right", "top", "bottom"]
 
@@ -66,7 +65,6 @@ PLACE_WORDS = {
 UNSEEN_SHARE = 8
 PATTERN_WORD_RATE = 0.5
 MIRRORED_RATE = 0.1
-TWIN_HALF_SIZES = (0.17, 0.24)
 
 
 @dataclass(frozen=True)
@@ -151,10 +149,10 @@ def draw_subject(
     shape = shape or str(random.choice(list(SHAPES)))
     pattern = pattern or str(random.choice(list(PATTERNS)))
     count = int(random.choice(PATTERNS[pattern].colours))
-    kinds = tuple(int(kind) for kind in random.choice(len(PALETTE), size=count, replace=False))
+    kinds = tuple(random.choice(len(PALETTE), size=count, replace=False).tolist())
     spread = random.integers(-COLOUR_SPREAD, COLOUR_SPREAD + 1, size=(count, 3))
     colours = np.clip(np.array([PALETTE[kind] for kind in kinds]) + spread, 0, 255)
-    return Subject(shape, pattern, tuple((int(r), int(g), int(b)) for r, g, b in colours), kinds)
+    return Subject(shape, pattern, tuple((r, g, b) for r, g, b in colours.tolist()), kinds)
 
 
 def draw_scene(
@@ -177,41 +175,16 @@ def draw_scene(
 
 def draw_pose(random: np.random.Generator, scene: Scene) -> Pose:
     """Draw where the subject of a scene is; only references are mirrored."""
-    x, y = PLACES[scene.place] + random.uniform(-0.025, 0.025, size=2)
+    x, y = (PLACES[scene.place] + random.uniform(-0.025, 0.025, size=2)).tolist()
     half_size = HALF_SIZES[scene.size] * random.uniform(0.93, 1.07)
-    return Pose(
-        float(x),
-        float(y),
-        float(half_size),
-        float(random.uniform(-8, 8)),
-    )
-
-
-def draw_twin_poses(random: np.random.Generator) -> tuple[Pose, Pose]:
-    """Draw where a subject and its twin are: left and right, each with a size and a turn of its own."""
-    left, right = (
-        Pose(
-            float(x + random.uniform(-0.015, 0.015)),
-            float(random.uniform(0.46, 0.6)),
-            float(random.uniform(*TWIN_HALF_SIZES)),
-            float(random.uniform(-15, 15)),
-        )
-        for x in (0.26, 0.74)
-    )
-    return left, right
+    return Pose(x, y, half_size, random.uniform(-8, 8))
 
 
 def draw_reference_pose(random: np.random.Generator) -> Pose:
     """Draw a pose that fills the square as references should (METHOD.md section 7): about 70 to 90 %."""
     half_size = random.uniform(0.33, 0.41)
-    x, y = CENTRE + random.uniform(-0.02, 0.02, size=2)
-    return Pose(
-        float(x),
-        float(y),
-        float(half_size),
-        float(random.uniform(-15, 15)),
-        bool(random.random() < MIRRORED_RATE),
-    )
+    x, y = (CENTRE + random.uniform(-0.02, 0.02, size=2)).tolist()
+    return Pose(x, y, half_size, random.uniform(-15, 15), random.random() < MIRRORED_RATE)
 
 
 def subject_masks(
@@ -246,22 +219,18 @@ def subject_masks(
     return np.asarray(whole), np.asarray(inner)
 
 
-def pattern_colours(subject: Subject, pose: Pose, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Paint a subject's pattern over a whole image, in the subject's own frame.
+def in_subject_frame(x: np.ndarray, y: np.ndarray, pose: Pose) -> tuple[np.ndarray, np.ndarray]:
+    """Find points of an image in a subject's own square, from -1 to 1.
 
-    Returns:
-        8-bit RGB array of shape (size, size, 3).
+    Args:
+        x: From the left, as a fraction of the image's side.
+        y: From the top, likewise, of the same shape.
+        pose: Where the subject is.
     """
-    centres = (np.arange(size) + 0.5) / size
-    right, down = np.meshgrid(
-        (centres - pose.x) / pose.half_size, (centres - pose.y) / pose.half_size
-    )
+    right, down = (x - pose.x) / pose.half_size, (y - pose.y) / pose.half_size
     cosine, sine = np.cos(np.radians(pose.angle)), np.sin(np.radians(pose.angle))
     x, y = cosine * right + sine * down, cosine * down - sine * right
-    if pose.flipped:
-        x = -x
-    colours = np.array(subject.colours, dtype=np.uint8)
-    return colours[PATTERNS[subject.pattern].draw(x, y, len(subject.colours))]
+    return (-x if pose.flipped else x), y
 
 
 def render(
@@ -269,7 +238,6 @@ def render(
     scene: Scene,
     pose: Pose,
     random: np.random.Generator,
-    size: int = IMAGE_SIZE,
     *,
     twin: Pose | None = None,
 ) -> Image.Image:
@@ -280,53 +248,36 @@ def render(
         scene: The background; its size and place are the pose's business.
         pose: Where the subject is.
         random: Source of what varies in the background.
-        size: Side of the image in pixels.
         twin: Where the subject is once more, if it is.
 
     Returns:
-        RGB image of size x size.
+        RGB image of 128 x 128.
     """
-    large = size * OVERSAMPLING
-    image = np.array(paint_background(scene.background, large, random))
+    size = IMAGE_SIZE * OVERSAMPLING
+    image = np.array(paint_background(scene.background, size, random))
+    y, x = (np.mgrid[:size, :size] + 0.5) / size
+    colours = np.array(subject.colours, dtype=np.uint8)
     for place in (pose, twin) if twin else (pose,):
-        whole, inner = subject_masks(subject, place, large)
+        whole, inner = subject_masks(subject, place, size)
         image[whole] = OUTLINE
-        image[inner] = pattern_colours(subject, place, large)[inner]
+        frame = in_subject_frame(x[inner], y[inner], place)
+        image[inner] = colours[PATTERNS[subject.pattern].draw(*frame, len(colours))]
     return Image.fromarray(image).reduce(OVERSAMPLING)
 
 
-def render_reference(
-    subject: Subject, random: np.random.Generator, size: int = IMAGE_SIZE
-) -> Image.Image:
-    """Draw a reference image: the subject on white, in a pose of its own (METHOD.md section 3).
+def render_cutout(subject: Subject, random: np.random.Generator) -> Image.Image:
+    """Draw a reference image (METHOD.md section 3): the subject on white, in a pose of its own.
 
     Args:
         subject: Who is in it.
         random: Source of the pose.
-        size: Side of the image in pixels.
 
     Returns:
-        RGB image of size x size.
-    """
-    return render(subject, Scene(PAPER), draw_reference_pose(random), random, size)
-
-
-def render_cutout(
-    subject: Subject, random: np.random.Generator, size: int = IMAGE_SIZE
-) -> Image.Image:
-    """Draw a subject alone: as in a reference image, with an alpha channel that cuts it out.
-
-    Args:
-        subject: Who it is.
-        random: Source of the pose.
-        size: Side of the image in pixels.
-
-    Returns:
-        RGBA image of size x size.
+        RGBA image of 128 x 128; its alpha channel cuts the subject out.
     """
     pose = draw_reference_pose(random)
-    image = render(subject, Scene(PAPER), pose, random, size)
-    whole, _ = subject_masks(subject, pose, size * OVERSAMPLING)
+    image = render(subject, Scene(PAPER), pose, random)
+    whole, _ = subject_masks(subject, pose, IMAGE_SIZE * OVERSAMPLING)
     image.putalpha(Image.fromarray(whole.astype(np.uint8) * 255).reduce(OVERSAMPLING))
     return image
 
@@ -347,20 +298,14 @@ def write_caption(
     """
     if name_pattern is None:
         name_pattern = bool(random.random() < PATTERN_WORD_RATE)
-    words = [
-        str(random.choice(SIZE_WORDS[scene.size])),
-        PATTERNS[subject.pattern].word if name_pattern else "",
-        subject.shape,
-    ]
+    size = str(random.choice(SIZE_WORDS[scene.size]))
+    pattern = PATTERNS[subject.pattern].word if name_pattern else ""
     phrase = str(random.choice(BACKGROUNDS[scene.background].phrases))
     place = str(random.choice(PLACE_WORDS[scene.place]))
-    thing = " ".join(word for word in words if word)
-    twin = " and its twin" if scene.has_twin else ""
-    described = f"{with_article(thing)}{twin} {phrase}"
-    if place:
-        described += f", {place}"
     opening = str(random.choice(["", "", "an image of ", "a drawing of "]))
-    return opening + described
+    thing = with_article(" ".join(word for word in (size, pattern, subject.shape) if word))
+    twin = " and its twin" if scene.has_twin else ""
+    return f"{opening}{thing}{twin} {phrase}{place and f', {place}'}"
 
 
 def with_article(thing: str) -> str:
