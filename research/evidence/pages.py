@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamcache_core.demo.measures.match import SubjectMatch
+from dreamcache_core.evaluation.statistics import Interval
 from dreamcache_core.files.whole_files import whole_file
 
 from .conditions import CHOSEN, NO_REFERENCE, Condition
@@ -21,7 +22,7 @@ from .paper import (
 from .paper import TITLES as PAPER_TITLES
 from .plots import Bar, Sweep, SweepPoint, plot_bars, plot_pareto
 from .results import Judgement
-from .statistics import Interval, difference_interval, gap_interval, mean_interval
+from .statistics import difference_interval, gap_interval, mean_interval
 from .triples import GROUPS, Group
 from .truths import Truths
 

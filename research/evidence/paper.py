@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .statistics import Interval, difference_interval
+from dreamcache_core.evaluation.statistics import Interval
+
+from .statistics import difference_interval
 
 CHOSEN_VARIANT = "chosen"
 REPEATED_VARIANT = "chosen-again"

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dreamcache_core.errors import InputError
+from dreamcache_core.evaluation.statistics import Interval
 from dreamcache_core.packages import require
-
-from .statistics import Interval
 
 FORMATS = (".png", ".svg")
 DOTS_PER_INCH = 120

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from dreamcache_core.evaluation.dreambench.dataset import Photo, Subject
-from dreamcache_core.evaluation.dreambench.log import ImageScore, ScoreLog
 from dreamcache_core.evaluation.dreambench.prompts import SubjectEntry
 from dreamcache_core.evaluation.dreambench.results import (
-    Estimate,
     estimate_mean,
     overall_lines,
     summarise,
     write_tables,
 )
+from dreamcache_core.evaluation.dreambench.scores import ImageScore, ScoreLog
 from dreamcache_core.evaluation.image_metrics import cosine_similarity
+from dreamcache_core.evaluation.statistics import Interval
 
 
 def subject(name: str, is_live: bool) -> Subject:
@@ -64,25 +64,25 @@ def test_cosine_similarity_of_a_3_4_5_triangle() -> None:
 def test_the_overall_score_is_the_mean_over_subjects_not_over_images() -> None:
     results = summarise(SCORES, SUBJECTS)
     rows = {row.name: row for row in results.overall}
-    assert rows["all subjects"].metrics["dino"].mean == pytest.approx((0.3 + 0.6) / 2)
-    assert rows["all subjects"].metrics["clip_i"].mean == pytest.approx(0.225)
+    assert rows["all subjects"].metrics["dino"].value == pytest.approx((0.3 + 0.6) / 2)
+    assert rows["all subjects"].metrics["clip_i"].value == pytest.approx(0.225)
     assert (rows["all subjects"].num_subjects, rows["all subjects"].num_images) == (2, 3)
-    assert rows["objects"].metrics["dino"].mean == pytest.approx(0.3)
-    assert rows["live subjects"].metrics["dino"].mean == pytest.approx(0.6)
+    assert rows["objects"].metrics["dino"].value == pytest.approx(0.3)
+    assert rows["live subjects"].metrics["dino"].value == pytest.approx(0.6)
 
 
 def test_real_images_make_a_row_of_their_own() -> None:
     row = summarise(SCORES, SUBJECTS).overall[-1]
     assert (row.name, row.num_images) == ("real images", 1)
-    assert row.metrics["dino"] == Estimate(1.0)
+    assert row.metrics["dino"] == Interval(1.0)
     assert "clip_t" not in row.metrics
 
 
 def test_masked_scores_count_where_there_are_masks() -> None:
     results = summarise(SCORES, SUBJECTS)
-    assert results.overall[0].metrics["masked_dino"] == Estimate(0.9)
+    assert results.overall[0].metrics["masked_dino"] == Interval(0.9)
     assert [row.name for row in results.subjects] == ["mug", "dog"]
-    assert results.subjects[0].metrics["masked_clip_i"].mean == 0.7
+    assert results.subjects[0].metrics["masked_clip_i"].value == 0.7
     assert "masked_dino" not in results.subjects[1].metrics
 
 
@@ -90,17 +90,17 @@ def test_the_interval_of_two_equal_halves_is_that_of_the_binomial() -> None:
     # the mean of n draws from {0, 1} in equal parts: 0.5 +- 1.96 * 0.5 / sqrt(n)
     found = estimate_mean([0.0, 1.0] * 50)
     half = 1.96 * 0.5 / math.sqrt(100)
-    assert found.mean == 0.5
+    assert found.value == 0.5
     assert found.low == pytest.approx(0.5 - half, abs=0.011)
     assert found.high == pytest.approx(0.5 + half, abs=0.011)
     assert estimate_mean([0.0, 1.0] * 50) == found
 
 
 def test_equal_values_have_no_spread_and_one_value_has_no_interval() -> None:
-    assert estimate_mean([0.5, 0.5, 0.5]) == Estimate(0.5, 0.5, 0.5)
-    assert estimate_mean([0.5]) == Estimate(0.5, None, None)
-    assert str(Estimate(0.7668, 0.741, 0.79)) == "0.767 [0.741, 0.790]"
-    assert str(Estimate(0.5)) == "0.500"
+    assert estimate_mean([0.5, 0.5, 0.5]) == Interval(0.5, 0.5, 0.5)
+    assert estimate_mean([0.5]) == Interval(0.5)
+    assert str(Interval(0.7668, 0.741, 0.79)) == "0.767 [0.741, 0.790]"
+    assert str(Interval(0.5)) == "0.500"
 
 
 def test_tables_are_written_as_csv(tmp_path: Path) -> None:

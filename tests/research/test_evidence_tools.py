@@ -9,10 +9,10 @@ from PIL import Image
 from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.demo.measures.classifier import FORMAT
 from dreamcache_core.errors import InputError
+from dreamcache_core.evaluation.statistics import Interval
 from dreamcache_core.files.tensor_file import read_tensor_file
 from research.evidence.classifier_training import ClassifierConfig, train
 from research.evidence.plots import Bar, Sweep, SweepPoint, plot_bars, plot_pareto
-from research.evidence.statistics import Interval
 
 pytestmark = pytest.mark.diffusers
 

@@ -123,7 +123,11 @@ def read_subjects(
         InputError: There is no such folder, name, image or reference.
     """
     root = Path(dataset)
-    _check_names(names, benchmark)
+    known = sorted(entry.name for entry in benchmark.subjects)
+    if unknown := sorted(set(names).difference(known)):
+        raise InputError(
+            f"Expected names of the list of subjects, got {', '.join(unknown)}. It has: {', '.join(known)}."
+        )
     subjects: list[Subject] = []
     missing: list[str] = []
     for number, entry in enumerate(benchmark.subjects):
@@ -186,14 +190,11 @@ def find_candidates(
             same number.
     """
     found: list[Candidate] = []
-    num_images = 0
     for subject in subjects:
-        generated = _generated(Path(images), subject, images_per_prompt)
-        num_images += len(generated)
-        found += generated
+        found += _generated(Path(images), subject, images_per_prompt)
         if len(subject.photos) > 1:
             found += [Candidate(subject, photo) for photo in subject.photos]
-    if not num_images:
+    if all(candidate.prompt_number is None for candidate in found):
         raise InputError(
             f"Expected images such as {subjects[0].name}/00_0.png (prompt 0, image 0) in {images}; there are none. "
             "Check the folder, or make them with --generate."
@@ -235,20 +236,9 @@ def _photos(folder: Path) -> tuple[Photo, ...]:
 
 
 def _reference(entry: SubjectEntry, photos: Sequence[Photo], root: Path) -> Photo:
-    if not entry.reference:
-        return photos[0]
     for photo in photos:
-        if photo.image.name == entry.reference:
+        if entry.reference in ("", photo.image.name):
             return photo
     raise InputError(
         f"Expected the reference {entry.reference} in {root / entry.name}; there is none. Mend the list of subjects."
     )
-
-
-def _check_names(names: Sequence[str], benchmark: Benchmark) -> None:
-    known = {entry.name for entry in benchmark.subjects}
-    unknown = sorted(set(names) - known)
-    if unknown:
-        raise InputError(
-            f"Expected names of the list of subjects, got {', '.join(unknown)}. It has: {', '.join(sorted(known))}."
-        )

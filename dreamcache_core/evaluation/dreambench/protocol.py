@@ -18,11 +18,10 @@ from ...pipeline.generate import make_folder
 from ..image_metrics import check_model_folders
 from .dataset import Candidate, Subject, all_items, find_candidates, read_subjects
 from .images import generate_images
-from .log import ScoreLog
 from .options import DreamBenchOptions
 from .prompts import read_benchmark
 from .results import Results, summarise, write_report, write_tables
-from .scores import current_scores, score_candidates
+from .scores import ScoreLog, current_scores, score_candidates
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +66,9 @@ def evaluate_dreambench(options: DreamBenchOptions, state: Any) -> Results | Non
     candidates = find_candidates(options.image_folder, subjects, options.images_per_prompt)
     log = ScoreLog(out, state.process_index)
     models = {"dino": options.dino, "clip": options.clip}
+    size = options.batch_size
     with state.split_between_processes(candidates) as own:
-        score_candidates(
-            own,
-            log,
-            **models,
-            device=state.device,
-            batch_size=options.batch_size,
-            has_bar=has_bar,
-        )
+        score_candidates(own, log, **models, device=state.device, batch_size=size, has_bar=has_bar)
     state.wait_for_everyone()
     return _finish(options, subjects, candidates, log) if state.is_main_process else None
 

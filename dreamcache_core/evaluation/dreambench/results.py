@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ...files.whole_files import whole_file
-from ...packages import require
-from ..html_report import ImageRow, Table, Thumbnail, write_html_report
-from .dataset import Candidate, Subject
-from .log import METRICS, ImageScore
+import numpy as np
 
-CONFIDENCE = 0.95
-NAMES = {
+from ...files.whole_files import whole_file
+from ..html_report import ImageRow, Table, Thumbnail, write_html_report
+from ..statistics import Interval, bootstrap
+from .dataset import Candidate, Subject
+from .scores import ImageScore
+
+METRICS = {
     "dino": "DINO",
     "clip_i": "CLIP-I",
     "clip_t": "CLIP-T",
     "masked_dino": "masked DINO",
     "masked_clip_i": "masked CLIP-I",
 }
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its confidence interval.
-
-    Attributes:
-        mean: The mean.
-        low: Lower end at 95 %; ``None`` where there are fewer than two values.
-        high: Upper end.
-    """
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        """Write it as ``0.767 [0.741, 0.790]``."""
-        if self.low is None or self.high is None:
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -61,7 +41,7 @@ class Row:
     name: str
     num_subjects: int
     num_images: int
-    metrics: Mapping[str, Estimate]
+    metrics: Mapping[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -77,33 +57,22 @@ class Results:
     subjects: Sequence[Row]
 
 
-def estimate_mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Estimate a mean, with a percentile bootstrap interval at 95 % from 9,999 resamples.
+def estimate_mean(values: Sequence[float]) -> Interval:
+    """Estimate a mean.
 
     Args:
         values: One for each subject, at least one.
-        seed: Of the resampling.
 
     Returns:
-        The mean, and the interval where there are at least two values.
+        The mean, with its ends where there are at least two values.
 
     Raises:
         MissingPackageError: scipy is not installed.
     """
+    interval = Interval(fmean(values))
     if len(values) < 2:
-        return Estimate(fmean(values))
-    with require("scipy", "eval"):
-        import numpy as np
-        from scipy.stats import bootstrap
-    found: Any = bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    interval = found.confidence_interval
-    return Estimate(fmean(values), float(interval.low), float(interval.high))
+        return interval
+    return replace(bootstrap([values], np.mean), value=interval.value)
 
 
 def summarise(scores: Sequence[ImageScore], subjects: Sequence[Subject]) -> Results:
@@ -120,19 +89,18 @@ def summarise(scores: Sequence[ImageScore], subjects: Sequence[Subject]) -> Resu
         MissingPackageError: scipy is not installed.
     """
     generated = [score for score in scores if not score.is_real]
-    rows = {s.name: _subject_row(s, generated) for s in subjects}
-    real = [_subject_row(s, [score for score in scores if score.is_real]) for s in subjects]
-    live = {s.name for s in subjects if s.entry.is_live}
+    rows = [_subject_row(subject, generated) for subject in subjects]
+    kinds = [(row, subject.entry.is_live) for row, subject in zip(rows, subjects, strict=True)]
+    real = [score for score in scores if score.is_real]
     groups = {
-        "all subjects": list(rows.values()),
-        "objects": [row for name, row in rows.items() if name not in live],
-        "live subjects": [row for name, row in rows.items() if name in live],
-        "real images": real,
+        "all subjects": rows,
+        "objects": [row for row, is_live in kinds if not is_live],
+        "live subjects": [row for row, is_live in kinds if is_live],
+        "real images": [_subject_row(subject, real) for subject in subjects],
     }
     overall = [_group_row(name, group) for name, group in groups.items()]
     return Results(
-        [row for row in overall if row.num_images],
-        [row for row in rows.values() if row.num_images],
+        [row for row in overall if row.num_images], [row for row in rows if row.num_images]
     )
 
 
@@ -147,18 +115,14 @@ def write_tables(folder: Path, results: Results, scores: Sequence[ImageScore]) -
     Raises:
         OSError: The disk is full.
     """
-    ends = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
-    heading = ["name", "subjects", "images"]
-    _write_csv(
-        folder / "overall.csv", [*heading, *ends], (_cells(row, True) for row in results.overall)
-    )
-    _write_csv(
-        folder / "subjects.csv",
-        [*heading, *METRICS],
-        (_cells(row, False) for row in results.subjects),
-    )
-    fields = [field.name for field in dataclasses.fields(ImageScore)]
-    _write_csv(folder / "images.csv", fields, (list(dataclasses.astuple(s)) for s in scores))
+    heading, ends = ["name", "subjects", "images"], ("", "_low", "_high")
+    overall = [*heading, *(f"{name}{end}" for name in METRICS for end in ends)]
+    _write_csv(folder / "overall.csv", overall, map(_cells, results.overall))
+    subjects = [*heading, *METRICS]
+    plain = (_cells(row, ends=0) for row in results.subjects)
+    _write_csv(folder / "subjects.csv", subjects, plain)
+    images = [field.name for field in fields(ImageScore)]
+    _write_csv(folder / "images.csv", images, (astuple(score) for score in scores))
 
 
 def write_report(
@@ -167,7 +131,7 @@ def write_report(
     scored: Sequence[tuple[Candidate, ImageScore]],
     *,
     notes: Sequence[str],
-    num_repeats: int = 1,
+    num_repeats: int,
 ) -> None:
     """Write the HTML page: tables, then for each subject its reference and its images.
 
@@ -197,7 +161,7 @@ def overall_lines(results: Results) -> Iterator[str]:
         results: The tables.
     """
     for row in results.overall:
-        metrics = ", ".join(f"{NAMES[name]} {value}" for name, value in row.metrics.items())
+        metrics = ", ".join(f"{METRICS[name]} {value}" for name, value in row.metrics.items())
         yield f"{row.name} ({row.num_subjects} subjects, {row.num_images} images): {metrics}"
 
 
@@ -205,42 +169,38 @@ def _subject_row(subject: Subject, scores: Sequence[ImageScore]) -> Row:
     own = [score for score in scores if score.subject == subject.name]
     values = {name: [getattr(score, name) for score in own] for name in METRICS}
     known = {name: [v for v in entries if v is not None] for name, entries in values.items()}
-    metrics = {name: Estimate(fmean(entries)) for name, entries in known.items() if entries}
+    metrics = {name: Interval(fmean(entries)) for name, entries in known.items() if entries}
     return Row(subject.name, 1, len(own), metrics)
 
 
 def _group_row(name: str, rows: Sequence[Row]) -> Row:
     filled = [row for row in rows if row.num_images]
     means = {
-        metric: [row.metrics[metric].mean for row in filled if metric in row.metrics]
+        metric: [row.metrics[metric].value for row in filled if metric in row.metrics]
         for metric in METRICS
     }
     metrics = {metric: estimate_mean(values) for metric, values in means.items() if values}
     return Row(name, len(filled), sum(row.num_images for row in filled), metrics)
 
 
-def _cells(row: Row, has_interval: bool) -> list[Any]:
-    cells: list[Any] = [row.name, row.num_subjects, row.num_images]
+def _cells(row: Row, ends: int = 2) -> list[str | float | None]:
+    cells: list[str | float | None] = [row.name, row.num_subjects, row.num_images]
     for name in METRICS:
-        value = row.metrics.get(name)
-        ends = [None] * 3 if value is None else [value.mean, value.low, value.high]
-        cells += ends if has_interval else ends[:1]
+        values = astuple(row.metrics.get(name, Interval(nan)))[: 1 + ends]
+        cells += [None if isnan(value) else value for value in values]
     return cells
 
 
-def _write_csv(path: Path, heading: Sequence[str], rows: Iterator[list[Any]]) -> None:
-    with (
-        whole_file(path) as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as stream,
-    ):
-        writer = csv.writer(stream, lineterminator="\n")
+def _write_csv(path: Path, heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(heading)
         writer.writerows(rows)
 
 
 def _tables(results: Results) -> list[Table]:
     used = [name for name in METRICS if any(name in row.metrics for row in results.overall)]
-    headings = [NAMES[name] for name in used]
+    headings = [METRICS[name] for name in used]
 
     def values(row: Row) -> list[str | None]:
         found = [row.metrics.get(name) for name in used]

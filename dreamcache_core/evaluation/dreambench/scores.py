@@ -1,12 +1,16 @@
-"""Judge images of DreamBench by DINO and CLIP."""
+"""Judge images of DreamBench by DINO and CLIP, and keep the scores in a log that survives interruptions."""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +19,85 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import InputError
+from ...files.jsonl import append_lines, read_lines
 from ...images.files import read_image, read_mask
 from ...images.reference import check_mask_aspect, prepare_reference_image
 from ...images.tensors import tensor_to_image
 from ..image_metrics import ClipEncoder, DinoEncoder, cosine_similarity
 from .dataset import Candidate, Photo, Subject
-from .log import Fingerprints, ImageScore, ScoreLog
 
 logger = logging.getLogger(__name__)
 
 CUTOUT_PX = 512
 """Side of the white square that a cut-out subject fills, before the models' own resizing."""
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """What one image is worth; all metrics are cosine similarities in [-1, 1], higher is better.
+
+    Attributes:
+        image: Folder and file; ``real/...`` for a real image, which is compared with the subject's others.
+        subject: Name.
+        prompt_number: From 0; ``None`` for a real image, as for the next two.
+        repeat: From 0.
+        prompt: Text.
+        fingerprint: Of everything that the metrics depend on.
+        dino: Mean over the real images, as for ``clip_i``.
+        clip_i: CLIP, image with image.
+        clip_t: CLIP, image with prompt.
+        masked_dino: Between cut-out subjects, as ``masked_clip_i``; ``None`` without masks.
+        masked_clip_i: See ``masked_dino``.
+    """
+
+    image: str
+    subject: str
+    prompt_number: int | None
+    repeat: int | None
+    prompt: str | None
+    fingerprint: str
+    dino: float
+    clip_i: float
+    clip_t: float | None
+    masked_dino: float | None
+    masked_clip_i: float | None
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it is of a real image."""
+        return self.prompt_number is None
+
+
+class ScoreLog:
+    """The folder's ``scores-*.jsonl``, one for each process: a line for each judged image."""
+
+    def __init__(self, folder: Path, process_index: int = 0) -> None:
+        """Choose the log of this process; nothing is written.
+
+        Args:
+            folder: Existing folder of the results.
+            process_index: Of this process.
+        """
+        self.folder = folder
+        self._own = folder / f"scores-{process_index:05d}.jsonl"
+
+    def read(self) -> dict[str, ImageScore]:
+        """Return the scores of all processes by fingerprint; lines that are cut short are left out."""
+        scores: dict[str, ImageScore] = {}
+        for path in sorted(self.folder.glob("scores-*.jsonl")):
+            for entry in read_lines(path):
+                with suppress(TypeError):
+                    score = ImageScore(**entry)
+                    scores[score.fingerprint] = score
+        return scores
+
+    def append(self, scores: Iterable[ImageScore]) -> None:
+        """Add scores; they are on the disk when this returns.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        append_lines(self._own, [asdict(score) for score in scores])
 
 
 def score_candidates(
@@ -35,8 +107,8 @@ def score_candidates(
     dino: str,
     clip: str,
     device: torch.device,
-    batch_size: int = 32,
-    has_bar: bool = False,
+    batch_size: int,
+    has_bar: bool,
 ) -> None:
     """Judge the images that the log does not hold yet; the models are loaded only if there are any.
 
@@ -53,7 +125,7 @@ def score_candidates(
         DreamCacheError: An image, a mask or a model cannot be used.
         OSError: The disk is full.
     """
-    fingerprint_of, done = Fingerprints(dino, clip), log.read()
+    fingerprint_of, done = _Fingerprints(dino, clip), log.read()
     named = [(candidate, fingerprint_of(candidate)) for candidate in candidates]
     missing = [(candidate, name) for candidate, name in named if name not in done]
     if not missing:
@@ -80,18 +152,18 @@ def current_scores(
     Returns:
         One for each candidate, in order.
     """
-    fingerprint_of, done = Fingerprints(dino, clip), log.read()
+    fingerprint_of, done = _Fingerprints(dino, clip), log.read()
     # images of equal contents share a line of the log, so who is who comes from the candidate
-    return [
-        dataclasses.replace(
-            done[fingerprint_of(candidate)],
-            image=candidate.name,
-            subject=candidate.subject.name,
-            prompt_number=candidate.prompt_number,
-            repeat=candidate.repeat,
-        )
-        for candidate in candidates
-    ]
+    return [replace(done[fingerprint_of(each)], **_identity(each)) for each in candidates]
+
+
+def _identity(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "image": candidate.name,
+        "subject": candidate.subject.name,
+        "prompt_number": candidate.prompt_number,
+        "repeat": candidate.repeat,
+    }
 
 
 class _Scorer:
@@ -110,10 +182,7 @@ class _Scorer:
         clip_t = self._clip_t(candidates, own["clip_i"])
         return [
             ImageScore(
-                image=candidate.name,
-                subject=candidate.subject.name,
-                prompt_number=candidate.prompt_number,
-                repeat=candidate.repeat,
+                **_identity(candidate),
                 prompt=candidate.prompt,
                 fingerprint=fingerprint,
                 clip_t=clip_t[row],
@@ -155,11 +224,8 @@ class _Scorer:
 
 def _row_means(similarity: dict[str, Tensor], candidate: Candidate, row: int) -> dict[str, Any]:
     """Return the means over the real images other than the candidate itself; ``None`` where there is no mask."""
-    others = [
-        index
-        for index, photo in enumerate(candidate.subject.photos)
-        if photo.image != candidate.photo.image
-    ]
+    photos = candidate.subject.photos
+    others = [i for i, photo in enumerate(photos) if photo.image != candidate.photo.image]
     means = {key: float(values[row, others].nanmean()) for key, values in similarity.items()}
     return {key: None if mean != mean else mean for key, mean in means.items()}
 
@@ -184,3 +250,35 @@ def _load_images(photo: Photo) -> tuple[Image.Image, Image.Image | None]:
 def _split(entries: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(entries), size):
         yield entries[start : start + size]
+
+
+class _Fingerprints:
+    """Tell from the contents of all files involved whether an image was judged as it would be now."""
+
+    def __init__(self, dino: str, clip: str) -> None:
+        self._models = [_digest_model(Path(folder)) for folder in (dino, clip)]
+        self._of_subject = lru_cache(maxsize=1)(lambda subject: _digest(subject.photos))
+
+    def __call__(self, candidate: Candidate) -> str:
+        own, real = _digest([candidate.photo]), self._of_subject(candidate.subject)
+        parts = [*self._models, real, own, candidate.prompt]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _digest(photos: Sequence[Photo]) -> str:
+    digest = hashlib.sha256()
+    for photo in photos:
+        for path in (photo.image, photo.mask):
+            content = b"" if path is None else path.read_bytes()
+            digest.update(f"{path is None}{len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def _digest_model(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+        elif path.suffix in (".safetensors", ".bin"):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()
