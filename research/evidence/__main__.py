@@ -7,9 +7,9 @@ from pathlib import Path
 from dreamcache_core.cli.main import guarded
 from dreamcache_core.cli.parsing import parse_config
 
-from .pages import summary_lines, write_pages
-from .report import write_report
+from .pages import write_page, write_report
 from .run import DemoEvaluationOptions, gather_evidence, image_folders
+from .tables import summary_lines
 
 PROGRAM = "python -m research.evidence"
 
@@ -24,8 +24,9 @@ def measure(argv: list[str]) -> None:
     evidence = gather_evidence(options, f"{PROGRAM} {shlex.join(argv)}".rstrip())
     print("\n".join(summary_lines(evidence)))
     out = Path(options.out)
+    written = write_page(evidence, out)
     report = write_report(evidence, options.triples(), image_folders(options), out)
-    for path in (*write_pages(evidence, out), report):
+    for path in (*written, report):
         print(path)
 
 

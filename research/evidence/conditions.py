@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dreamcache_core.demo.gallery import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, IMAGE_RANGE
 from dreamcache_core.method.guidance import Guidance, GuidanceMode, needed_predictions
@@ -69,78 +70,46 @@ NO_REFERENCE = Condition("no reference", "baseline", adapters=None)
 CHOSEN = Condition("as shipped", "baseline", masked=True)
 
 
-def guidance_sweeps() -> list[Condition]:
-    """Every scale of image guidance over the whole run, of text guidance, and joint guidance."""
-    base = replace(CHOSEN, sweep="image guidance")
-    image = [
-        replace(
-            base,
-            name=f"image guidance {scale:g}",
-            image_guidance_scale=scale,
-            image_range=WHOLE_RUN,
-        )
-        for scale in (0.0, 0.4, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-    ]
-    text = [
-        replace(base, name=f"text guidance {scale:g}", sweep="text guidance", guidance_scale=scale)
-        for scale in (1.0, 2.0, 3.0, 5.0, 7.5)
-    ]
-    joint = [
-        replace(base, name=f"joint {scale:g}", sweep="joint", guidance_scale=scale, mode="joint")
-        for scale in (1.0, 2.0, 3.0, 5.0, 7.5)
-    ]
-    return [*image, *text, *joint]
-
-
-def range_sweep() -> list[Condition]:
-    """The shipped image guidance in parts of the run."""
-    return [
-        replace(
-            CHOSEN,
-            name=f"guidance range {start:g} to {end:g}",
-            sweep="guidance range",
-            image_range=(start, end),
-        )
-        for start, end in ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), WHOLE_RUN, (0.5, 1.0))
-    ]
-
-
-def reference_sweep() -> list[Condition]:
-    """One, two and four images of the subject, and one on which nothing says where it is."""
-    return [
-        replace(
-            CHOSEN,
-            name="1 reference" if count == 1 else f"{count} references",
-            sweep="references",
-            references=count,
-        )
-        for count in (1, 2, 4)
-    ] + [replace(CHOSEN, name="subject not marked", sweep="references", masked=False)]
-
-
 def all_conditions(variants: Sequence[str] = ()) -> list[Condition]:
-    """Every condition.
+    """Every condition: without a reference, as shipped, and sweeps of one thing each.
 
     Args:
         variants: Names of adapters that were trained otherwise than the shipped ones.
     """
-    captioned = replace(CHOSEN, name="captioned reference", sweep="caption", captioned=True)
-    trained = [
-        replace(
-            CHOSEN,
-            name=f"variant {name}",
-            sweep="variants",
-            adapters=name,
-            captioned=name == CAPTION,
-        )
-        for name in variants
-    ]
+    image = {
+        f"image guidance {scale:g}": {"image_guidance_scale": scale, "image_range": WHOLE_RUN}
+        for scale in (0.0, 0.4, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    }
+    scales = (1.0, 2.0, 3.0, 5.0, 7.5)
+    text = {f"text guidance {scale:g}": {"guidance_scale": scale} for scale in scales}
+    joint = {f"joint {scale:g}": {"guidance_scale": scale, "mode": "joint"} for scale in scales}
+    ranges = {
+        f"guidance range {start:g} to {end:g}": {"image_range": (start, end)}
+        for start, end in ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), WHOLE_RUN, (0.5, 1.0))
+    }
+    references = {
+        "1 reference": {},
+        "2 references": {"references": 2},
+        "4 references": {"references": 4},
+        "subject not marked": {"masked": False},
+    }
+    trained = {
+        f"variant {name}": {"adapters": name, "captioned": name == CAPTION} for name in variants
+    }
     return [
         NO_REFERENCE,
         CHOSEN,
-        *guidance_sweeps(),
-        *range_sweep(),
-        *reference_sweep(),
-        captioned,
-        *trained,
+        *_sweep("image guidance", image),
+        *_sweep("text guidance", text),
+        *_sweep("joint", joint),
+        *_sweep("guidance range", ranges),
+        *_sweep("references", references),
+        *_sweep("caption", {"captioned reference": {"captioned": True}}),
+        *_sweep("variants", trained),
     ]
+
+
+def _sweep(sweep: str, conditions: Mapping[str, Mapping[str, Any]]) -> Iterator[Condition]:
+    """What ships, changed as each name says."""
+    for name, changes in conditions.items():
+        yield replace(CHOSEN, name=name, sweep=sweep, **changes)

@@ -1,82 +1,39 @@
-"""The evidence as a page of tables with plots beside it, written from the measurements of every condition."""
+"""The evidence as a Markdown page with plots, and as an HTML report with images of the first triples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamcache_core.demo.measures.match import SubjectMatch
+import numpy as np
+from PIL import Image
+
+from dreamcache_core.evaluation.html_report import ImageRow, Table, Thumbnail, write_html_report
 from dreamcache_core.evaluation.statistics import Interval
 from dreamcache_core.files.whole_files import whole_file
+from dreamcache_core.images.tensors import image_to_tensor
+from dreamcache_core.packages import require
 
-from .conditions import CHOSEN, NO_REFERENCE, Condition
-from .paper import (
-    CHOSEN_VARIANT,
-    SAME_HERE,
-    SAME_IN_PAPER,
-    chance_of_training,
-    compare_with_paper,
-)
-from .paper import TITLES as PAPER_TITLES
+from . import paper
+from .conditions import CHOSEN, Condition
 from .plots import Bar, Sweep, SweepPoint, plot_bars, plot_pareto
-from .results import Judgement
-from .statistics import difference_interval, gap_interval, mean_interval
-from .triples import GROUPS, Group
-from .truths import Truths
+from .tables import GROUP_TITLES, TITLES, Evidence, mean_match, mean_obedience, table_cells
+from .triples import Triple
 
-PAGE, PARETO, COST, BARS = "README.md", "pareto.png", "cost.png", "ablations.png"
+TEMPLATE = Path(__file__).parent / "templates" / "page.md.j2"
+PAGE, REPORT = "README.md", "report.html"
+PARETO, COST, BARS = "pareto.png", "cost.png", "ablations.png"
 PARETO_SWEEPS = ("image guidance", "text guidance", "joint", "baseline")
 COST_SWEEPS = ("image guidance", "guidance range", "joint", "baseline")
-GROUP_TITLES: Mapping[Group, str] = {
-    "combination": "Known shapes in unseen patterns and colours",
-    "shape": "Unseen shapes",
-}
-TITLES = (
-    "condition",
-    "predictions a step",
-    "subject match",
-    "match gained on as shipped",
-    "gap closed",
-    "colour error",
-    "pattern",
-    "obedience",
-    "background",
-    "shape",
-    "obedience gained on no reference",
-)
+
+NUM_SHOWN = 8
+"""Triples of each group whose images are kept."""
+
+SIDE_PX = 96
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """All that was measured.
-
-    Attributes:
-        rows: Rows of each condition, in the triples' order.
-        truths: True renders of the same triples, by group.
-        command: What was called.
-        steps: Sampling steps of every image.
-        settings: What the measurements depend on, by name.
-    """
-
-    rows: Mapping[Condition, Sequence[Judgement]]
-    truths: Mapping[Group, Truths]
-    command: str
-    steps: int
-    settings: Mapping[str, Any]
-
-    def of(self, condition: Condition, group: Group) -> list[Judgement]:
-        """Rows of one group under one condition."""
-        return [row for row in self.rows[condition] if row.group == group]
-
-    @property
-    def groups(self) -> list[Group]:
-        """Groups with measurements."""
-        return [group for group in GROUPS if group in self.truths]
-
-
-def write_pages(evidence: Evidence, out: Path) -> list[Path]:
+def write_page(evidence: Evidence, out: Path) -> list[Path]:
     """Write the page and its plots.
 
     Args:
@@ -87,175 +44,82 @@ def write_pages(evidence: Evidence, out: Path) -> list[Path]:
         The files.
 
     Raises:
-        MissingPackageError: scipy or matplotlib is not installed.
+        MissingPackageError: jinja2, scipy or matplotlib is not installed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / PAGE]
-    title = GROUP_TITLES["combination"]
-    if sweeps := _sweeps(evidence, PARETO_SWEEPS, _obedience_of):
-        plot_pareto(sweeps, out / PARETO, title=title)
-        files.append(out / PARETO)
-    if sweeps := _sweeps(evidence, COST_SWEEPS, _cost_of):
-        plot_pareto(sweeps, out / COST, xlabel=TITLES[1], title=title)
-        files.append(out / COST)
-    bars = _bars(evidence)
-    if bars:
-        plot_bars(bars, out / BARS, ylabel="subject match", title=title)
-        files.append(out / BARS)
-    with whole_file(out / PAGE) as unfinished:
-        unfinished.write_text("\n".join(_lines(evidence, files)) + "\n", encoding="utf-8")
-    return files
-
-
-def summary_lines(evidence: Evidence) -> list[str]:
-    """The main table in short, for a terminal: one line for each condition of the first group."""
+    plots = _write_plots(evidence, out)
     group = evidence.groups[0]
-    return [
-        f"{condition.name:>24}  match {_match(evidence.of(condition, group))}  "
-        f"gap closed {_gap(evidence, condition, group)}  "
-        f"obedience {_obedience(evidence.of(condition, group))}"
-        for condition in evidence.rows
-    ]
-
-
-def _lines(evidence: Evidence, files: Iterable[Path]) -> Iterable[str]:
-    names = {path.name for path in files}
-    yield "# Measured on the demo model"
-    yield ""
-    yield f"Written by `{evidence.command}`."
-    yield ""
-    yield (
-        "Brackets hold 95 % confidence intervals (bootstrap over triples: they do not say how another training would turn "
-        "out). An interval without width means that all triples gave the same; of n triples, up to 3/n of others may differ."
-    )
-    yield ""
-    yield from _row(["setting", "value"])
-    yield from _row(["---", "---"])
-    for name, value in evidence.settings.items():
-        yield from _row([name, str(value)])
-    yield ""
-    for group in evidence.groups:
-        yield from _group_lines(evidence, group)
-    if PARETO in names:
-        yield f"![Subject match against scene obedience]({PARETO})"
-        yield ""
-    if COST in names:
-        yield f"![Subject match against predictions a step]({COST})"
-        yield ""
-    if BARS in names:
-        yield f"![Ablations]({BARS})"
-        yield ""
-    yield from _paper_lines(evidence)
-
-
-def _group_lines(evidence: Evidence, group: Group) -> Iterable[str]:
-    truths = evidence.truths[group]
-    bounds = truths.bounds
-    yield f"## {GROUP_TITLES[group]}"
-    yield ""
-    yield (
-        f"{len(bounds.upper)} triples of subject, scene and seed. True images of the subject match "
-        f"{_match_of(bounds.upper)} (upper bound), true images of other subjects of its shape "
-        f"{_match_of(bounds.lower)} (lower bound); the measure tells the two apart with AUC "
-        f"{bounds.separation(lambda found: found.match):.3f}. Through the model's autoencoder true images match "
-        f"{_match_of(truths.decoded)}, about what can be had with it. The classifier recognises the background of "
-        f"{truths.background:.1%} and the shape of {truths.shape:.1%} of the true images."
-    )
-    yield ""
-    yield from _row(TITLES)
-    yield from _row(["---"] * len(TITLES))
-    for condition in evidence.rows:
-        yield from _row(table_cells(evidence, condition, group))
-    yield ""
-
-
-def _paper_lines(evidence: Evidence) -> Iterable[str]:
-    rows = list(compare_with_paper(_variant_matches(evidence)))
-    if not rows:
-        return
-    yield "## The paper's ablations, replayed"
-    yield ""
-    yield (
-        "The paper's numbers are CLIP-I on Stable Diffusion 1.5; ours are subject match, each variant trained once with "
-        "the same short budget. They agree where both say better, worse, or no difference (paper: up to "
-        f"{SAME_IN_PAPER}; here: all of the interval within {SAME_HERE} of 0)."
-    )
-    if (noise := chance_of_training(_variant_matches(evidence))) is not None:
-        yield (
-            f"The chosen variant trained once more from another seed gains {noise}: differences up to that size say "
-            "nothing, whatever their interval."
-        )
-    yield ""
-    yield from _row(PAPER_TITLES)
-    yield from _row(["---"] * len(PAPER_TITLES))
-    for row in rows:
-        yield from _row(row)
-    yield ""
-
-
-def _variant_matches(evidence: Evidence) -> dict[str, list[float]]:
-    """Subject matches of every variant on the first group, by the name of its adapters."""
-    return {
-        str(condition.adapters): [row.match for row in evidence.of(condition, evidence.groups[0])]
+    variants = {
+        str(condition.adapters): [row.match for row in evidence.of(condition, group)]
         for condition in evidence.rows
         if condition.sweep == "variants"
     }
-
-
-def table_cells(evidence: Evidence, condition: Condition, group: Group) -> list[str]:
-    """Cells of a condition's row in the table of a group, one for each of ``TITLES``."""
-    rows = evidence.of(condition, group)
-    return [
-        condition.name,
-        f"{condition.predictions_a_step(evidence.steps):.2f}",
-        str(_match(rows)),
-        _gain(evidence, condition, group, CHOSEN, lambda row: row.match),
-        str(_gap(evidence, condition, group)),
-        f"{_mean(rows, lambda row: row.colour_error):.1f}",
-        f"{_mean(rows, lambda row: row.pattern_agreement):.3f}",
-        str(_obedience(rows)),
-        f"{_mean(rows, lambda row: float(row.background)):.3f}",
-        f"{_mean(rows, lambda row: float(row.shape)):.3f}",
-        _gain(evidence, condition, group, NO_REFERENCE, lambda row: row.obedience),
-    ]
-
-
-def _gain(
-    evidence: Evidence,
-    condition: Condition,
-    group: Group,
-    baseline: Condition,
-    value: Callable[[Judgement], float],
-) -> str:
-    """What a condition has more than another on the same triples."""
-    if baseline not in evidence.rows or condition.drawing == baseline.drawing:
-        return ""
-    ours, theirs = (
-        [value(row) for row in evidence.of(each, group)] for each in (condition, baseline)
+    text = _template().render(
+        evidence=evidence,
+        group_titles=GROUP_TITLES,
+        titles=TITLES,
+        table_cells=table_cells,
+        mean_match=mean_match,
+        plots=plots,
+        paper_titles=paper.TITLES,
+        same_in_paper=paper.SAME_IN_PAPER,
+        same_here=paper.SAME_HERE,
+        ablations=list(paper.compare_with_paper(variants)),
+        noise=paper.chance_of_training(variants),
     )
-    return str(difference_interval(ours, theirs))
+    with whole_file(out / PAGE) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    return [out / name for name in (PAGE, *plots)]
 
 
-def _is_chosen(condition: Condition) -> bool:
-    """Whether a condition is what ships, or the variant that stands for it among equals."""
-    return condition.drawing == CHOSEN.drawing or condition.adapters == CHOSEN_VARIANT
+def _template() -> Any:
+    with require("jinja2", "eval"):
+        from jinja2 import Environment, StrictUndefined
+    environment: Any = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _row(cells: Sequence[str]) -> Iterable[str]:
-    yield f"| {' | '.join(cells)} |"
+def _write_plots(evidence: Evidence, out: Path) -> dict[str, str]:
+    """Plot what was measured; return what each file shows."""
+    group, written = evidence.groups[0], dict[str, str]()
+    title = GROUP_TITLES["combination"]
+
+    def obedience_of(condition: Condition) -> Interval:
+        return mean_obedience(evidence.of(condition, group))
+
+    def cost_of(condition: Condition) -> Interval:
+        return Interval(*[condition.predictions_a_step(evidence.steps)] * 3)
+
+    if sweeps := _sweeps(evidence, PARETO_SWEEPS, obedience_of):
+        plot_pareto(sweeps, out / PARETO, title=title)
+        written[PARETO] = "Subject match against scene obedience"
+    if sweeps := _sweeps(evidence, COST_SWEEPS, cost_of):
+        plot_pareto(sweeps, out / COST, xlabel=TITLES[1], title=title)
+        written[COST] = "Subject match against predictions a step"
+    bars: dict[str, list[Bar]] = {}
+    for condition in evidence.rows:
+        if condition.sweep not in (*PARETO_SWEEPS, *COST_SWEEPS):
+            value = mean_match(evidence.of(condition, group))
+            bar = Bar(condition.name, value, _is_chosen(condition))
+            bars.setdefault(condition.sweep, []).append(bar)
+    if bars:
+        plot_bars(bars, out / BARS, title=title)
+        written[BARS] = "Ablations"
+    return written
 
 
 def _sweeps(
-    evidence: Evidence, names: Sequence[str], cost: Callable[[Evidence, Condition], Interval]
+    evidence: Evidence, names: Sequence[str], cost: Callable[[Condition], Interval]
 ) -> list[Sweep]:
-    group = evidence.groups[0]
     sweeps: list[Sweep] = []
     for name in names:
         points = [
             SweepPoint(
                 condition.name.removeprefix(name).strip(),
-                cost(evidence, condition),
-                _match(evidence.of(condition, group)),
+                cost(condition),
+                mean_match(evidence.of(condition, evidence.groups[0])),
                 _is_chosen(condition),
             )
             for condition in evidence.rows
@@ -266,44 +130,81 @@ def _sweeps(
     return sweeps
 
 
-def _obedience_of(evidence: Evidence, condition: Condition) -> Interval:
-    return _obedience(evidence.of(condition, evidence.groups[0]))
+def _is_chosen(condition: Condition) -> bool:
+    """Whether a condition is what ships, or the variant that stands for it among equals."""
+    return condition.drawing == CHOSEN.drawing or condition.adapters == paper.CHOSEN_VARIANT
 
 
-def _cost_of(evidence: Evidence, condition: Condition) -> Interval:
-    predictions = condition.predictions_a_step(evidence.steps)
-    return Interval(predictions, predictions, predictions)
+def keep_images(folder: Path, triples: Sequence[Triple], images: np.ndarray) -> None:
+    """Save the images of the first triples of each group, for the report.
+
+    Args:
+        folder: The condition's; made where it is missing.
+        triples: What was generated.
+        images: 8-bit RGB, (triples, height, width, 3).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for triple, image in zip(triples, images, strict=True):
+        if triple.index < NUM_SHOWN:
+            Image.fromarray(image).save(_file(folder, triple))
 
 
-def _bars(evidence: Evidence) -> list[tuple[str, list[Bar]]]:
-    group, groups = evidence.groups[0], dict[str, list[Bar]]()
-    for condition in evidence.rows:
-        if condition.sweep not in (*PARETO_SWEEPS, *COST_SWEEPS):
-            bar = Bar(condition.name, _match(evidence.of(condition, group)), _is_chosen(condition))
-            groups.setdefault(condition.sweep, []).append(bar)
-    return list(groups.items())
+def write_report(
+    evidence: Evidence, triples: Sequence[Triple], folders: Mapping[Condition, Path], out: Path
+) -> Path:
+    """Write the tables, and what ``keep_images`` kept, as one HTML file.
 
+    Args:
+        evidence: The measurements.
+        triples: What was measured.
+        folders: Where each condition's images are.
+        out: An existing folder.
 
-def _match(rows: Sequence[Judgement]) -> Interval:
-    return mean_interval([row.match for row in rows])
+    Returns:
+        The file.
 
-
-def _obedience(rows: Sequence[Judgement]) -> Interval:
-    return mean_interval([row.obedience for row in rows])
-
-
-def _gap(evidence: Evidence, condition: Condition, group: Group) -> Interval:
-    bounds = evidence.truths[group].bounds
-    return gap_interval(
-        [row.match for row in evidence.of(condition, group)],
-        [found.match for found in bounds.lower],
-        [found.match for found in bounds.upper],
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+    """
+    tables = [
+        Table(
+            GROUP_TITLES[group],
+            TITLES,
+            [table_cells(evidence, condition, group) for condition in evidence.rows],
+        )
+        for group in evidence.groups
+    ]
+    write_html_report(
+        out / REPORT,
+        title="Measured on the demo model",
+        tables=tables,
+        image_rows=_image_rows(evidence, triples, folders),
+        notes=[
+            f"Written by: {evidence.command}",
+            f"Images: the first {NUM_SHOWN} triples of each group, nothing chosen. Reference; what a perfect model "
+            "might draw; then each condition, with its subject match.",
+        ],
     )
+    return out / REPORT
 
 
-def _match_of(found: Sequence[SubjectMatch]) -> Interval:
-    return mean_interval([each.match for each in found])
+def _image_rows(
+    evidence: Evidence, triples: Sequence[Triple], folders: Mapping[Condition, Path]
+) -> Iterator[ImageRow]:
+    for triple in triples:
+        if triple.index >= NUM_SHOWN:
+            continue
+        thumbnails = [
+            Thumbnail(image_to_tensor(triple.reference()), "reference"),
+            Thumbnail(image_to_tensor(triple.true_image()), "perfect"),
+        ]
+        for condition in evidence.rows:
+            path = _file(folders[condition], triple)
+            if path.is_file():
+                found = evidence.of(condition, triple.group)[triple.index].match
+                thumbnails.append(Thumbnail(path, f"{condition.name}: {found:.2f}"))
+        yield ImageRow(f"{triple.prompt} (seed {triple.seed})", thumbnails, SIDE_PX)
 
 
-def _mean(rows: Sequence[Judgement], value: Callable[[Judgement], float]) -> float:
-    return sum(value(row) for row in rows) / len(rows)
+def _file(folder: Path, triple: Triple) -> Path:
+    return folder / f"{triple.group}-{triple.index:03d}.png"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamcache_core.errors import InputError
 from dreamcache_core.evaluation.statistics import Interval
 from dreamcache_core.packages import require
 
-FORMATS = (".png", ".svg")
 DOTS_PER_INCH = 120
 
 
@@ -65,65 +63,52 @@ class Bar:
 
 def plot_pareto(
     sweeps: Sequence[Sweep],
-    path: str | Path,
+    path: Path,
     *,
     xlabel: str = "scene obedience (share)",
-    ylabel: str = "subject match",
     title: str = "",
 ) -> None:
-    """Plot what settings give against what they cost, a line for each sweep.
+    """Plot the subject match of settings against what they cost, a line for each sweep.
 
     Args:
         sweeps: At least one.
-        path: The file to write, ``.png`` or ``.svg``.
+        path: The file to write.
         xlabel: What it costs.
-        ylabel: What it gives.
         title: Above the plot.
 
     Raises:
-        InputError: There is nothing to plot, or the file's name ends otherwise.
         MissingPackageError: matplotlib is not installed.
     """
-    if not any(sweep.points for sweep in sweeps):
-        raise InputError("Expected at least one point to plot, got none. Measure a sweep first.")
     with _figure(path, (7.5, 5.5)) as figure:
-        axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel="subject match")
         for number, sweep in enumerate(sweeps):
             _draw_sweep(axes, sweep, f"C{number}")
         axes.grid(alpha=0.3)
         axes.legend()
 
 
-def plot_bars(
-    groups: Sequence[tuple[str, Sequence[Bar]]], path: str | Path, *, ylabel: str, title: str = ""
-) -> None:
-    """Plot ablations side by side, each with its own bars and all on one scale.
+def plot_bars(groups: Mapping[str, Sequence[Bar]], path: Path, *, title: str = "") -> None:
+    """Plot the subject match of ablations side by side, each with its own bars and all on one scale.
 
     Args:
-        groups: Name and bars of each ablation; at least one bar in each.
-        path: The file to write, ``.png`` or ``.svg``.
-        ylabel: What the heights are.
+        groups: Bars of each ablation, by its name; at least one bar in each.
+        path: The file to write.
         title: Above the plot.
 
     Raises:
-        InputError: There is nothing to plot, or the file's name ends otherwise.
         MissingPackageError: matplotlib is not installed.
     """
-    if not groups or not all(bars for _, bars in groups):
-        raise InputError("Expected at least one bar in each group, got none. Measure it first.")
-    widths = [len(bars) + 1 for _, bars in groups]
+    widths = [len(bars) + 1 for bars in groups.values()]
     with _figure(path, (max(4.0, 0.7 * sum(widths)), 4.2)) as figure:
         plots = figure.subplots(1, len(groups), sharey=True, squeeze=False, width_ratios=widths)[0]
-        for axes, (name, bars) in zip(plots, groups, strict=True):
+        for axes, (name, bars) in zip(plots, groups.items(), strict=True):
             _draw_bars(axes, bars)
             axes.set_title(name, fontsize=10)
-        plots[0].set_ylabel(ylabel)
+        plots[0].set_ylabel("subject match")
         figure.suptitle(title)
 
 
 def _draw_sweep(axes: Any, sweep: Sweep, colour: str) -> None:
-    if not sweep.points:
-        return
     across = [point.across for point in sweep.points]
     up = [point.up for point in sweep.points]
     x, y = [each.value for each in across], [each.value for each in up]
@@ -164,16 +149,10 @@ def _errors(intervals: Sequence[Interval]) -> list[list[float]]:
 
 
 @contextmanager
-def _figure(path: str | Path, inches: tuple[float, float]) -> Iterator[Any]:
-    """Give a figure to draw in, and write it; the same numbers give the same bytes."""
-    target = Path(path)
-    if target.suffix not in FORMATS:
-        raise InputError(f"Expected a file name that ends in .png or .svg, got {target.name}.")
+def _figure(path: Path, inches: tuple[float, float]) -> Iterator[Any]:
+    """Give a figure to draw in, and write it."""
     with require("matplotlib", "eval"):
-        import matplotlib
         from matplotlib.figure import Figure
     figure = Figure(inches, dpi=DOTS_PER_INCH, layout="constrained")
     yield figure
-    # an SVG's own date and random names would change it at every run
-    with matplotlib.rc_context({"svg.hashsalt": "dreamcache"}):
-        figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
+    figure.savefig(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 
 from dreamcache_core.config import Config
-from dreamcache_core.demo.measures.classifier import SceneClassifier, recognise
+from dreamcache_core.demo.measures.classifier import WEIGHTS, SceneClassifier, recognise
 from dreamcache_core.demo.measures.match import measure_match
 from dreamcache_core.errors import InputError
 from dreamcache_core.files.jsonl import read_lines
 from dreamcache_core.files.whole_files import whole_file
 
-from .triples import Group, Triple
+from .triples import Group, Triple, draw_triples
+
+NUM_FINGERPRINTED = 4
+"""Triples of each group that stand for all."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,22 @@ def require_same_settings(path: Path, settings: Mapping[str, Any]) -> None:
             )
     with whole_file(path) as unfinished:
         unfinished.write_text(json.dumps({**known, **settings}, indent=2), encoding="utf-8")
+
+
+def fingerprint_of_measure() -> str:
+    """Digest of a few triples with their images, of what is measured of these, and of the classifier.
+
+    Returns:
+        Sixteen hexadecimal digits.
+
+    Raises:
+        MissingPackageError: scipy is not installed.
+    """
+    digest = hashlib.sha256(WEIGHTS.read_bytes())
+    for triple in draw_triples(0, NUM_FINGERPRINTED, NUM_FINGERPRINTED):
+        images = (triple.reference(), triple.true_image(), triple.other_image())
+        for image in images:
+            digest.update(np.asarray(image).tobytes())
+        found = [measure_match(image, triple.subject).match for image in images[1:]]
+        digest.update(f"{triple.prompt} {triple.seed} {np.round(found, 3)}".encode())
+    return digest.hexdigest()[:16]

@@ -29,16 +29,16 @@ from .conditions import (
     Condition,
     all_conditions,
 )
-from .fingerprint import fingerprint_of_measure
-from .pages import Evidence
-from .report import keep_images
+from .pages import keep_images
 from .results import (
     Judgement,
+    fingerprint_of_measure,
     judge,
     read_judgements,
     require_same_settings,
 )
 from .sampling import batches, generate_images
+from .tables import Evidence
 from .triples import (
     EVIDENCE_SEED,
     GROUPS,

@@ -19,7 +19,7 @@ from dreamcache_core.demo.measures.classifier import (
 from dreamcache_core.demo.world.world import Pose, Scene, Subject, render
 from dreamcache_core.errors import FileFormatError
 from dreamcache_core.files.tensor_file import read_tensor_file, write_tensor_file
-from research.evidence.classifier_training import (
+from research.demo_model.train_classifier import (
     draw_labelled,
     measure,
     roughen,

@@ -19,8 +19,8 @@ from dreamcache_core.demo.world.world import (
     subject_masks,
 )
 from dreamcache_core.errors import InputError
-from research.evidence.bounds import measure_bounds
 from research.evidence.triples import draw_triples
+from research.evidence.truths import measure_bounds
 
 RED, BLUE, GREEN = (214, 40, 40), (40, 80, 205), (30, 130, 60)
 MUG = Subject("mug", "stripes", (RED, BLUE), (0, 7))

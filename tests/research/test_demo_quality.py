@@ -8,11 +8,11 @@ from dreamcache_core.demo.measures.classifier import load_classifier
 from dreamcache_core.method.adapter_files import load_adapters
 from dreamcache_core.pipeline.loading import load_diffusers_pipeline
 from dreamcache_core.pipeline.pipeline import DreamCachePipeline
-from research.evidence.bounds import measure_bounds
 from research.evidence.conditions import CHOSEN, NO_REFERENCE
 from research.evidence.results import judge
 from research.evidence.sampling import generate_images
 from research.evidence.triples import draw_triples
+from research.evidence.truths import measure_bounds
 
 pytestmark = pytest.mark.diffusers
 

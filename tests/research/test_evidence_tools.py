@@ -8,10 +8,9 @@ from PIL import Image
 
 from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.demo.measures.classifier import FORMAT
-from dreamcache_core.errors import InputError
 from dreamcache_core.evaluation.statistics import Interval
 from dreamcache_core.files.tensor_file import read_tensor_file
-from research.evidence.classifier_training import ClassifierConfig, train
+from research.demo_model.train_classifier import ClassifierConfig, train
 from research.evidence.plots import Bar, Sweep, SweepPoint, plot_bars, plot_pareto
 
 pytestmark = pytest.mark.diffusers
@@ -31,10 +30,10 @@ SWEEPS = [
     ),
     Sweep("joint", [SweepPoint("joint 3", around(0.9), around(0.5))]),
 ]
-GROUPS = [
-    ("timestep", [Bar("1", around(0.7), is_chosen=True), Bar("600", around(0.4))]),
-    ("merge", [Bar("concat", around(0.7), is_chosen=True), Bar("sum", around(0.6))]),
-]
+GROUPS = {
+    "timestep": [Bar("1", around(0.7), is_chosen=True), Bar("600", around(0.4))],
+    "merge": [Bar("concat", around(0.7), is_chosen=True), Bar("sum", around(0.6))],
+}
 
 
 def test_the_pareto_plot_names_every_point_and_sweep(tmp_path: Path) -> None:
@@ -45,7 +44,7 @@ def test_the_pareto_plot_names_every_point_and_sweep(tmp_path: Path) -> None:
 
 
 def test_the_bars_name_every_variant_and_group(tmp_path: Path) -> None:
-    plot_bars(GROUPS, tmp_path / "b.svg", ylabel="subject match")
+    plot_bars(GROUPS, tmp_path / "b.svg")
     drawn = (tmp_path / "b.svg").read_text(encoding="utf-8")
     for text in ("timestep", "merge", "600", "concat", "sum", "subject match"):
         assert f"<!-- {text} -->" in drawn, text
@@ -68,30 +67,20 @@ def test_a_line_joins_the_points_of_a_sweep_but_not_those_that_only_stand_togeth
     assert apart.count("<use") == joined.count("<use")
 
 
-@pytest.mark.parametrize("ending", ["png", "svg"])
-def test_the_same_numbers_give_the_same_file(tmp_path: Path, ending: str) -> None:
-    files = [tmp_path / f"{number}.{ending}" for number in range(2)]
+def test_the_same_numbers_give_the_same_file(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.png" for number in range(2)]
     for file in files:
         plot_pareto(SWEEPS, file)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_plot_is_an_image_with_colours(tmp_path: Path) -> None:
-    plot_bars(GROUPS, tmp_path / "b.png", ylabel="match")
+    plot_bars(GROUPS, tmp_path / "b.png")
     with Image.open(tmp_path / "b.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     # matplotlib's first two colours: other variants, and the chosen ones
     assert (pixels == (31, 119, 180)).all(axis=1).sum() > 500
     assert (pixels == (255, 127, 14)).all(axis=1).sum() > 500
-
-
-def test_what_cannot_be_plotted_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at least one point"):
-        plot_pareto([Sweep("empty", [])], tmp_path / "p.png")
-    with pytest.raises(InputError, match="at least one bar"):
-        plot_bars([("empty", [])], tmp_path / "p.png", ylabel="match")
-    with pytest.raises(InputError, match=r"\.png or \.svg"):
-        plot_pareto(SWEEPS, tmp_path / "p.pdf")
 
 
 def test_the_command_trains_and_writes_a_classifier(tmp_path: Path) -> None:

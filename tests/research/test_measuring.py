@@ -17,10 +17,9 @@ from dreamcache_core.demo.world import world
 from dreamcache_core.method.adapter_files import load_adapters, save_adapters
 from dreamcache_core.pipeline.loading import load_diffusers_pipeline
 from dreamcache_core.pipeline.pipeline import DreamCachePipeline
-from research.evidence import fingerprint as demo_fingerprint
 from research.evidence.__main__ import main
 from research.evidence.conditions import CHOSEN, NO_REFERENCE, all_conditions
-from research.evidence.results import read_judgements
+from research.evidence.results import fingerprint_of_measure, read_judgements
 from research.evidence.sampling import generate_images
 from research.evidence.triples import draw_triples
 
@@ -89,7 +88,7 @@ def test_the_mask_of_a_reference_covers_its_subject():
     [
         ({}, 2.75),
         ({"image_range": (0.0, 1.0)}, 3.0),
-        ({"image_guidance": 1.0}, 2.0),
+        ({"image_guidance_scale": 1.0}, 2.0),
         ({"image_range": (0.0, 0.5)}, 2.5),
         ({"image_range": (0.25, 0.5)}, 2.25),
         ({"mode": "joint"}, 2.0),
@@ -174,14 +173,14 @@ def test_a_single_unseen_shape_is_refused_before_anything_is_drawn(
 
 
 def test_another_world_or_measure_has_another_fingerprint(monkeypatch: pytest.MonkeyPatch):
-    before = demo_fingerprint.fingerprint_of_measure()
-    assert demo_fingerprint.fingerprint_of_measure() == before
+    before = fingerprint_of_measure()
+    assert fingerprint_of_measure() == before
     with monkeypatch.context() as patch:
         patch.setattr(demo_measures, "WORST_COLOUR_ERROR", 50.0)
-        assert demo_fingerprint.fingerprint_of_measure() != before
+        assert fingerprint_of_measure() != before
     with monkeypatch.context() as patch:
         patch.setattr(world, "MIRRORED_RATE", 1.0)
-        assert demo_fingerprint.fingerprint_of_measure() != before
+        assert fingerprint_of_measure() != before
 
 
 def test_a_captioned_reference_sees_the_prompt_as_in_training(

@@ -118,6 +118,6 @@ def load_classifier(path: str | os.PathLike[str] = WEIGHTS) -> SceneClassifier:
     except RuntimeError as error:
         raise FileFormatError(
             f"{path} does not fit the demo world of this version ({error}). Train it again: "
-            "python -m research.evidence.classifier_training --out FILE"
+            "python -m research.demo_model.train_classifier --out FILE"
         ) from error
     return classifier

@@ -227,6 +227,6 @@ if __name__ == "__main__":
         parse_config(
             ClassifierConfig,
             sys.argv[1:],
-            program="python -m research.evidence.classifier_training",
+            program="python -m research.demo_model.train_classifier",
         )
     )
