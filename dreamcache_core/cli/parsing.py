@@ -42,8 +42,8 @@ def parse_config(
     tyro = require_tyro()
     form = _make_form(kind, is_positional)
     given = _split(argv)
-    names = {name.removeprefix("no_") for name, _ in given}
-    form.check_keys(names - {"", "help"})
+    names = [name.removeprefix("no_") for name, _ in given]
+    form.check_keys(name for name in names if name not in ("", "help"))
     files = [value for name, words in given if name == "config" for value in _values(words)]
     if files and "config" not in _names(kind):
         values = read_toml(files[-1])

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dreamcache_core.config import Config
+from dreamcache_core.config import Config, check_range
 from dreamcache_core.demo.files import DemoFiles, require_demo_files
 from dreamcache_core.demo.gallery import STEPS
 from dreamcache_core.demo.measures.classifier import load_classifier
@@ -97,8 +97,7 @@ class DemoEvaluationOptions(Config):
         """
         lowest = {"combinations": 2, "shapes": 0, "steps": 1, "batch_size": 1, "seed": 0}
         for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise InputError(f"--{name} must be at least {low}; given {getattr(self, name)}.")
+            check_range(f"--{name}", getattr(self, name), low)
         if self.shapes == 1:
             raise InputError("--shapes must be 0 or at least 2, for intervals; given 1.")
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ...config import Config
+from ...config import Config, check_range
 from ...errors import DreamCacheError, InputError
 from ...files.whole_files import whole_file
 from ...images.reference import check_placement
@@ -77,8 +77,7 @@ class EncodeOptions(Config):
         """
         lowest = {"reference_variants": 0, "batch_size": 1, "samples_per_shard": 1, "seed": 0}
         for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise InputError(f"{name} must be at least {low}; given {getattr(self, name)}.")
+            check_range(name, getattr(self, name), low)
         if self.resolution is not None:
             check_placement(self.resolution, 1.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...config import Config
+from ...config import Config, check_range
 from ...errors import InputError
 from .quality import QualityLimits
 from .text_to_image import AUTO_CLASS
@@ -84,12 +84,10 @@ class BuildOptions(Config):
             InputError: A number is out of range, or options do not go together.
         """
         _ = self.limits
-        for name in ("count", "shard_size", "steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"Expected {name} to be at least 1, got {value}.")
-        if self.seed < 0:
-            raise InputError(f"Expected seed to be at least 0, got {self.seed}.")
+        lowest = {"count": 1, "shard_size": 1, "steps": 1, "batch_size": 1, "seed": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), low)
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None and (value < 8 or value % 8):
