@@ -1,7 +1,7 @@
 """The nodes of the pack. ComfyUI's face; the mathematics is in ``dreamcache_core``."""
 
 # ruff: noqa: E402 - an older ComfyUI fails in one of these imports; the reason has to come first
-from .host.version import require_this_comfyui
+from .version import require_this_comfyui
 
 require_this_comfyui()
 

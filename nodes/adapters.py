@@ -12,7 +12,7 @@ from .host.folders import (
     new_adapter_path,
 )
 from .host.report import report
-from .host.types import Adapters
+from .types import Adapters
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 

@@ -10,15 +10,15 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..dreamcache_core import AdapterSet, Guidance, ReferenceCache, ReferenceUse
+from ..dreamcache_core.images.reference import given_mask
 from ..dreamcache_core.method.backends import require_fit
 from ..dreamcache_core.method.layers import require_same_layout
 from .guidance import MAX_IMAGE_GUIDANCE, percent_input
 from .host.applied import Applied, AppliedUse, applied_to
-from .host.masks import given_mask
 from .host.model import adapter_patcher, unet_of
 from .host.report import report
-from .host.types import Adapters, Reference
 from .host.wrappers import with_references
+from .types import Adapters, Reference
 
 logger = logging.getLogger(__name__)
 

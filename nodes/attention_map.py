@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..dreamcache_core import InputError
-from ..dreamcache_core.images.reference import fit_mask
+from ..dreamcache_core.images.reference import fit_mask, given_mask
 from ..dreamcache_core.method.attention_maps import (
     AttentionMaps,
     attention_maps,
@@ -17,7 +17,6 @@ from ..dreamcache_core.method.attention_maps import (
     record_hidden_states,
 )
 from .host.applied import Applied, AppliedUse, require_applied
-from .host.masks import given_mask
 from .host.patches import prepare_use
 from .host.run import RunStore
 from .host.sampling import LoadedModel, inside_sampling, plain_text

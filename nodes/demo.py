@@ -10,7 +10,7 @@ from ..dreamcache_core.demo.world.world import IMAGE_SIZE, draw_subject, render_
 from ..dreamcache_core.images.tensors import image_to_tensor
 from .host.demo import load_clip, load_unet, load_vae
 from .host.report import report
-from .host.types import Adapters
+from .types import Adapters
 
 
 class DemoModel(io.ComfyNode):

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ..dreamcache_core import InputError, prepare_reference_image
 from ..dreamcache_core.images.files import read_image
-from ..dreamcache_core.images.reference import fit_mask, resize_mask
+from ..dreamcache_core.images.reference import fit_mask, given_mask, resize_mask
 from .host.encode import encode_reference
 from .host.folders import check_choice, file_state, image_paths, list_image_folders
-from .host.masks import given_mask
 from .host.report import node_id, report
 from .host.sampling import plain_text
-from .host.types import Reference
+from .types import Reference
 
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
 

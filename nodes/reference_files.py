@@ -12,7 +12,7 @@ from .host.folders import (
     reference_path,
 )
 from .host.report import report
-from .host.types import Reference
+from .types import Reference
 
 AS_ENCODED = "as encoded"
 DTYPES = {

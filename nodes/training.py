@@ -8,7 +8,7 @@ from ..dreamcache_core.images.loss_curve import draw_loss_curve
 from .host.report import report
 from .host.training.loop import DivergedError, train
 from .host.training.run import TrainingRun
-from .host.types import Adapters
+from .types import Adapters
 
 LISTS = ("images", "masks", "captions", "conditioning")
 """Inputs that may hold several things; of the others the first counts."""

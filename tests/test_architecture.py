@@ -1,9 +1,11 @@
 """The rules that hold the repository together, read from its sources."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CORE = sorted((ROOT / "dreamcache_core").rglob("*.py"))
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
+RESEARCH = sorted((ROOT / "research").rglob("*.py"))
+CORE_ENTRY = ROOT / "dreamcache_core" / "__init__.py"
 ENTRY = [path for path in [ROOT / "__init__.py"] if path.exists()]
 PUBLISHED = [*ENTRY, *NODES, *CORE]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -72,6 +76,66 @@ def relative_imports(path: Path) -> Iterator[tuple[str, ...]]:
             yield from ((*base, alias.name) for alias in node.names)
 
 
+def module_file(path: Path) -> Path | None:
+    """The file of a module or package whose name is a path without suffix."""
+    files = (path.with_name(f"{path.name}.py"), path / "__init__.py")
+    return next((file for file in files if file.exists()), None)
+
+
+def imported_modules(path: Path) -> set[Path]:
+    """Files of the repository that a file imports relatively, wherever in it the import stands."""
+    found: set[Path] = set()
+    for node in nodes_of(path):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        for alias in node.names:
+            found.add(module_file(base / alias.name) or module_file(base) or base)
+    return found
+
+
+FOLDERS = ["files", "images", "method", "pipeline", "data", "training", "demo", "evaluation", "cli"]
+"""Of the core, in the order of imports: a folder imports from those before it, the modules beside them from none."""
+
+
+def rank(path: Path) -> int:
+    first = path.relative_to(ROOT / "dreamcache_core").parts[0]
+    return FOLDERS.index(first) if first in FOLDERS else -1
+
+
+def test_every_folder_of_the_core_has_its_place() -> None:
+    parts = {path.relative_to(ROOT / "dreamcache_core").parts for path in CORE}
+    assert {first for first, *rest in parts if rest} == set(FOLDERS)
+
+
+@each([path for path in CORE if path.name not in ("__main__.py",) and path != CORE_ENTRY])
+def test_folders_of_the_core_import_in_one_direction(path: Path) -> None:
+    above = {name_of(target) for target in imported_modules(path) if rank(target) > rank(path)}
+    assert above == set()
+    assert CORE_ENTRY not in imported_modules(path)
+
+
+@each([path for path in NODES if "host" in path.relative_to(ROOT / "nodes").parts])
+def test_what_talks_to_comfyui_knows_no_node(path: Path) -> None:
+    nodes = {target for target in imported_modules(path) if target.parent == ROOT / "nodes"}
+    assert nodes == set()
+
+
+@pytest.mark.parametrize("paths", [CORE, NODES, RESEARCH], ids=["core", "nodes", "research"])
+def test_no_module_imports_itself_through_others(paths: list[Path]) -> None:
+    graph = {path: imported_modules(path) & set(paths) - {path} for path in paths}
+    sorter = graphlib.TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(name_of(path) for path in error.args[1]))
+
+
+def test_no_folder_has_more_than_a_dozen_modules() -> None:
+    folders = Counter(path.parent for path in (*CORE, *NODES, *RESEARCH) if path.stem != "__init__")
+    assert {name_of(folder): n for folder, n in folders.items() if n > 12} == {}
+
+
 @each(CORE)
 def test_core_imports_nothing_of_the_host(path: Path) -> None:
     assert not absolute_imports(path) & HOST_MODULES
@@ -79,7 +143,7 @@ def test_core_imports_nothing_of_the_host(path: Path) -> None:
 
 @each(CORE)
 def test_core_imports_itself_relatively_and_stays_inside(path: Path) -> None:
-    assert "dreamcache_core" not in absolute_imports(path)
+    assert not absolute_imports(path) & {"benchmarks", "dreamcache_core", "research"}
     assert [t for t in relative_imports(path) if t[0] != "dreamcache_core"] == []
 
 

@@ -15,12 +15,10 @@ from ..pipeline.generate import GenerateOptions
 from ..training.config import TrainConfig
 from . import (
     convert,
-    dataset_build,
+    dataset,
     dataset_check,
-    dataset_encode,
-    dataset_shard,
     demo,
-    evaluate_dreambench,
+    evaluate,
     generate,
     inspect,
     train,
@@ -62,15 +60,15 @@ PROGRAM = Group(
         "dataset": Group(
             "Build, check, precompute or pack a training set.",
             {
-                "build": Command(BuildOptions, dataset_build.run),
+                "build": Command(BuildOptions, dataset.run_build),
                 "check": Command(dataset_check.CheckOptions, dataset_check.run, is_positional=True),
-                "encode": Command(EncodeOptions, dataset_encode.run),
-                "shard": Command(dataset_shard.ShardOptions, dataset_shard.run, is_positional=True),
+                "encode": Command(EncodeOptions, dataset.run_encode),
+                "shard": Command(dataset.ShardOptions, dataset.run_shard, is_positional=True),
             },
         ),
         "evaluate": Group(
             "Measure how well images keep to their subject and prompt.",
-            {"dreambench": Command(DreamBenchOptions, evaluate_dreambench.run)},
+            {"dreambench": Command(DreamBenchOptions, evaluate.run)},
         ),
     },
 )

@@ -1,5 +1,6 @@
 """Cut the subject out of a reference image, place it on a plain square; knows no files."""
 
+import logging
 import math
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+
+logger = logging.getLogger(__name__)
 
 BACKGROUNDS = {"white": 1.0, "grey": 0.5, "black": 0.0}
 """Background name to its value in [0, 1], the same in all three channels."""
@@ -115,6 +118,16 @@ def is_placeholder_mask(mask: Tensor) -> bool:
     """
     side = PLACEHOLDER_SIDE_PX
     return tuple(mask.shape[-2:]) == (side, side) and not bool(mask.any())
+
+
+def given_mask(mask: Tensor | None) -> Tensor | None:
+    """Return the mask of a ComfyUI input; ``None`` for the stand-in of ``is_placeholder_mask`` too."""
+    if mask is None or not is_placeholder_mask(mask):
+        return mask
+    logger.info(
+        "The mask is Load Image's placeholder for an image without alpha: it counts as no mask."
+    )
+    return None
 
 
 def check_mask_aspect(mask: Tensor, height: int, width: int) -> None:

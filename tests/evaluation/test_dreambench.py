@@ -18,7 +18,7 @@ from tiny_pipeline import tiny_pipeline, tokenizer, wrap
 from transformers import CLIPModel, ViTModel
 
 from dreamcache_core import save_adapters
-from dreamcache_core.cli.evaluate_dreambench import run
+from dreamcache_core.cli.evaluate import run
 from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.errors import FileFormatError, InputError, UnsupportedModelError
 from dreamcache_core.evaluation.dreambench.options import DreamBenchOptions

@@ -15,10 +15,10 @@ from ....dreamcache_core.data.order import sample_seed
 from ....dreamcache_core.data.sources.source import Pair
 from ....dreamcache_core.images.reference import (
     check_image,
+    given_mask,
     subject_box,
     subject_opacity,
 )
-from ..masks import given_mask
 from ..model import check_channels
 from ..sampling import plain_text
 

@@ -10,7 +10,7 @@ from tiny import CORE, pack_module, run
 
 import nodes as comfy_nodes
 
-FOLDERS, VERSION = pack_module("nodes.host.folders"), pack_module("nodes.host.version")
+FOLDERS, VERSION = pack_module("nodes.host.folders"), pack_module("nodes.version")
 
 
 def test_a_models_folder_that_cannot_be_written_costs_no_node(monkeypatch, caplog):

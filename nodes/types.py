@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ...dreamcache_core import AdapterSet, ReferenceCache
+from ..dreamcache_core import AdapterSet, ReferenceCache
 
 
 @io.comfytype(io_type="DREAMCACHE_ADAPTERS")

@@ -1,0 +1,55 @@
+"""``dreamcache dataset build | encode | shard``; the fourth is in ``dataset_check``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import Config
+from ..data.packing import write_shards
+from ..data.precomputed.encoding import EncodeOptions, encode_dataset
+from ..data.sources.opening import open_source
+from ..data.synthetic.building import build, summarise
+from ..data.synthetic.options import BuildOptions
+from ..processes import join
+
+
+def run_build(options: BuildOptions) -> None:
+    """Build a set, as one process of several, and say how many samples were kept, and why others were not."""
+    with join("train", cpu=options.cpu) as state:
+        build(
+            options,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            device=state.device,
+            has_bar=state.is_local_main_process,
+        )
+        state.wait_for_everyone()
+        if state.is_main_process:
+            print(summarise(options))
+
+
+def run_encode(options: EncodeOptions) -> None:
+    """Encode a set and say where it lies."""
+    print(encode_dataset(options))
+
+
+@dataclass(frozen=True)
+class ShardOptions(Config):
+    """Pack a training set into WebDataset shards.
+
+    Attributes:
+        path: Training set: folder, manifest, shards or parquet.
+        out: Folder for the shards, empty or new.
+        max_count: Most pairs to a shard.
+    """
+
+    path: str
+    out: str
+    max_count: int = 1000
+
+
+def run_shard(options: ShardOptions) -> None:
+    """Write the shards and say how many there are."""
+    source = open_source(options.path)
+    shards = write_shards(source, options.out, max_count=options.max_count, has_bar=True)
+    print(f"{len(source.keys)} pairs in {len(shards)} shards: {options.out}")
