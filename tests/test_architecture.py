@@ -229,7 +229,7 @@ IN_EVERY_BLOCK = {
         "pool_area",
         "_covered",
     },
-    "dreamcache_core/method/injection.py": {"replace_output", "index_on", "check_rows"},
+    "dreamcache_core/method/injection.py": {"replace_output", "check_rows", "index_on"},
     "nodes/host/patches.py": {"add_patches"},
 }
 

@@ -93,9 +93,8 @@ def verify_tensor_file(
     """
     found = entries.get(FORMAT_KEY)
     if found != expected:
-        raise FileFormatError(
-            f"{path} is {_format_name(found, tensors)}; expected a DreamCache file of format {expected}."
-        )
+        kind = f"a DreamCache file of format {found}" if found else kind_of_weights(tensors)
+        raise FileFormatError(f"{path} is {kind}; expected a DreamCache file of format {expected}.")
     if entries.get(DIGEST_KEY) != _digest(tensors, entries):
         raise FileFormatError(
             f"{path} is damaged: its contents do not match its checksum. Copy or download it again."
@@ -206,12 +205,6 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a VAE", ("decoder.conv_in", "first_stage_model.")),
     ("a text encoder", ("text_model.", "token_embedding")),
 )
-
-
-def _format_name(found: str | None, tensors: Mapping[str, Tensor]) -> str:
-    if found is not None:
-        return f"a DreamCache file of format {found}"
-    return kind_of_weights(tensors)
 
 
 def _digest(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> str:

@@ -67,13 +67,14 @@ def open_image(file: ImageFile, name: str | None = None) -> Iterator[Image.Image
     """
     name = name or ("an image" if isinstance(file, bytes) else Path(file).name)
     try:
-        with warnings.catch_warnings(), _open_bytes(file, name) as stream:
+        with warnings.catch_warnings(), _open_bytes(file) as stream:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # of odd EXIF blocks
             _refuse_known_others(stream.read(256), name)
             stream.seek(0)
             with Image.open(stream, formats=_known_formats()) as image:
-                _check_size(image, name)
+                if image.width * image.height > MAX_PIXELS:
+                    raise _too_large(name, f"{image.width} x {image.height} pixels")
                 yield image
     except DreamCacheError:
         raise
@@ -118,15 +119,14 @@ def read_mask(file: ImageFile, name: str | None = None) -> Tensor:
     """Read a mask: white is the subject, black and transparent are not.
 
     Args:
-        file: An image file, as for ``read_image``.
-        name: What to call it in messages; ``None``: the file's own name.
+        file: See ``read_image``.
+        name: See ``read_image``.
 
     Returns:
         (1, height, width), float32 in [0, 1]: the mean of red, green and blue, times alpha.
 
     Raises:
-        InputError: There is no such file, or the image is too large.
-        FileFormatError: The file is no image, or is damaged.
+        DreamCacheError: See ``read_image``.
     """
     image, alpha = read_image(file, name)
     grey = image.mean(dim=-1)
@@ -144,7 +144,7 @@ def save_png(
         metadata: Key to text. Keys have 1 to 79 Latin-1 characters; texts may be any Unicode.
 
     Raises:
-        InputError: The image is misshapen or not finite, a key is unfit, or there is no folder.
+        InputError: The image is misshapen or not finite, or there is no folder.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -166,14 +166,17 @@ def encode_png(image: Tensor, metadata: Mapping[str, str] | None = None) -> byte
         The contents of an 8-bit PNG file.
 
     Raises:
-        InputError: The image is misshapen or not finite, or a key is unfit.
+        InputError: The image is misshapen or not finite.
     """
     if image.ndim == 3:
         pil_image = tensor_to_image(image[..., None].expand(-1, -1, -1, 3)).convert("L")
     else:
         pil_image = tensor_to_image(image)
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in (metadata or {}).items():
+        chunks.add_text(key, text)
     stream = io.BytesIO()
-    pil_image.save(stream, format="PNG", pnginfo=_text_chunks(metadata or {}))
+    pil_image.save(stream, format="PNG", pnginfo=chunks)
     return stream.getvalue()
 
 
@@ -186,8 +189,8 @@ def contact_sheet(
     """Lay images out in a grid on white, each shrunk or enlarged to fit its square cell.
 
     Args:
-        rows: The images by row, each (1, height, width, 3) in [0, 1]; sizes may differ, and rows
-            may be of different length.
+        rows: The images by row, at least one, each (1, height, width, 3) in [0, 1]; sizes may differ, and rows may be
+            of different length.
         captions: Text under each image, nested as ``rows``; None leaves no room for text.
         cell_px: Side of a cell, pixels.
 
@@ -195,52 +198,38 @@ def contact_sheet(
         The sheet, (1, height, width, 3), float32 in [0, 1].
 
     Raises:
-        InputError: There is no image, an image is misshapen, or captions and images differ
-            in number.
+        InputError: An image is misshapen or not finite.
     """
-    counts = [len(row) for row in rows]
-    if not any(counts):
-        raise InputError("Expected at least one image for the sheet, got none. Give some.")
-    if captions is not None and [len(row) for row in captions] != counts:
-        raise InputError(
-            f"Expected captions nested as the images, {counts} per row, got "
-            f"{[len(row) for row in captions]}. Give one caption for each image."
-        )
     text_px = 0 if captions is None else 20
-    sheet = Image.new("RGB", (max(counts) * cell_px, len(rows) * (cell_px + text_px)), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            corner = (x * cell_px, y * (cell_px + text_px))
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * cell_px, len(rows) * (cell_px + text_px)), "white")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            x, y = j * cell_px, i * (cell_px + text_px)
             cell = ImageOps.pad(tensor_to_image(image), (cell_px, cell_px), color="white")
-            sheet.paste(cell, corner)
+            sheet.paste(cell, (x, y))
             if captions is not None:
-                _write_caption(sheet, captions[y][x], (corner[0], corner[1] + cell_px), cell_px)
+                _write_caption(sheet, captions[i][j], (x, y + cell_px), cell_px)
     return image_to_tensor(sheet)
 
 
-def _open_bytes(file: ImageFile, name: str) -> BinaryIO:
+def _open_bytes(file: ImageFile) -> BinaryIO:
     if isinstance(file, bytes):
         return io.BytesIO(file)
     path = Path(file)
     if not path.is_file():
         raise InputError(f"Expected an image file, got {path}, which is none. Check the path.")
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise FileFormatError(
-            f"Expected a readable image file, got {name}: {error}. Check its permissions."
-        ) from error
+    return path.open("rb")
 
 
 def _refuse_known_others(head: bytes, name: str) -> None:
     """Refuse empty files, web pages and Git LFS pointers by name."""
     head = head.lstrip().lower()
     kinds = [kind for start, kind in _NOT_IMAGES.items() if head.startswith(start)]
-    if not head:
-        kinds = ["an empty file"]
-    if kinds:
+    if kinds or not head:
         raise FileFormatError(
-            f"Expected an image file, got {name}, which is {kinds[0]}. Download the image itself again."
+            f"Expected an image file, got {name}, which is {kinds[0] if head else 'an empty file'}. Download the image "
+            "itself again."
         )
 
 
@@ -248,13 +237,6 @@ def _known_formats() -> list[str]:
     """Return those of FORMATS that this Pillow was built with."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
-
-
-def _check_size(image: Image.Image, name: str) -> None:
-    """Refuse an image by the size that its header states, before anything is decoded."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, f"{width} x {height} pixels")
 
 
 def _too_large(name: str, given: str) -> InputError:
@@ -271,19 +253,6 @@ def _to_plain_mode(image: Image.Image) -> Image.Image:
         return image if image.mode == "F" else image.convert("I")
     has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
     return image.convert("RGBA" if has_alpha else "RGB")
-
-
-def _text_chunks(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
-    """Return the text chunks of a PNG; refuse keys that the format cannot hold."""
-    chunks = PngImagePlugin.PngInfo()
-    for key, text in metadata.items():
-        if not 1 <= len(key) <= 79 or not key.isprintable() or max(map(ord, key)) > 255:
-            raise InputError(
-                f"Expected metadata keys of 1 to 79 printable Latin-1 characters, got {key!r}. "
-                "Use a short plain name."
-            )
-        chunks.add_text(key, text)
-    return chunks
 
 
 def _write_caption(sheet: Image.Image, text: str, corner: tuple[int, int], width: int) -> None:

@@ -93,14 +93,9 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
         (batch or 1, height, width), float32, on the device of ``mask``.
 
     Raises:
-        InputError: The mask is misshapen, not finite or outside [0, 1], or a side is below 1.
+        InputError: The mask is misshapen, not finite or outside [0, 1].
     """
     mask = check_mask(mask)
-    if height < 1 or width < 1:
-        raise InputError(
-            f"Expected a new mask size of at least 1 x 1, got {width} x {height} (width x height). "
-            "Give positive sides."
-        )
     return F.interpolate(mask[:, None], size=(height, width), mode="area")[:, 0]
 
 
@@ -175,22 +170,17 @@ def check_placement(size: int, fill: float, background: str = "white") -> int:
             f"Expected size to be a multiple of 8 in 64 ... 2048 pixels, got {size!r}. "
             "Use 512 for Stable Diffusion 1 and 2, 1024 for SDXL."
         )
-    if not isinstance(fill, int | float) or not 0 < fill <= 1:
+    if not isinstance(fill, int | float) or not 0 < fill <= 1 or not (side := round(fill * size)):
         raise InputError(
-            f"Expected fill above 0 and at most 1, got {fill!r}. Use 0.7 to 1.0, as in training."
+            f"Expected fill above 0 and at most 1, so that the subject has a pixel of {size}, got {fill!r}. Use 0.7 to "
+            "1.0, as in training."
         )
     if background not in BACKGROUNDS:
         raise InputError(
             f"Expected background to be one of {', '.join(BACKGROUNDS)}, got {background!r}. "
             "Use white, as in training."
         )
-    long_side = round(fill * size)
-    if long_side < 1:
-        raise InputError(
-            f"Expected fill to leave the subject at least 1 pixel, got {fill!r} of {size}. "
-            "Use 0.7 to 1.0, as in training."
-        )
-    return long_side
+    return side
 
 
 def check_image(image: Tensor) -> None:
@@ -348,7 +338,8 @@ def cut_out_subject(
     if opacity is not None:
         box = subject_box(opacity, row)
         image, opacity = image[box], opacity[box]
-    height, width = _fitted_size(image.shape[0], image.shape[1], long_side)
+    factor = long_side / max(image.shape[:2])
+    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
     colour = image[..., :3].float().clamp(0, 1)
     if opacity is None:
         subject = colour.new_ones((height, width))
@@ -396,12 +387,6 @@ def _check_range(values: Tensor, name: str) -> None:
 def _describe(value: object) -> str:
     """Name what was given: a tensor's shape, or a type."""
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _fitted_size(height: int, width: int, long_side: int) -> tuple[int, int]:
-    """Return height and width with the aspect kept and the longer one ``long_side``."""
-    factor = long_side / max(height, width)
-    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _snap(values: Tensor) -> Tensor:

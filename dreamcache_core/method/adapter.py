@@ -115,17 +115,18 @@ class LayerAdapter(nn.Module, ABC):
         Source: METHOD.md section 4.
 
         Args:
-            hidden_states: Hidden states entering the block, (batch, tokens, channels).
-            self_attention: Output of the block's self-attention, same shape.
-            key: From ``project_reference``.
-            value: Likewise.
-            options: ``heads``, ``attention``, ``key_mask`` as in ``attend``.
+            hidden_states: See ``attend``.
+            self_attention: Output of the block's self-attention, (batch, tokens, channels).
+            key: See ``attend``.
+            value: See ``attend``.
+            options: See ``attend``.
 
         Returns:
-            Same shape as ``hidden_states``; the caller adds it to the residual.
+            (batch, tokens, channels); the caller adds it to the residual.
         """
-        attended = self.attend(hidden_states, key, value, **options)
-        return self.merge_attention(self_attention, attended)
+        return self.merge_attention(
+            self_attention, self.attend(hidden_states, key, value, **options)
+        )
 
 
 class ReferenceAdapter(LayerAdapter):
@@ -179,21 +180,18 @@ class FusedAdapter(LayerAdapter):
         return self.merge_self(self_attention) + self.merge_ref(attended)
 
 
+@torch.no_grad()
 def _fused_weights(adapter: ReferenceAdapter) -> dict[str, Tensor]:
-    with torch.no_grad():
-        merge = adapter.merge.weight.detach().cpu().float()
-        w_self, w_ref = merge.chunk(2, dim=1)
-        out_weight, out_bias = (p.detach().cpu().float() for p in adapter.to_out.parameters())
-        weights = {
-            name: value.cpu()
-            for name, value in adapter.state_dict().items()
-            if name.startswith(("norm.", "to_q.", "to_k.", "to_v."))
-        }
-        bias = adapter.merge.bias.detach().cpu().float()
-        weights["merge_self.weight"] = w_self
-        weights["merge_ref.weight"] = w_ref @ out_weight
-        weights["merge_ref.bias"] = w_ref @ out_bias + bias
-        return weights
+    trained = {name: value.cpu() for name, value in adapter.state_dict().items()}
+    w_self, w_ref = trained.pop("merge.weight").float().chunk(2, dim=1)
+    merge_bias = trained.pop("merge.bias").float()
+    out_weight, out_bias = (trained.pop(f"to_out.{name}").float() for name in ("weight", "bias"))
+    return {
+        **trained,
+        "merge_self.weight": w_self,
+        "merge_ref.weight": w_ref @ out_weight,
+        "merge_ref.bias": w_ref @ out_bias + merge_bias,
+    }
 
 
 @dataclass(frozen=True)
@@ -250,10 +248,6 @@ class AdapterModules(nn.Module):
     def __iter__(self) -> Iterator[str]:
         """Iterate over canonical layer names."""
         return iter(self.layers)
-
-    def __bool__(self) -> bool:
-        """Return true: an adapter set is never empty in the sense of absent."""
-        return True
 
     @property
     def num_parameters(self) -> int:

@@ -37,7 +37,6 @@ WHERE_FROM = (
     "released; others are trained with this pack."
 )
 
-_RELEASED_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _RELEASED_NAMES = {
     "attn_mem.to_q.weight": "to_q.weight",
     "attn_mem.to_k.weight": "to_k.weight",
@@ -53,7 +52,6 @@ _LAYER = r"(?:input_blocks|output_blocks)\.\d+\.\d+|middle_block\.\d+"
 _RELEASED_KEY = re.compile(
     rf"(?P<prefix>(?:model\.)?diffusion_model\.|)(?P<layer>{_LAYER})\.transformer_blocks\.0\.(?P<name>.+)"
 )
-_OWN_KEY = re.compile(rf"(?P<layer>{_LAYER})\.(?P<name>.+)")
 
 
 def save_adapters(
@@ -136,11 +134,13 @@ def adapters_from_released(
     own: dict[str, Tensor] = {}
     unknown: list[str] = []
     prefixes: set[str] = set()
+    layers: set[str] = set()
     for key, tensor in tensors.items():
         match = _RELEASED_KEY.fullmatch(key)
         if match and match["name"] in _RELEASED_NAMES:
             own[f"{match['layer']}.{_RELEASED_NAMES[match['name']]}"] = tensor
             prefixes.add(match["prefix"])
+            layers.add(match["layer"])
         else:
             unknown.append(key)
     if not own:
@@ -159,62 +159,57 @@ def adapters_from_released(
             "convert --family sd15, say.",
             source,
         )
-    return _build(source, own, unknown, _context_width("sd21" if family is None else family), {})
+    context_width = _context_width("sd21" if family is None else family)
+    layout = _layout(own, sorted(layers, key=_execution_order), context_width)
+    return _assemble(source, AdapterInfo(layout), own, unknown)
 
 
 def _from_own(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterSet:
-    unknown = [key for key in tensors if not _OWN_KEY.fullmatch(key)]
-    known = {key: tensor for key, tensor in tensors.items() if key not in unknown}
+    entries = dict(metadata)
     try:
-        return _build(str(file), known, unknown, int(metadata["context_width"]), metadata)
-    except FileFormatError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        layers = json.loads(entries.pop("layers"))
+        layout = _layout(tensors, layers, int(entries.pop("context_width")))
+        for key in ("format", "family", "sha256"):  # known already
+            entries.pop(key, None)
+        info = AdapterInfo(
+            layout,
+            timestep=int(entries.pop("timestep", "1")),
+            base_model=entries.pop("base_model", ""),
+            prediction=entries.pop("prediction", "epsilon"),
+            extra=entries,
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{file} lacks a valid metadata entry ({error}). Convert or save the adapters again."
         ) from error
+    return _assemble(str(file), info, tensors, [])
 
 
-def _build(
-    source: str,
-    tensors: dict[str, Tensor],
-    unknown: list[str],
-    context_width: int,
-    metadata: Mapping[str, str],
-) -> AdapterSet:
-    found = {match["layer"] for key in tensors if (match := _OWN_KEY.fullmatch(key))}
-    layers = json.loads(metadata["layers"]) if metadata else sorted(found, key=_execution_order)
+def _layout(tensors: Mapping[str, Tensor], layers: list[str], context_width: int) -> Layout:
+    """Read the layers' widths off the tensors."""
     channels: dict[str, int] = {}
     for layer in layers:
+        if not re.fullmatch(_LAYER, layer):
+            raise ValueError(f"unknown layer {layer}")
         # every tensor's first axis is the layer's width: what most of them say counts
         widths = [t.shape[0] for k, t in tensors.items() if k.startswith(f"{layer}.") and t.ndim]
         channels[layer] = max(sorted(widths), key=widths.count, default=1) or 1
-    known = {
-        "layers",
-        "format",
-        "family",
-        "context_width",
-        "timestep",
-        "base_model",
-        "prediction",
-        "sha256",
-    }
-    info = AdapterInfo(
-        Layout(context_width, channels),
-        timestep=int(metadata.get("timestep", "1")),
-        base_model=metadata.get("base_model", ""),
-        prediction=metadata.get("prediction", "epsilon"),
-        extra={key: value for key, value in metadata.items() if key not in known},
-    )
+    return Layout(context_width, channels)
+
+
+def _assemble(
+    source: str, info: AdapterInfo, tensors: Mapping[str, Tensor], unknown: list[str]
+) -> AdapterSet:
+    """Check tensors by our own keys, and make adapters of them."""
     with torch.device("meta"):
         adapters = AdapterSet(info)
     expected = {
         f"{layer}.{name}": tensor
-        for layer in layers
+        for layer in adapters
         for name, tensor in adapters[layer].state_dict().items()
     }
     _check_tensors(source, expected, tensors, unknown)
-    for layer in layers:
+    for layer in adapters:
         state = {name: tensors[f"{layer}.{name}"].float() for name in adapters[layer].state_dict()}
         adapters[layer].load_state_dict(state, assign=True)
     return adapters
@@ -327,7 +322,6 @@ def _context_width(family: str) -> int:
     )
 
 
-def _execution_order(layer: str) -> tuple[int, list[int]]:
-    part, *numbers = layer.split(".")
-    order = ("input_blocks", "middle_block", "output_blocks").index(part)
-    return order, [int(number) for number in numbers]
+def _execution_order(layer: str) -> tuple[str, list[int]]:
+    part, *numbers = layer.split(".")  # input, middle, output: also in order of the alphabet
+    return part, [int(number) for number in numbers]

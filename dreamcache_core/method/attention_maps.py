@@ -4,18 +4,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError, StateError
 from ..images.reference import check_image, check_mask
 from .backends import select_sites
 from .blending import LayerReference, pool_area
 from .cache import ReferenceCache
-from .compiling import is_compiled, plain_module, uncompiled
+from .compiling import plain_module, temporary_hooks
 from .layers import AttentionSite
 from .tokens import keep_tokens, num_kept, spread_shares
 
@@ -79,35 +81,21 @@ def record_hidden_states(
         UnsupportedModelError: The model is not a supported U-Net.
     """
     states: dict[str, LayerStates] = {}
-    hooks: list[Any] = []
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def read_size(site: AttentionSite, feature: Tensor) -> None:
+        sizes[site.name] = (feature.shape[-2], feature.shape[-1])
+
+    def read_states(site: AttentionSite, _: nn.Module, args: tuple[Any, ...]) -> None:
+        states[site.name] = LayerStates(args[0].detach(), sizes[site.name], site.heads)
+
+    hooks: list[RemovableHandle] = []
     for site in select_sites(plain_module(unet), layers).values():
-        hooks += _hooks(site, states)
-    try:
-        if is_compiled(unet):  # compiled code would ignore the hooks
-            with uncompiled:
-                yield states
-        else:
-            yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _hooks(site: AttentionSite, states: dict[str, LayerStates]) -> list[Any]:
-    size = (0, 0)
-
-    def read_size(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        nonlocal size
-        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
-        size = (height, width)
-
-    def read_states(_: nn.Module, args: tuple[Any, ...]) -> None:
-        states[site.name] = LayerStates(args[0].detach(), size, site.heads)
-
-    return [
-        site.module.register_forward_pre_hook(read_size, with_kwargs=True),
-        site.block.norm1.register_forward_pre_hook(read_states),
-    ]
+        norm: nn.Module = site.block.norm1
+        hooks.append(site.hook_input(partial(read_size, site)))
+        hooks.append(norm.register_forward_pre_hook(partial(read_states, site)))
+    with temporary_hooks(unet, hooks):
+        yield states
 
 
 @torch.no_grad()

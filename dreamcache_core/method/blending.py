@@ -189,14 +189,18 @@ def blend_references(
         x, base = x.index_select(0, rows), base.index_select(0, rows)
     blended = base
     for ref in references:
+        key, value, key_mask = (
+            _rows_of(tensor, rows, len(self_attention))
+            for tensor in (ref.key, ref.value, ref.key_mask)
+        )
         merged = ref.adapter(
             x.to(ref.dtype),
             base.to(ref.dtype),
-            _rows_of(ref.key, rows, len(self_attention)),
-            _rows_of(ref.value, rows, len(self_attention)),
+            key,
+            value,
             heads=heads,
             attention=attention,
-            key_mask=_rows_of(ref.key_mask, rows, len(self_attention)),
+            key_mask=key_mask,
         ).to(base.dtype)
         region = _region_weights(ref.region, size, self_attention, rows)
         if region is None and ref.scale == 1 and len(references) == 1:
@@ -245,17 +249,11 @@ def _rows_of(tensor: Any, rows: Tensor | None, num_rows: int) -> Any:
 
 
 def _region_weights(
-    region: Tensor | None,
-    size: tuple[int, int],
-    like: Tensor,
-    rows: Tensor | None,
+    region: Tensor | None, size: tuple[int, int], like: Tensor, rows: Tensor | None
 ) -> Tensor | None:
-    """Weight of each token, (rows, tokens, 1), or ``None`` for all ones."""
+    """Weight of each token, (1 or rows, tokens, 1), or ``None`` for all ones."""
     if region is None or size[0] * size[1] != like.shape[1]:
         return None
     # not resize_mask: its checks would wait for the device in every block
     weights = pool_area(region, size).flatten(1)[..., None].to(like.dtype)  # -> (images, tokens, 1)
-    if weights.shape[0] == 1:
-        return weights
-    index = torch.arange(like.shape[0], device=like.device) if rows is None else rows
-    return weights.index_select(0, index % weights.shape[0])
+    return _rows_of(weights, rows, len(like))

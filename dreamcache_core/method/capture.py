@@ -1,7 +1,8 @@
 """Read features out of a U-Net: one pass over the reference becomes a ``ReferenceCache``."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from ..errors import InputError, StateError
 from ..images.reference import resize_mask
 from .backends import backend_for, layout_of, select_sites
 from .cache import ReferenceCache
-from .compiling import is_compiled, plain_module, uncompiled
-from .layers import AttentionSite
+from .compiling import plain_module, temporary_hooks
 
 
 class _ForwardEnded(BaseException):
@@ -45,37 +45,23 @@ def capture_features(
     """
     sites = select_sites(plain_module(unet), layers)
     features: dict[str, Tensor] = {}
-    ended = _ForwardEnded()
-    last = list(sites)[-1]
-    hooks = [
-        site.module.register_forward_pre_hook(
-            _reader(features, site, ended if stop_early and site.name == last else None),
-            with_kwargs=True,
-        )
-        for site in sites.values()
-    ]
+    ended, last = _ForwardEnded(), list(sites)[-1]
+
+    def read(layer: str, feature: Tensor) -> None:
+        feature = feature.detach().clone()
+        features[layer] = torch.cat([features[layer], feature]) if layer in features else feature
+        if stop_early and layer == last:
+            raise ended
+
+    hooks = [site.hook_input(partial(read, layer)) for layer, site in sites.items()]
     try:
-        with uncompiled if is_compiled(unet) else nullcontext():
+        with temporary_hooks(unet, hooks):
             yield features
     except _ForwardEnded as signal:
         if signal is not ended:  # that of a capture around this one
             raise
         # it leads to this frame, which holds it: everything in the frames between would wait for the collector
         signal.__traceback__ = None
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _reader(features: dict[str, Tensor], site: AttentionSite, end: _ForwardEnded | None) -> Any:
-    def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        feature = (args[0] if args else kwargs["hidden_states"]).detach().clone()
-        before = features.get(site.name)
-        features[site.name] = feature if before is None else torch.cat([before, feature])
-        if end is not None:
-            raise end
-
-    return read
 
 
 @torch.no_grad()

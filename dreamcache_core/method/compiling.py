@@ -2,10 +2,13 @@
 
 import sys
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -47,3 +50,14 @@ class _Uncompiled:
 
 uncompiled = _Uncompiled()
 """Context in which compiled modules run as they were written; torch before 2.6 cannot, and runs them compiled."""
+
+
+@contextmanager
+def temporary_hooks(unet: nn.Module, hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Let hooks be heard, also by a compiled U-Net, and take them out at exit, whatever happens."""
+    try:
+        with uncompiled if is_compiled(unet) else nullcontext():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,6 +1,6 @@
 """Put adapters into a U-Net and take them out again, by hooks; the mathematics is in ``blending``."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -56,16 +56,16 @@ def inject(
         )
     active = [use for use in uses if use.is_active]
     layers = tuple(dict.fromkeys(layer for use in active for layer in use.adapters.layers))
-    sites = _sites(unet, layers)
     injection = Injection(rows)
     _injected.add(unet)
     try:
-        for site in sites:
-            site.open(active, injection)
-        yield injection
+        with _sites(unet, layers) as sites:
+            for site in sites:
+                site.uses = _LayerUses(site.name, active, injection)
+                if unet in _compilable and not torch.is_grad_enabled():
+                    site.uses.prepare_ahead(site.parameter)
+            yield injection
     finally:
-        for site in sites:
-            site.close()
         _injected.discard(unet)
 
 
@@ -91,10 +91,7 @@ def prepare_for_compile(unet: nn.Module, layers: Sequence[str] | None = None) ->
         )
     for site in _compilable.pop(unet, {}).values():
         site.remove()
-    sites = {name: _Site(site) for name, site in select_sites(unet, layers).items()}
-    for site in sites.values():
-        site.install()
-    _compilable[unet] = sites
+    _compilable[unet] = {name: _Site(site) for name, site in select_sites(unet, layers).items()}
 
 
 def _usable(unet: nn.Module) -> nn.Module:
@@ -109,19 +106,26 @@ def _usable(unet: nn.Module) -> nn.Module:
     return plain
 
 
-def _sites(unet: nn.Module, layers: tuple[str, ...]) -> list["_Site"]:
-    """Where to inject: new places, or those that a U-Net was compiled with."""
-    if not layers:
-        return []
+@contextmanager
+def _sites(unet: nn.Module, layers: tuple[str, ...]) -> Iterator[list["_Site"]]:
+    """Hooks at the layers: those that a U-Net was compiled with, or new ones, taken out at exit."""
     known = _compilable.get(unet)
     if known is None:
-        return [_Site(site, is_lasting=False) for site in select_sites(unet, layers).values()]
-    if missing := [layer for layer in layers if layer not in known]:
+        sites = [_Site(site) for site in select_sites(unet, layers).values()] if layers else []
+        end = _Site.remove
+    elif missing := [layer for layer in layers if layer not in known]:
         raise StateError(
             f"The U-Net was prepared for compiling with the layers {', '.join(known)}; these adapters need "
             f"{', '.join(missing)}. Give prepare_for_compile the adapters' layers."
         )
-    return [known[layer] for layer in layers]
+    else:
+        sites = [known[layer] for layer in layers]
+        end = _Site.end
+    try:
+        yield sites
+    finally:
+        for site in sites:
+            end(site)
 
 
 class Injection:
@@ -143,8 +147,14 @@ class Injection:
         Raises:
             InputError: It is no list of bools.
         """
-        self._index = None if rows is None else _row_index(rows)
-        self.num_rows = None if rows is None else len(rows)
+        self._index, self.num_rows = None, None
+        if rows is not None:
+            rows = torch.as_tensor(rows)
+            if rows.ndim != 1 or rows.dtype != torch.bool:
+                raise InputError(
+                    f"rows must be one bool per batch row, not indices; given {rows.tolist()} of {rows.dtype}."
+                )
+            self._index, self.num_rows = rows.nonzero().flatten(), len(rows)
 
     def index_on(self, device: torch.device) -> Tensor | None:
         """Indices of the rows that see the references, int64; ``None`` for all. Copied to a device once."""
@@ -153,109 +163,90 @@ class Injection:
         return self._index
 
 
-def _row_index(rows: Sequence[bool] | Tensor) -> Tensor:
-    rows = torch.as_tensor(rows)
-    if rows.ndim != 1 or rows.dtype != torch.bool:
-        raise InputError(
-            f"rows must be one bool per batch row, not indices; given {rows.tolist()} of {rows.dtype}."
-        )
-    return rows.nonzero().flatten()
-
-
 class _Site:
     """The hooks at one attention module, and what they hand to each other within one forward pass.
 
-    Args:
-        site: Where.
-        is_lasting: Whether the hooks stay when an injection ends, for a U-Net that is compiled with them.
+    While it has no ``uses`` they change nothing.
     """
 
-    def __init__(self, site: AttentionSite, *, is_lasting: bool = True) -> None:
-        self.site, self.is_lasting = site, is_lasting
-        self.heads = site.heads
+    def __init__(self, site: AttentionSite) -> None:
+        self.name, self.heads = site.name, site.heads
+        self.parameter = next(site.module.parameters())
+        self.uses: _LayerUses | None = None
         self.size = (0, 0)
         self.hidden_states: Tensor | None = None
-        self.handles: list[Any] = []
-        self.close()
-
-    def open(self, uses: Sequence[ReferenceUse], injection: "Injection") -> None:
-        """Begin to use references."""
-        self.uses = [use for use in uses if self.site.name in use.adapters.layers]
-        self.injection = injection
-        if not self.is_lasting:
-            self.install()
-        elif (
-            not torch.is_grad_enabled()
-        ):  # compiled code shall find keys and values, not compute them
-            parameter = next(self.site.module.parameters())
-            self.references(parameter)
-            injection.index_on(parameter.device)
-
-    def close(self) -> None:
-        """End it, and forget everything."""
-        self.uses: list[ReferenceUse] = []
-        self.injection: Injection | None = None
-        self.prepared: dict[tuple[Any, ...], list[LayerReference]] = {}
-        if self.handles and not self.is_lasting:
-            self.remove()
-
-    def install(self) -> None:
-        block: Any = self.site.block
         self.handles = [
-            self.site.module.register_forward_pre_hook(self.read_size, with_kwargs=True),
-            block.norm1.register_forward_pre_hook(self.read_hidden_states),
-            block.attn1.register_forward_hook(self.replace_output),
+            site.hook_input(self.read_size),
+            site.block.norm1.register_forward_pre_hook(self.read_hidden_states),
+            site.block.attn1.register_forward_hook(self.replace_output),
         ]
 
-    def remove(self) -> None:
-        while self.handles:
-            self.handles.pop().remove()
+    def end(self) -> None:
+        self.uses = None
 
-    def read_size(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
-        self.size = (height, width)
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def read_size(self, feature: Tensor) -> None:
+        self.size = (feature.shape[-2], feature.shape[-1])
 
     def read_hidden_states(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self.hidden_states = args[0]
 
     def replace_output(self, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         x, self.hidden_states = self.hidden_states, None
-        if self.injection is None:
+        if self.uses is None:
             return output
         assert x is not None
-        self.check_rows(x, self.injection.num_rows)
-        rows = self.injection.index_on(x.device)
+        self.uses.check_rows(len(x))
+        rows = self.uses.injection.index_on(x.device)
         if rows is not None and not len(rows):
             return output
-        return blend_references(
-            x, output, self.references(x), heads=self.heads, size=self.size, rows=rows
-        )
+        references = self.uses.references(x)
+        return blend_references(x, output, references, heads=self.heads, size=self.size, rows=rows)
 
-    def check_rows(self, x: Tensor, num_rows: int | None) -> None:
-        if num_rows is not None and num_rows != x.shape[0]:
+
+class _LayerUses:
+    """The uses at one layer during one injection; each is projected to keys and values once."""
+
+    def __init__(self, layer: str, uses: Sequence[ReferenceUse], injection: Injection) -> None:
+        self.layer, self.injection = layer, injection
+        self.uses = [use for use in uses if layer in use.adapters.layers]
+        self.known: dict[tuple[Any, ...], list[LayerReference]] = {}
+
+    def check_rows(self, count: int) -> None:
+        num_rows = self.injection.num_rows
+        if num_rows is not None and num_rows != count:
             raise InputError(
-                f"rows must have one entry per batch row: the batch has {x.shape[0]}, rows {num_rows}."
+                f"rows must have one entry per batch row: the batch has {count}, rows {num_rows}."
             )
         for use in self.uses:
-            if use.per_row and x.shape[0] % use.reference.num_references:
+            if use.per_row and count % use.reference.num_references:
                 raise InputError(
                     "With per_row the batch must have one row for each reference, or a multiple of that: "
-                    f"{x.shape[0]} rows, {use.reference.num_references} references."
+                    f"{count} rows, {use.reference.num_references} references."
                 )
 
+    def prepare_ahead(self, like: Tensor) -> None:
+        """Let compiled code find keys and values instead of computing them."""
+        self.references(like)
+        self.injection.index_on(like.device)
+
     def references(self, x: Tensor) -> list[LayerReference]:
+        """Keys and values for hidden states like these."""
         is_autocast = torch.is_autocast_enabled(x.device.type)
         if torch.is_grad_enabled():  # keys and values are part of the graph
             return self.prepare(x, is_autocast)
         key = (x.device, x.dtype, is_autocast)
-        if key not in self.prepared:
-            self.prepared[key] = self.prepare(x, is_autocast)
-        return self.prepared[key]
+        if key not in self.known:
+            self.known[key] = self.prepare(x, is_autocast)
+        return self.known[key]
 
     def prepare(self, x: Tensor, is_autocast: bool) -> list[LayerReference]:
-        layer, prepared = self.site.name, list[LayerReference]()
+        prepared: list[LayerReference] = []
         for use in self.uses:
-            adapter = use.adapters[layer]
+            adapter = use.adapters[self.layer]
             dtype = x.dtype if is_autocast else next(adapter.parameters()).dtype
-            prepared.append(prepare_layer(use, layer, adapter, device=x.device, dtype=dtype))
+            prepared.append(prepare_layer(use, self.layer, adapter, device=x.device, dtype=dtype))
         return prepared

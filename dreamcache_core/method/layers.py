@@ -3,11 +3,12 @@
 Knows module trees only through ``AttentionSite``; the back ends make those.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import MismatchError
 
@@ -64,6 +65,14 @@ class AttentionSite:
     def context_width(self) -> int:
         """Channels of the text states."""
         return int(self.block.attn2.to_k.in_features)
+
+    def hook_input(self, read: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call a function with each feature map that enters the module, (batch, channels, height, width)."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            read(args[0] if args else kwargs["hidden_states"])
+
+        return self.module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def default_layers(sites: Sequence[AttentionSite]) -> tuple[str, ...]:

@@ -39,22 +39,7 @@ def load_pipeline(
     dtype: str = "auto",
     scheduler: str = "ddim",
 ) -> Any:
-    """Load a pipeline to generate with.
-
-    Args:
-        model: See ``load_diffusers_pipeline``.
-        config: Likewise.
-        device: See ``choose_device``.
-        dtype: Of ``DTYPES``; ``auto``: float16 on CUDA and XPU devices, float32 elsewhere.
-        scheduler: ``ddim``, the paper's (METHOD.md section 5), or ``model`` for the model's own.
-
-    Returns:
-        The pipeline, on the device.
-
-    Raises:
-        InputError: There is no such device or float type.
-        DreamCacheError: See ``load_diffusers_pipeline``.
-    """
+    """Load a diffusers pipeline to generate with; see ``DreamCachePipeline.from_files``."""
     where = choose_device(device)
     if dtype == "auto":
         dtype = "float16" if where.type in ("cuda", "xpu") else "float32"

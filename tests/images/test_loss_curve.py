@@ -69,8 +69,3 @@ def test_the_average_is_taken_over_a_tenth_of_the_steps() -> None:
 def test_what_cannot_be_drawn_is_refused(draw: Callable[[], Tensor]) -> None:
     with pytest.raises(InputError, match="at least one finite loss"):
         draw()
-
-
-def test_an_image_too_small_for_its_labels_is_refused() -> None:
-    with pytest.raises(InputError, match="160 x 120"):
-        draw_loss_curve([1.0], width=100)
