@@ -6,9 +6,8 @@ from torch import nn
 
 from ...errors import MismatchError, UnsupportedModelError
 from ..layers import AttentionSite, Layout, default_layers, require_same_layout
+from . import diffusers, ldm
 from .base import Backend
-from .diffusers import DiffusersBackend
-from .ldm import LdmBackend
 
 __all__ = [
     "Backend",
@@ -19,7 +18,7 @@ __all__ = [
     "select_sites",
 ]
 
-BACKENDS: tuple[Backend, ...] = (LdmBackend(), DiffusersBackend())
+BACKENDS: tuple[Backend, ...] = (ldm, diffusers)
 
 
 def backend_for(unet: nn.Module) -> Backend:

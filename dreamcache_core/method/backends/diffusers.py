@@ -10,53 +10,48 @@ from ..layers import AttentionSite, Part
 from .base import is_attention_module
 
 
-class DiffusersBackend:
-    """Back end for diffusers' ``UNet2DConditionModel``."""
+def accepts(unet: nn.Module) -> bool:
+    """Whether the module has diffusers' U-Net parts."""
+    return all(hasattr(unet, part) for part in ("down_blocks", "mid_block", "up_blocks"))
 
-    def accepts(self, unet: nn.Module) -> bool:
-        """Whether the module has diffusers' U-Net parts."""
-        return all(hasattr(unet, part) for part in ("down_blocks", "mid_block", "up_blocks"))
 
-    def attention_sites(self, unet: nn.Module) -> tuple[AttentionSite, ...]:
-        """List all attention modules in execution order, encoder first.
+def attention_sites(unet: nn.Module) -> tuple[AttentionSite, ...]:
+    """List all attention modules in execution order, encoder first.
 
-        Raises:
-            UnsupportedModelError: A video U-Net, whose blocks hold modules over time.
-        """
-        names = [name for name, _ in unet.named_modules()]
-        if any(
-            "temporal" in name or "temp_attentions" in name or "motion" in name for name in names
-        ):
-            raise UnsupportedModelError(
-                "DreamCache works on image U-Nets; this U-Net has layers over time (a video model). "
-                "Load a Stable Diffusion 1.x, 2.x or SDXL model."
-            )
-        return tuple(self._walk(unet))
+    Raises:
+        UnsupportedModelError: A video U-Net, whose blocks hold modules over time.
+    """
+    names = [name for name, _ in unet.named_modules()]
+    if any("temporal" in name or "temp_attentions" in name or "motion" in name for name in names):
+        raise UnsupportedModelError(
+            "DreamCache works on image U-Nets; this U-Net has layers over time (a video model). "
+            "Load a Stable Diffusion 1.x, 2.x or SDXL model."
+        )
+    return tuple(_walk(unet))
 
-    def call(
-        self, unet: nn.Module, latent: Tensor, timestep: Tensor, text_states: Tensor, **kwargs: Any
-    ) -> Tensor:
-        """Run one forward pass."""
-        return unet(
-            latent, timestep, encoder_hidden_states=text_states, return_dict=False, **kwargs
-        )[0]
 
-    @staticmethod
-    def _walk(unet: Any) -> Iterator[AttentionSite]:
-        # ldm's input_blocks.0 is conv_in; then every resnet and every downsampler takes one number
-        index = 1
-        for i, block in enumerate(unet.down_blocks):
-            yield from _sites_of(block, f"down_blocks.{i}", "encoder", "input_blocks", index)
-            index += len(block.resnets) + (block.downsamplers is not None)
-        for j, module in _attentions(unet.mid_block):
-            # ldm's middle_block is resnet, attention, resnet
-            yield AttentionSite(
-                f"middle_block.{2 * j + 1}", f"mid_block.attentions.{j}", "middle", module
-            )
-        index = 0
-        for i, block in enumerate(unet.up_blocks):
-            yield from _sites_of(block, f"up_blocks.{i}", "decoder", "output_blocks", index)
-            index += len(block.resnets)
+def call(
+    unet: nn.Module, latent: Tensor, timestep: Tensor, text_states: Tensor, **kwargs: Any
+) -> Tensor:
+    """Run one forward pass."""
+    return unet(latent, timestep, encoder_hidden_states=text_states, return_dict=False, **kwargs)[0]
+
+
+def _walk(unet: Any) -> Iterator[AttentionSite]:
+    # ldm's input_blocks.0 is conv_in; then every resnet and every downsampler takes one number
+    index = 1
+    for i, block in enumerate(unet.down_blocks):
+        yield from _sites_of(block, f"down_blocks.{i}", "encoder", "input_blocks", index)
+        index += len(block.resnets) + (block.downsamplers is not None)
+    for j, module in _attentions(unet.mid_block):
+        # ldm's middle_block is resnet, attention, resnet
+        yield AttentionSite(
+            f"middle_block.{2 * j + 1}", f"mid_block.attentions.{j}", "middle", module
+        )
+    index = 0
+    for i, block in enumerate(unet.up_blocks):
+        yield from _sites_of(block, f"up_blocks.{i}", "decoder", "output_blocks", index)
+        index += len(block.resnets)
 
 
 def _attentions(block: Any) -> list[tuple[int, nn.Module]]:
