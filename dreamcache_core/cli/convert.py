@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..files.tensor_file import FORMAT_KEY
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import load_adapters, save_adapters
-from ..pipeline.generate import DTYPES
+from ..pipeline.loading import DTYPES
 from .inspect import read_header
 
 

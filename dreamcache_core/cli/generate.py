@@ -13,14 +13,12 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..images.files import contact_sheet, save_png
-from ..method.adapter_files import load_adapters
+from ..images.reference_files import prepare_references, read_references
 from ..pipeline.generate import (
     METADATA_KEY,
     GenerateOptions,
-    encode_references,
-    load_pipeline,
     make_folder,
-    read_references,
+    open_pipeline,
     sample_image,
     versions,
 )
@@ -39,11 +37,11 @@ def run(options: GenerateOptions) -> None:
         OSError: A file could not be written.
     """
     out = _check_out(Path(options.out))
-    images = read_references(options)
-    adapters = load_adapters(options.adapters)
-    pipeline = load_pipeline(options, adapters)
+    images = read_references(options.reference, options.mask)
+    pipeline = open_pipeline(options)
     size = options.size or min(pipeline.default_size_px)
-    use, prepared = encode_references(pipeline, adapters, images, options, size)
+    prepared = prepare_references(images, size=size, fill=options.fill)
+    use = pipeline.use_reference(prepared, options.scale)
     make_folder(out)
     files = _Files(out, options.parameters(size, versions()), list(prepared.split(1)))
     with tqdm(total=options.count * options.steps, unit="step", desc="sampling") as bar:

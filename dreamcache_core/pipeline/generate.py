@@ -1,10 +1,9 @@
-"""Images of a subject, from options to tensors: read its references, load a model, sample."""
+"""Images of a subject from options: load a model, sample, and say how an image was made."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,19 +13,13 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import InputError
-from ..images.files import read_image, read_mask
-from ..images.reference import check_mask_aspect, check_placement, prepare_reference_image
-from ..method.adapter import AdapterSet
-from ..method.backends import require_fit
+from ..images.reference import check_placement
 from ..method.blending import ReferenceUse
 from ..method.guidance import Guidance, GuidanceMode
 from ..version import __version__
-from .loading import load_diffusers_pipeline, require_diffusers
+from .loading import require_diffusers
 from .pipeline import DreamCachePipeline
 
-logger = logging.getLogger(__name__)
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_STEPS = 1000
 """Training timesteps of Stable Diffusion; a sampler cannot take more steps."""
 
@@ -138,120 +131,16 @@ def make_folder(out: Path) -> None:
         ) from error
 
 
-def read_references(options: GenerateOptions) -> list[tuple[Tensor, Tensor | None]]:
-    """Read the references; where no mask is given, the alpha channel is one.
-
-    Args:
-        options: Names their files.
-
-    Returns:
-        Images, (1, height, width, 3) in [0, 1], each with its mask, (1, height, width) in [0, 1], if there is one.
-
-    Raises:
-        DreamCacheError: A file is missing, damaged or no image, or a mask is of another aspect.
-    """
-    images: list[tuple[Tensor, Tensor | None]] = []
-    bare: list[str] = []
-    for index, path in enumerate(options.reference):
-        image, alpha = read_image(path)
-        mask = read_mask(options.mask[index]) if options.mask else alpha
-        if mask is None:
-            bare.append(Path(path).name)
-        else:
-            check_mask_aspect(mask, *image.shape[1:3])
-        images.append((image, mask))
-    if bare:
-        logger.warning(
-            "%s: no mask and no transparency, so the background will leak into the images. Give --mask, or a PNG whose "
-            "background is transparent.",
-            ", ".join(bare),
-        )
-    return images
-
-
-def load_pipeline(options: GenerateOptions, adapters: AdapterSet) -> DreamCachePipeline:
-    """Load the model with its sampler on its device.
-
-    Args:
-        options: Names model, sampler, device and float type.
-        adapters: What the model must fit.
-
-    Raises:
-        DreamCacheError: The model is missing, damaged, of another family or needs a package that is not installed.
-    """
-    device = choose_device(options.device)
-    dtype = DTYPES.get(options.dtype)
-    if dtype is None:
-        dtype = torch.float16 if device.type in ("cuda", "xpu") else torch.float32
-    model = load_diffusers_pipeline(options.model, config=options.config, dtype=dtype)
-    require_fit(model.unet, adapters.info.layout, "the adapters")
-    if options.scheduler == "ddim":  # METHOD.md section 5: DDIM, eta 0
-        model.scheduler = require_diffusers().DDIMScheduler.from_config(
-            model.scheduler.config,
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            timestep_spacing="leading",
-        )
-    return DreamCachePipeline(model.to(device))
-
-
-def choose_device(name: str) -> torch.device:
-    """Find what to compute on.
-
-    Args:
-        name: ``cuda``, ``cuda:1``, ``cpu``, ...; ``auto``: an accelerator where there is one.
-
-    Raises:
-        InputError: There is no such device, or it cannot be used.
-    """
-    if name == "auto":
-        for kind in ("cuda", "xpu", "mps"):
-            backend = getattr(torch, kind, None)
-            if backend is not None and backend.is_available():
-                return torch.device(kind)
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used: {reason}. Try --device auto.") from error
-    return device
-
-
-def encode_references(
-    pipeline: DreamCachePipeline,
-    adapters: AdapterSet,
-    images: Iterable[tuple[Tensor, Tensor | None]],
-    options: GenerateOptions,
-    size: int,
-) -> tuple[ReferenceUse, Tensor]:
-    """Cut the subjects out and cache the features of all images together.
-
-    Args:
-        pipeline: The model.
-        adapters: What the features are for.
-        images: Images and masks, as ``read_references`` returns them.
-        options: Says how large subjects are and how strong the adapters.
-        size: Side of the references, pixels.
-
-    Returns:
-        What ``sample_image`` takes, and the references, (references, ``size``, ``size``, 3) in [0, 1].
-
-    Raises:
-        InputError: A mask is empty.
-    """
-    prepared = torch.cat(
-        [
-            prepare_reference_image(image, mask, size=size, fill=options.fill)[0]
-            for image, mask in images
-        ]
+def open_pipeline(options: GenerateOptions) -> DreamCachePipeline:
+    """Load model and adapters; see ``DreamCachePipeline.from_files``."""
+    return DreamCachePipeline.from_files(
+        options.model,
+        options.adapters,
+        config=options.config,
+        device=options.device,
+        dtype=options.dtype,
+        scheduler=options.scheduler,
     )
-    reference = pipeline.encode_reference(
-        prepared, timestep=adapters.info.timestep, layers=adapters.layers
-    )
-    return ReferenceUse(reference, adapters, options.scale), prepared
 
 
 def sample_image(

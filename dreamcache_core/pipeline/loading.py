@@ -41,11 +41,7 @@ def load_pipeline(
 ) -> Any:
     """Load a diffusers pipeline to generate with; see ``DreamCachePipeline.from_files``."""
     where = choose_device(device)
-    if dtype == "auto":
-        dtype = "float16" if where.type in ("cuda", "xpu") else "float32"
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be auto, {', '.join(DTYPES)}; given {dtype!r}.")
-    pipeline = load_diffusers_pipeline(model, config=config, dtype=DTYPES[dtype])
+    pipeline = load_diffusers_pipeline(model, config=config, dtype=choose_dtype(dtype, where))
     if scheduler == "ddim":
         pipeline.scheduler = require_diffusers().DDIMScheduler.from_config(
             pipeline.scheduler.config,
@@ -79,6 +75,23 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used: {reason}. Try auto.") from error
     return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Find the float type to compute in.
+
+    Args:
+        name: A key of ``DTYPES``; ``auto``: float16 on CUDA and XPU devices, else float32.
+        device: Where.
+
+    Raises:
+        InputError: There is no such float type.
+    """
+    if name == "auto":
+        return torch.float16 if device.type in ("cuda", "xpu") else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"dtype must be auto, {', '.join(DTYPES)}; given {name!r}.")
+    return DTYPES[name]
 
 
 def load_diffusers_pipeline(

@@ -9,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from ..config import check_range
 from ..errors import InputError, StateError, UnsupportedModelError
 from ..images.files import ImageFile
 from ..images.reference_files import prepare_references, read_references
@@ -160,17 +161,27 @@ class DreamCachePipeline:
             InputError: A file is missing, or an image, a mask or a number is unfit.
             StateError: The pipeline was made without adapters.
         """
+        references = read_references(_as_list(files), _as_list(masks))
+        size = size or min(self.default_size_px)
+        return self.use_reference(prepare_references(references, size=size, fill=fill), scale)
+
+    def use_reference(self, image: Tensor, scale: float = 1.0) -> ReferenceUse:
+        """Turn prepared images of one subject into what ``__call__`` uses, with the pipeline's adapters.
+
+        Args:
+            image: As ``encode_reference`` takes them.
+            scale: Strength, unitless: 0 is exactly the plain model, 1 as trained.
+
+        Raises:
+            InputError: An image is unfit.
+            StateError: The pipeline was made without adapters.
+        """
         if self.adapters is None:
             raise StateError(
                 "Expected a pipeline with adapters. Make it with DreamCachePipeline.from_files(model, adapters)."
             )
-        references = read_references(_as_list(files), _as_list(masks))
-        size = size or min(self.default_size_px)
-        reference = self.encode_reference(
-            prepare_references(references, size=size, fill=fill),
-            timestep=self.adapters.info.timestep,
-            layers=self.adapters.layers,
-        )
+        info = self.adapters.info
+        reference = self.encode_reference(image, timestep=info.timestep, layers=info.layout.layers)
         return ReferenceUse(reference, self.adapters, scale)
 
     @torch.no_grad()
@@ -245,6 +256,7 @@ class DreamCachePipeline:
         image_range: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
         width: int | None = None,
+        num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
         callback: Callback | None = None,
         output_type: OutputType = "pil",
@@ -255,7 +267,7 @@ class DreamCachePipeline:
         references are computed once per call. Where no use is active this is ordinary classifier-free guidance.
 
         Args:
-            prompt: What to show; several prompts, or one several times, give a batch.
+            prompt: What to show; several prompts give a batch.
             uses: References with their adapters, one or several. Unfused adapters are fused once per adapter set, to
                 the U-Net's float type and device.
             negative_prompt: One for all prompts, or one each.
@@ -269,13 +281,14 @@ class DreamCachePipeline:
                 cheaper. See ``Guidance``.
             height: Of the new images in pixels, a multiple of 8; ``None``: that of ``latents``, else the model's own.
             width: Likewise.
+            num_images_per_prompt: Images for each prompt.
             latents: Start noise of unit variance, (images, channels, height / 8, width / 8); ``None``: drawn.
             callback: Called after every step with the step's index, the timestep and the latents.
             output_type: ``pil``, ``pt`` or ``latent``.
 
         Returns:
-            An image for each prompt. ``pil``: a list of them; ``pt``: (images, 3, height, width), float in [0, 1];
-            ``latent``: scaled latents, (images, channels, height / 8, width / 8).
+            ``pil``: a list of images; ``pt``: (images, 3, height, width), float in [0, 1]; ``latent``: scaled latents,
+            (images, channels, height / 8, width / 8). Image r of prompt p is at p * num_images_per_prompt + r.
 
         Raises:
             InputError: An argument is out of range, or the result is not finite.
@@ -283,7 +296,11 @@ class DreamCachePipeline:
         """
         rule = Guidance(image_guidance_scale, guidance, image_range)
         check_settings(guidance_scale, num_inference_steps, self.pipeline.scheduler, output_type)
-        prompts, negatives = list_of_prompts(prompt, negative_prompt)
+        check_range("num_images_per_prompt", num_images_per_prompt, 1)
+        prompts, negatives = (
+            [text for text in texts for _ in range(num_images_per_prompt)]
+            for texts in list_of_prompts(prompt, negative_prompt)
+        )
         generators = list_of_generators(generator, len(prompts))
         ready = self._ready(uses, len(prompts))
         if not any(use.is_active for use in ready):

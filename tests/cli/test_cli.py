@@ -304,7 +304,7 @@ def test_interruption_is_no_traceback(files, tmp_path, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dreamcache_core.cli.generate.load_adapters", interrupt)
+    monkeypatch.setattr("dreamcache_core.pipeline.pipeline.load_adapters", interrupt)
     assert main(arguments(files, tmp_path / "out")) == 130
     assert not (tmp_path / "out").exists()
 

@@ -19,7 +19,7 @@ from ...errors import DreamCacheError, InputError
 from ...files.whole_files import whole_file
 from ...images.reference import check_placement
 from ...pipeline.base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
-from ...pipeline.loading import require_diffusers
+from ...pipeline.loading import DTYPES, require_diffusers
 from ...processes import join
 from ..augmentation import Alterations, augment_reference
 from ..buckets import crop_target, target_sizes
@@ -29,8 +29,6 @@ from ..sources.source import Pair, PairSource, fingerprint
 from .encoded import COMPARED, IDENTITY_KEY, INDEX_FILE, EncodedIndex, require_same_set, shard_name
 
 UNFINISHED_FILE = "index.unfinished.json"
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)

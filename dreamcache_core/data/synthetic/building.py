@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...pipeline.generate import DTYPES
+from ...pipeline.loading import choose_dtype
 from ..order import sample_seed
 from ..packing import require_webdataset
 from .captions import (
@@ -123,10 +123,7 @@ class _Maker:
     def load(self) -> None:
         options, device = self.options, self.device
         self.segment = _load_segmenter(options, device)
-        if options.dtype != "auto":
-            dtype = DTYPES[options.dtype]
-        else:
-            dtype = torch.float16 if device.type in ("cuda", "xpu") else torch.float32
+        dtype = choose_dtype(options.dtype, device)
         self.text_to_image = TextToImage(
             options.model, pipeline_class=options.pipeline_class, dtype=dtype, device=device
         )

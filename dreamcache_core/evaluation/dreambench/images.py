@@ -14,14 +14,12 @@ from tqdm import tqdm
 from ...data.order import sample_seed
 from ...errors import InputError
 from ...images.files import open_image, save_png
-from ...images.reference import prepare_reference_image
-from ...method.adapter_files import load_adapters
+from ...images.reference_files import prepare_references, read_references
 from ...method.blending import ReferenceUse
 from ...pipeline.generate import (
     METADATA_KEY,
     GenerateOptions,
-    load_pipeline,
-    read_references,
+    open_pipeline,
     sample_image,
     versions,
 )
@@ -62,8 +60,7 @@ class _Maker:
 
     def __init__(self, options: DreamBenchOptions, first: GenerateOptions) -> None:
         self.options = options
-        self.adapters = load_adapters(first.adapters)
-        self.pipeline = load_pipeline(first, self.adapters)
+        self.pipeline = open_pipeline(first)
         self.size = first.size or min(self.pipeline.default_size_px)
 
     def make(self, items: Sequence[Item], device: torch.device, bar: Any) -> None:
@@ -79,13 +76,9 @@ class _Maker:
 
     def _use(self, settings: GenerateOptions) -> ReferenceUse:
         """Encode a subject's reference, once for all its images."""
-        ((image, mask),) = read_references(settings)
-        prepared, _ = prepare_reference_image(image, mask, size=self.size, fill=settings.fill)
-        info = self.adapters.info
-        reference = self.pipeline.encode_reference(
-            prepared, timestep=info.timestep, layers=self.adapters.layers
-        )
-        return ReferenceUse(reference, self.adapters, settings.scale)
+        references = read_references(settings.reference, settings.mask)
+        prepared = prepare_references(references, size=self.size, fill=settings.fill)
+        return self.pipeline.use_reference(prepared, settings.scale)
 
 
 def _settings(options: DreamBenchOptions, item: Item, device: torch.device) -> GenerateOptions:
