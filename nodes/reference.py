@@ -100,9 +100,7 @@ class ReferenceImage(io.ComfyNode):
         mask_marks: str = "subject",
     ) -> io.NodeOutput:
         """Prepare the images."""
-        mask = given_mask(mask)
-        if mask is not None and mask_marks == "background":
-            mask = 1 - mask
+        mask = given_mask(mask, mask_marks)
         prepared, subject = prepare_reference_image(
             image, mask, size=size, fill=fill, background=background
         )

@@ -99,30 +99,25 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(mask[:, None], size=(height, width), mode="area")[:, 0]
 
 
-def is_placeholder_mask(mask: Tensor) -> bool:
-    """Tell whether a mask is the stand-in for "no mask": 64 x 64, all zero.
-
-    ComfyUI's LoadImage gives it with every image that has no alpha channel. Ask before a mask
-    is inverted or resized; a placeholder says nothing about the image and counts as no mask.
+def given_mask(mask: Tensor | None, marks: str = "subject") -> Tensor | None:
+    """Return the mask of a ComfyUI input as one that marks the subject with 1.
 
     Args:
-        mask: (batch, height, width) or (height, width), any dtype.
+        mask: (batch, height, width) or (height, width) in [0, 1], or ``None``.
+        marks: What 1 in it marks, ``subject`` or ``background``.
 
     Returns:
-        True for an all-zero mask of 64 x 64.
+        The mask; ``None`` also for what Load Image gives with an image that has no alpha channel: 64 x 64, all zero.
     """
+    if mask is None:
+        return None
     side = PLACEHOLDER_SIDE_PX
-    return tuple(mask.shape[-2:]) == (side, side) and not bool(mask.any())
-
-
-def given_mask(mask: Tensor | None) -> Tensor | None:
-    """Return the mask of a ComfyUI input; ``None`` for the stand-in of ``is_placeholder_mask`` too."""
-    if mask is None or not is_placeholder_mask(mask):
-        return mask
-    logger.info(
-        "The mask is Load Image's placeholder for an image without alpha: it counts as no mask."
-    )
-    return None
+    if tuple(mask.shape[-2:]) == (side, side) and not bool(mask.any()):
+        logger.info(
+            "The mask is Load Image's placeholder for an image without alpha: it counts as no mask."
+        )
+        return None
+    return 1 - mask.float() if marks == "background" else mask
 
 
 def check_mask_aspect(mask: Tensor, height: int, width: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dreamcache_core.errors import InputError
 from dreamcache_core.images.reference import (
     check_mask_aspect,
-    is_placeholder_mask,
+    given_mask,
     prepare_reference_image,
     resize_mask,
 )
@@ -365,14 +365,14 @@ def test_resize_mask_averages_areas():
 @pytest.mark.parametrize("shape", [(64, 64), (1, 64, 64), (3, 64, 64)])
 def test_zeros_of_64_by_64_are_the_placeholder(shape: tuple[int, ...]):
     mask = torch.zeros(shape)
-    assert is_placeholder_mask(mask)
+    assert given_mask(mask) is None
     mask[..., 3, 5] = 1
-    assert not is_placeholder_mask(mask)
+    assert given_mask(mask) is not None
 
 
 def test_other_masks_are_no_placeholder():
-    assert not is_placeholder_mask(torch.zeros(1, 64, 65))
-    assert not is_placeholder_mask(torch.ones(1, 64, 64))
+    assert given_mask(torch.zeros(1, 64, 65)) is not None
+    assert given_mask(torch.ones(1, 64, 64)) is not None
 
 
 @pytest.mark.parametrize(

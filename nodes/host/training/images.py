@@ -69,13 +69,11 @@ def make_pairs(
     for batch in images:
         check_image(batch)
     flat_images = [image for batch in images for image in batch.split(1)]
-    flat_masks = _masks_of(masks, len(flat_images))
+    flat_masks = _masks_of(masks, mask_marks, len(flat_images))
     pairs: list[Pair] = []
     for number, (image, mask, caption) in enumerate(
         zip(flat_images, flat_masks, captions, strict=True), start=1
     ):
-        if mask is not None and mask_marks == "background":
-            mask = 1 - mask.float()
         try:
             subject = _usable_opacity(image, mask, number - 1)
         except InputError as error:
@@ -214,10 +212,10 @@ def encode_pairs(
     return TrainingSet(targets, references, [_normal_texts(text) for text in texts])
 
 
-def _masks_of(masks: Sequence[Tensor], num_images: int) -> list[Tensor | None]:
-    """Masks one by one, ``None`` for LoadImage's placeholders."""
+def _masks_of(masks: Sequence[Tensor], marks: str, num_images: int) -> list[Tensor | None]:
+    """Masks one by one, see ``given_mask``."""
     single = [row for mask in masks for row in mask.reshape(-1, *mask.shape[-2:]).split(1)]
-    flat = [given_mask(row) for row in single]
+    flat = [given_mask(row, marks) for row in single]
     if not any(row is not None for row in flat):
         return [None] * num_images
     if len(flat) != num_images:
