@@ -7,36 +7,35 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..config import check_range
 from ..errors import InputError
 from ..images.reference import resize_smoothly
 from ..pipeline.latents import LATENT_FACTOR
 from .sources.source import PairSource
 
+STEP = 64
+"""Every side of a bucket is a multiple of this many pixels."""
+
 MAX_ASPECT = 2.0
 """Longer side of a bucket over its shorter side, at most."""
 
 
-def aspect_buckets(resolution: int, step: int = 64) -> tuple[tuple[int, int], ...]:
+def aspect_buckets(resolution: int) -> tuple[tuple[int, int], ...]:
     """List sizes of about the area of a square, from upright to wide.
 
     Args:
-        resolution: Side of the square, pixels; at least ``step``.
-        step: Every side is a multiple of this many pixels; a multiple of 8.
+        resolution: Side of the square, pixels; at least ``STEP``.
 
     Returns:
-        Heights and widths, tallest first; with each its transpose.
+        Heights and widths, multiples of ``STEP``, tallest first; with each its transpose.
 
     Raises:
-        InputError: ``step`` is no multiple of 8, or ``resolution`` is below it.
+        InputError: ``resolution`` is too small.
     """
-    if step < 1 or step % LATENT_FACTOR or resolution < step:
-        raise InputError(
-            f"Expected a step that is a multiple of {LATENT_FACTOR} and a resolution of at least the step, got "
-            f"{step} and {resolution}. Use 64 and 512 for Stable Diffusion 1 and 2."
-        )
+    check_range("resolution", resolution, STEP)
     sizes: set[tuple[int, int]] = set()
-    for units in range(1, math.ceil(MAX_ASPECT * resolution / step) + 1):
-        one, other = units * step, round(resolution**2 / (units * step) / step) * step
+    for units in range(1, math.ceil(MAX_ASPECT * resolution / STEP) + 1):
+        one, other = units * STEP, round(resolution**2 / (units * STEP) / STEP) * STEP
         if max(one, other) <= MAX_ASPECT * min(one, other):
             sizes |= {(one, other), (other, one)}
     return tuple(sorted(sizes, key=lambda size: (-size[0], size[1])))
@@ -48,16 +47,7 @@ def bucket_choice(resolution: int, has_buckets: bool) -> tuple[tuple[int, int], 
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Find the bucket whose aspect is nearest, as a ratio of ratios; the first among equals.
-
-    Args:
-        height: Of the image, pixels.
-        width: Of the image, pixels.
-        buckets: Heights and widths to choose from.
-
-    Returns:
-        Height and width of the bucket.
-    """
+    """Find the bucket (height, width) whose aspect is nearest, as a ratio of ratios; the first among equals."""
     aspect = math.log(width / height)
     return min(buckets, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))
 
@@ -65,18 +55,10 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) 
 def target_sizes(
     source: PairSource, resolution: int, *, has_buckets: bool
 ) -> list[tuple[int, int]]:
-    """Choose the size of every target of a set.
-
-    Args:
-        source: The set; with buckets, the header of every image is read.
-        resolution: Side of the square, pixels, a multiple of 8.
-        has_buckets: Whether targets keep their aspect, as far as the buckets have it.
-
-    Returns:
-        Height and width, pixels, by index.
+    """Choose height and width, pixels, of every target of a set; with buckets, the header of every image is read.
 
     Raises:
-        InputError: ``resolution`` is unfit, or an image is too large.
+        InputError: ``resolution`` is no multiple of 8, or an image is too large.
         FileFormatError: An image cannot be read.
     """
     if resolution < LATENT_FACTOR or resolution % LATENT_FACTOR:
@@ -91,15 +73,12 @@ def target_sizes(
 
 
 def crop_target(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize an image until it just covers a size, without aliasing, and cut out its centre.
+    """Resize images until they just cover a size, without aliasing, and cut out their centre.
 
     Args:
         image: (batch, height, width, channels), float, in [0, 1].
         height: New height, pixels.
         width: New width, pixels.
-
-    Returns:
-        (batch, ``height``, ``width``, channels), in [0, 1].
     """
     old_height, old_width = image.shape[1:3]
     factor = max(height / old_height, width / old_width)

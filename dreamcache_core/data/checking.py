@@ -141,7 +141,6 @@ def training_sheet(
     resolution: int,
     num_samples: int,
     has_buckets: bool = False,
-    seed: int = 0,
     alterations: Alterations = ALL_ALTERATIONS,
 ) -> Tensor | None:
     """Show targets and references as training sees them, from the whole length of a set.
@@ -151,12 +150,10 @@ def training_sheet(
         resolution: Side of both, pixels.
         num_samples: Most pairs to show; unreadable ones are passed over.
         has_buckets: Whether targets keep their aspect.
-        seed: Seed of the augmentation.
         alterations: What may happen to references.
 
     Returns:
-        One row for each pair: target above its caption, reference above the pair's name; ``None`` where no pair can be
-        shown.
+        A contact sheet, a pair in a row; ``None`` where no pair can be shown.
     """
     sizes = bucket_choice(resolution, has_buckets)
     count = len(source.keys)
@@ -164,7 +161,7 @@ def training_sheet(
     rows: list[tuple[Tensor, Tensor]] = []
     texts: list[tuple[str, str]] = []
     for index in (place * count // num_shown for place in range(num_shown)):
-        generator = torch.Generator().manual_seed(sample_seed(seed, index))
+        generator = torch.Generator().manual_seed(sample_seed(0, index))
         try:
             pair = source.read(index)
             reference = augment_reference(
@@ -184,10 +181,7 @@ def training_sheet(
 
 
 def load_token_counter(folder: str | os.PathLike[str]) -> tuple[CountTokens, int]:
-    """Load a tokenizer.
-
-    Args:
-        folder: Folder of the tokenizer, or of a diffusers pipeline, whose first tokenizer is taken.
+    """Load a tokenizer from its folder, or the first one of a diffusers pipeline.
 
     Returns:
         A function that counts tokens, start and end included, and how many the text encoder takes.

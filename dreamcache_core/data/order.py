@@ -56,11 +56,7 @@ class SampleOrder:
 
 
 def sample_seed(seed: int, position: int) -> int:
-    """Seed of everything that is drawn at one position of a run, or for one sample of a set.
-
-    Args:
-        seed: Seed of the run or the set, at least 0.
-        position: 0-based.
+    """Seed of everything that is drawn at one position of a run, or for one sample of a set; both 0-based.
 
     Returns:
         A seed for ``torch.Generator``, in 0 ... 2^63 - 1.

@@ -68,10 +68,7 @@ class Checkpoints:
 
         Args:
             identity: What makes the run the run it is: model, data, settings.
-            resume: Whether it goes on from the newest checkpoint.
-
-        Returns:
-            The checkpoint to go on from; ``None``: begin anew.
+            resume: Whether it goes on from the newest checkpoint; else ``None`` is returned, as where there is none.
 
         Raises:
             InputError: The checkpoints are of another run; the message lists what differs.

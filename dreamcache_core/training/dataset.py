@@ -62,16 +62,13 @@ class TrainingData:
     def loader(
         self, config: TrainConfig, first: int, global_batch: int, channels: int
     ) -> DataLoader[dict[str, object]]:
-        """Make the loader of a run; it ends with the last step.
+        """Make the loader over the samples of all processes; it ends with the last step.
 
         Args:
             config: Settings of the run.
             first: Position in the run of the first sample.
             global_batch: Samples of one optimizer step over all processes.
             channels: Channels of the latents.
-
-        Returns:
-            The loader over the samples of all processes.
         """
         numbers = {size: number for number, size in enumerate(dict.fromkeys(self.sizes))}
         buckets = [numbers[size] for size in self.sizes] if len(numbers) > 1 else None

@@ -127,14 +127,10 @@ class LinearGuess:
 def observe_self_attention(
     unet: nn.Module, layers: Sequence[str]
 ) -> Iterator[Mapping[str, LinearGuess]]:
-    """Watch whole forward passes over noised references; hooks are gone at exit.
-
-    Args:
-        unet: The U-Net, called inside the context.
-        layers: Canonical names of the layers.
+    """Watch whole forward passes of a U-Net over noised references; hooks are gone at exit.
 
     Yields:
-        What is learnt of each layer.
+        What is learnt of each layer, by canonical name.
     """
     sites = select_sites(unet, tuple(layers))
     guesses = {name: LinearGuess(site.channels) for name, site in sites.items()}
@@ -156,12 +152,7 @@ def start_from_self_attention(
 ) -> None:
     """Give adapters the weights of the self-attention at their layers; ``merge`` stays as it is.
 
-    Queries read what self-attention reads; keys and values read the guess of it.
-
-    Args:
-        unet: The base model.
-        adapters: Changed in place.
-        guesses: From ``observe_self_attention``.
+    Queries read what self-attention reads; keys and values read the guess of it, from ``observe_self_attention``.
     """
     for name, site in select_sites(unet, adapters.layers).items():
         adapter: Any = adapters[name]

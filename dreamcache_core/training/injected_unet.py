@@ -157,9 +157,6 @@ class Objective:
         Args:
             model: The module as accelerate prepared it; call it inside ``until_backward``.
             batch: From ``TrainingData.loader``, on the device.
-
-        Returns:
-            A scalar.
         """
         latent, noise, timesteps = self._target_latent(batch), batch["noise"], batch["timestep"]
         text = self._text(batch)

@@ -38,13 +38,7 @@ MAX_SKIPPED = 50
 
 
 def train(run: Run) -> Path:
-    """Train.
-
-    Args:
-        run: From ``open_run``.
-
-    Returns:
-        File of the finished adapters.
+    """Train, and return the file of the finished adapters.
 
     Raises:
         InputError: A sample cannot be read, or there is no room for a checkpoint.
@@ -157,13 +151,7 @@ class Loop:
                 meter.resume()
 
     def take(self, batch: Mapping[str, Any]) -> TakenStep | None:
-        """Take a batch in, and with the last batch of a step take the step.
-
-        Args:
-            batch: From the loader.
-
-        Returns:
-            What the step was like; ``None`` within a step.
+        """Take a batch in, and with the last batch of a step take the step; ``None`` is returned within a step.
 
         Raises:
             InputError: A sample of the batch could not be read.

@@ -53,16 +53,7 @@ class NoiseSchedule:
         return signal * latent + sigma * noise
 
     def target(self, latent: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the model should predict: the noise, or ``v = sqrt(abar_t) * noise - sqrt(1 - abar_t) * z``.
-
-        Args:
-            latent: Scaled latent, (batch, channels, height, width).
-            noise: Unit noise, same shape.
-            timesteps: Training index of each row, int64 (batch,).
-
-        Returns:
-            Same shape and dtype as ``latent``.
-        """
+        """What the model should predict: the noise, or ``v = sqrt(abar_t) * noise - sqrt(1 - abar_t) * z``; see ``add_noise``."""
         if self.prediction == "epsilon":
             return noise
         signal, sigma = self._signal_and_noise(timesteps, latent)

@@ -35,9 +35,9 @@ class Plan:
         global_batch: Samples of one of them, over all processes.
         num_processes: Processes that train.
         weights: Frozen base model, on each device.
-        adapters: Adapters, gradients, the optimizer's moments and the average, on each device.
+        trained: Adapters, gradients, the optimizer's moments and the average, on each device; a checkpoint
+            holds as much, the adapters twice and no gradients.
         activations: Kept between forward and backward pass, on each device.
-        checkpoint: One checkpoint on disk.
         num_checkpoints: Kept at a time.
     """
 
@@ -47,20 +47,19 @@ class Plan:
     global_batch: int
     num_processes: int
     weights: int
-    adapters: int
+    trained: int
     activations: int
-    checkpoint: int
     num_checkpoints: int
 
     @property
     def memory(self) -> int:
         """Memory of a device, without temporary buffers."""
-        return self.weights + self.adapters + self.activations
+        return self.weights + self.trained + self.activations
 
     @property
     def disk(self) -> int:
         """Room for all checkpoints and for one that is being written."""
-        return self.checkpoint * (self.num_checkpoints + 1)
+        return self.trained * (self.num_checkpoints + 1)
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -71,9 +70,9 @@ class Plan:
             f"samples: {self.num_samples:,}",
             f"steps: {self.num_steps:,} ({per_step}{'es' if self.num_processes > 1 else ''}, {epochs:.1f} epochs)",
             f"memory of each device: about {self.memory / MIB:,.0f} MiB (base model {self.weights / MIB:,.0f}, adapters "
-            f"with gradients and optimizer {self.adapters / MIB:,.0f}, activations {self.activations / MIB:,.0f}), and "
+            f"with gradients and optimizer {self.trained / MIB:,.0f}, activations {self.activations / MIB:,.0f}), and "
             "temporary buffers",
-            f"disk: {self.disk / MIB:,.0f} MiB ({self.num_checkpoints} + 1 checkpoints of {self.checkpoint / MIB:,.0f})",
+            f"disk: {self.disk / MIB:,.0f} MiB ({self.num_checkpoints} + 1 checkpoints of {self.trained / MIB:,.0f})",
         ]
 
     def require_room(self, folder: Path, taken: int, free_memory: int | None) -> None:
@@ -89,7 +88,7 @@ class Plan:
         """
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(nearest).free
-        needed = max(self.disk - taken, self.checkpoint)
+        needed = max(self.disk - taken, self.trained)
         if free < needed:
             raise InputError(
                 f"The run needs {needed / MIB:,.0f} MiB for checkpoints in {folder}, and {free / MIB:,.0f} MiB are "

@@ -92,8 +92,6 @@ class Run:
     def plan(self) -> Plan:
         """What the run will do and need."""
         config, adapters = self.config, self.module.adapters
-        # weight, gradient and AdamW's two moments; in a checkpoint the weights twice, for training and for use
-        trained = adapters.nbytes * (4 + (config.ema_decay is not None))
         return Plan(
             num_parameters=adapters.num_parameters,
             num_samples=len(self.data),
@@ -101,7 +99,8 @@ class Run:
             global_batch=self.global_batch,
             num_processes=self.accelerator.num_processes,
             weights=sum(weight.nbytes for part in self.base.parts for weight in part.parameters()),
-            adapters=trained,
+            # weight, gradient and AdamW's two moments
+            trained=adapters.nbytes * (4 + (config.ema_decay is not None)),
             activations=estimate_saved_bytes(
                 self.module,
                 batch_size=config.batch_size,
@@ -110,7 +109,6 @@ class Run:
                 dtype=self.base.pipeline.dtype,
                 is_checkpointed=config.gradient_checkpointing,
             ),
-            checkpoint=trained,
             num_checkpoints=config.keep_checkpoints,
         )
 

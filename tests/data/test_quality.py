@@ -120,5 +120,5 @@ def test_an_image_that_overflowed_in_one_pixel_is_blank(value: float) -> None:
     ],
 )
 def test_limits_outside_their_range_are_refused(limits: dict[str, float]) -> None:
-    with pytest.raises(InputError, match="Expected"):
+    with pytest.raises(InputError, match=r"min_area|min_main_share"):
         QualityLimits(**limits)  # pyright: ignore[reportArgumentType]

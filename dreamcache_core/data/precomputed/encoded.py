@@ -172,11 +172,7 @@ def shard_name(number: int) -> str:
 
 
 def require_same_set(index: EncodedIndex, wanted: Mapping[str, object]) -> None:
-    """Refuse a precomputed set that was made from something else than what it is used with.
-
-    Args:
-        index: What the set says of itself.
-        wanted: Expected value by field of ``EncodedIndex``.
+    """Refuse a precomputed set that was made from something else than ``wanted``, values by field of its index.
 
     Raises:
         InputError: A field differs; the message names all that do.

@@ -86,13 +86,7 @@ class EncodeOptions(Config):
 
 
 def encode_dataset(options: EncodeOptions) -> Path:
-    """Encode a set; a run that was cut off goes on where it stopped, several processes share the shards.
-
-    Args:
-        options: What to do.
-
-    Returns:
-        The folder.
+    """Encode a set into its folder; several processes share the shards, and what was cut off goes on where it stopped.
 
     Raises:
         DreamCacheError: Bad input; the message says what and what to do.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import DreamCacheError, InputError
@@ -30,12 +29,6 @@ def open_source(path: str | os.PathLike[str]) -> PairSource:
 
     Shards or parquet files that hold no pair are passed over for images beside them, with a warning.
 
-    Args:
-        path: File or folder.
-
-    Returns:
-        The set; its ``problems`` name what was left out as incomplete.
-
     Raises:
         InputError: It has none of the known forms, or no complete pair.
         FileFormatError: It has one, but cannot be read.
@@ -57,20 +50,17 @@ def open_source(path: str | os.PathLike[str]) -> PairSource:
 
 def _open_folder(path: Path) -> PairSource:
     if shard_files(path):
-        return _open_packed(path, ShardSource, "tar files")
-    if parquet_files(path):
-        return _open_packed(path, Subjects200KSource, "parquet files")
-    try:
-        return FolderSource(path)
-    except InputError as error:
-        raise InputError(f"{error} A training set is {FORMS}.") from error
-
-
-def _open_packed(path: Path, form: Callable[[Path], PairSource], name: str) -> PairSource:
-    """Open a folder of shards or parquet files; if they are none, they may lie there by chance."""
+        form, name = ShardSource, "tar files"
+    elif parquet_files(path):
+        form, name = Subjects200KSource, "parquet files"
+    else:
+        try:
+            return FolderSource(path)
+        except InputError as error:
+            raise InputError(f"{error} A training set is {FORMS}.") from error
     try:
         return form(path)
-    except DreamCacheError as error:
+    except DreamCacheError as error:  # perhaps they lie there by chance
         try:
             source = FolderSource(path)
         except InputError:

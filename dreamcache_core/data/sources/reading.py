@@ -53,18 +53,11 @@ class MaskError(InputError):
 
 
 def image_size(file: ImageFile, name: str | None = None) -> tuple[int, int]:
-    """Read the size of an image, as it is meant to be seen, from its header.
-
-    Args:
-        file: An image file.
-        name: What to call it in messages; ``None``: the file's own name.
-
-    Returns:
-        Height and width, pixels.
+    """Read height and width of an image in pixels, as it is meant to be seen, from its header.
 
     Raises:
         InputError: There is no such file, or the image is too large.
-        FileFormatError: It is no image.
+        FileFormatError: It is no image; the message calls it ``name``, or by its own name.
     """
     with open_image(file, name) as image:
         width, height = image.size
@@ -79,14 +72,7 @@ def image_size(file: ImageFile, name: str | None = None) -> tuple[int, int]:
 
 
 def stamp_files(root: Path, files: Iterable[str]) -> str:
-    """Tell the state of files without reading them.
-
-    Args:
-        root: Folder of the set; what is below it goes by its place there.
-        files: Their paths.
-
-    Returns:
-        Name, size in bytes and time of change in nanoseconds of each.
+    """Tell name, size in bytes and time of change in nanoseconds of files; those below ``root`` go by their place there.
 
     Raises:
         InputError: A file is not there.
@@ -233,15 +219,7 @@ def printable(text: str) -> str:
 
 
 def require_pairs(path: Path, num_pairs: int, problems: Sequence[str]) -> tuple[str, ...]:
-    """Say what was left out of a set; refuse a set of which nothing is left.
-
-    Args:
-        path: The set.
-        num_pairs: Complete pairs.
-        problems: What was left out, and why, one sentence each.
-
-    Returns:
-        The problems, printable.
+    """Say what was left out of a set, and return it printable; refuse a set of which nothing is left.
 
     Raises:
         InputError: There is no complete pair.

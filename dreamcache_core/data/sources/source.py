@@ -66,16 +66,10 @@ class PairSource(Protocol):
 
 
 def fingerprint(source: PairSource) -> str:
-    """Identify a set by the names of its pairs and the sizes and times of their files.
+    """Identify a set by the names of its pairs and the sizes and times of their files: SHA-256 as hexadecimal text.
 
     A run resumes only on the set that it began with, and a precomputed set serves it alone. A copy is the same set
     where it keeps the times (``cp -p``, ``rsync -a``, ``tar``).
-
-    Args:
-        source: The set.
-
-    Returns:
-        SHA-256 as hexadecimal text.
     """
     digest = hashlib.sha256()
     for index, key in enumerate(source.keys):

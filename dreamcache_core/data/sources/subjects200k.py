@@ -70,8 +70,8 @@ class Subjects200KSource:
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the target, pixels, from the row's header."""
-        left, top, right, bottom = self._boxes(*self._image(index))[index % 2]
-        return bottom - top, right - left
+        side, _, _ = _squares(*self._image(index))
+        return side, side
 
     def caption(self, index: int) -> str:
         """Description of the target; empty where there is none."""
@@ -81,26 +81,22 @@ class Subjects200KSource:
     def read(self, index: int) -> Pair:
         """Read a pair."""
         data, name = self._image(index)
-        boxes = self._boxes(data, name)
+        side, top, lefts = _squares(data, name)
         image, _ = read_image(data, name)
         target, subject = (
-            image[:, top:bottom, left:right].contiguous()
-            for left, top, right, bottom in (boxes[index % 2], boxes[1 - index % 2])
+            image[:, top : top + side, left : left + side].contiguous()
+            for left in (lefts[index % 2], lefts[1 - index % 2])
         )
         return Pair(target, subject, None, self.caption(index))
 
     def _good_rows(self) -> list[int]:
+        count = len(self._table)
         if "quality_assessment" not in self._table.column_names:
-            return list(range(len(self._table)))
+            return list(range(count))
         ratings = self._table.data.column("quality_assessment").to_pylist()
         rows = [row for row, rating in enumerate(ratings) if _is_good(rating)]
-        logger.info(
-            "%s: %d of %d rows are left out, as a quality score is below %d.",
-            self.path,
-            len(self._table) - len(rows),
-            len(self._table),
-            LOWEST_SCORE,
-        )
+        text = "%s: %d of %d rows are left out, as a quality score is below %d."
+        logger.info(text, self.path, count - len(rows), count, LOWEST_SCORE)
         return rows
 
     def _image(self, index: int) -> tuple[bytes, str]:
@@ -113,19 +109,18 @@ class Subjects200KSource:
             )
         return image["bytes"], name
 
-    def _boxes(self, data: bytes, name: str) -> tuple[tuple[int, int, int, int], ...]:
-        """Find both images: squares, as far from the left border as from the right one."""
-        height, width = image_size(data, name)
-        side = height - height % SIDE_STEP
-        border = (height - side) // 2
-        if not 0 < 2 * (side + border) <= width < 3 * side:
-            raise FileFormatError(
-                f"Expected two squares side by side in {name}, got one image of {width} x {height} (width x "
-                "height). Is this Subjects200K?"
-            )
-        right = width - border - side
-        bottom = border + side
-        return (border, border, border + side, bottom), (right, border, right + side, bottom)
+
+def _squares(data: bytes, name: str) -> tuple[int, int, tuple[int, int]]:
+    """Find both images, as far from the left border as from the right one: side, top, left of each."""
+    height, width = image_size(data, name)
+    side = height - height % SIDE_STEP
+    border = (height - side) // 2
+    if not 0 < 2 * (side + border) <= width < 3 * side:
+        raise FileFormatError(
+            f"Expected two squares side by side in {name}, got one image of {width} x {height} (width x "
+            "height). Is this Subjects200K?"
+        )
+    return side, border, (border, width - border - side)
 
 
 def parquet_files(path: Path) -> list[Path]:

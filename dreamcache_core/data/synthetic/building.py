@@ -100,14 +100,7 @@ def build(
 
 
 def summarise(options: BuildOptions) -> BuildSummary:
-    """Count what all processes kept and rejected, once all have ended.
-
-    Args:
-        options: What was built.
-
-    Returns:
-        The counts, the most frequent reason first.
-    """
+    """Count what all processes kept and rejected, once all have ended; the most frequent reason first."""
     count = _count(options, _captions(options))
     rejections = read_rejections(Path(options.out))
     reasons = Counter(reason for number, reason in rejections.items() if number < count)
@@ -123,9 +116,11 @@ class _Maker:
     def load(self) -> None:
         options, device = self.options, self.device
         self.segment = _load_segmenter(options, device)
-        dtype = choose_dtype(options.dtype, device)
         self.text_to_image = TextToImage(
-            options.model, pipeline_class=options.pipeline_class, dtype=dtype, device=device
+            options.model,
+            pipeline_class=options.pipeline_class,
+            dtype=choose_dtype(options.dtype, device),
+            device=device,
         )
 
     def make(self, batch: Sequence[Sample]) -> None:

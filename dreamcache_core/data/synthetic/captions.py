@@ -57,18 +57,10 @@ def read_captions(path: str | Path) -> list[Caption]:
 def combine_lists(
     subjects: str | Path = SUBJECTS_FILE, contexts: str | Path = CONTEXTS_FILE, *, seed: int = 0
 ) -> list[Caption]:
-    """Put every subject into every context, in an order drawn from the seed.
+    """Put every subject into every context, each on a line of its file, in an order drawn from the seed.
 
     Source: DreamCache, captions of the form "<subject>, <context>". Differs from it in: both come from lists, not
     from a language model.
-
-    Args:
-        subjects: UTF-8 text, one per line.
-        contexts: UTF-8 text, one per line.
-        seed: Of the order.
-
-    Returns:
-        All pairs, each once.
 
     Raises:
         InputError: A file is missing, empty or no UTF-8 text.

@@ -73,10 +73,7 @@ class BuildFolder:
         self._rejected = set(read_rejections(root))
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse a folder that holds something else, or a set built from something else.
-
-        Args:
-            settings: What the set is built from, as JSON can hold it.
+        """Refuse a folder that holds something else, or a set built from other settings.
 
         Raises:
             InputError: It does; the message names the difference.
@@ -158,11 +155,7 @@ class BuildFolder:
         self._rejected.add(sample.number)
 
     def pack(self, samples: Sequence[Sample]) -> None:
-        """Move the decided samples of one shard into it; none is written where all were rejected.
-
-        Args:
-            samples: All samples of the shard, in order.
-        """
+        """Move the decided samples of one shard into it, given all of them; none is written where all were rejected."""
         loose = self._home(samples[0])
         shard = loose.with_suffix(".tar")
         kept = [sample for sample in samples if sample.number not in self._rejected]

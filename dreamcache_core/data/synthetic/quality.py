@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...config import check_range
 from ...errors import InputError
 from ...packages import require
 
@@ -44,10 +45,7 @@ class QualityLimits:
                 f"Expected 0 <= min_area <= max_area <= 1, got {self.min_area} and {self.max_area}. They are shares "
                 "of the image's area."
             )
-        if not 0 <= self.min_main_share <= 1:
-            raise InputError(
-                f"Expected min_main_share in [0, 1], got {self.min_main_share}. It is a share of the mask's area."
-            )
+        check_range("min_main_share", self.min_main_share, 0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,13 +103,9 @@ def judge_mask(mask: Tensor, limits: QualityLimits) -> Verdict:
 
 
 def largest_component(mask: Tensor) -> Tensor:
-    """Keep the largest connected part of a mask; pixels that meet at a corner are connected.
+    """Keep the largest connected part of a mask, (1, height, width) bool; the first in reading order among equals.
 
-    Args:
-        mask: (1, height, width), bool.
-
-    Returns:
-        Same shape; of equally large parts the first in reading order; empty for an empty mask.
+    Pixels that meet at a corner are connected.
 
     Raises:
         MissingPackageError: SciPy is not installed.

@@ -16,22 +16,21 @@ AUTO_CLASS = "AutoPipelineForText2Image"
 
 
 class TextToImage:
-    """A loaded pipeline."""
+    """A loaded pipeline.
+
+    Args:
+        folder: Local diffusers folder.
+        pipeline_class: Name of a class of diffusers; ``AutoPipelineForText2Image`` reads it from the folder.
+        dtype: Float type of the weights.
+        device: Where it runs.
+
+    Raises:
+        DreamCacheError: The folder is missing, damaged or no text-to-image model, or there is no such class.
+    """
 
     def __init__(
         self, folder: str, *, pipeline_class: str, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Load the pipeline.
-
-        Args:
-            folder: Local diffusers folder.
-            pipeline_class: Name of a class of diffusers; ``AutoPipelineForText2Image`` reads it from the folder.
-            dtype: Float type of the weights.
-            device: Where it runs.
-
-        Raises:
-            DreamCacheError: The folder is missing, damaged or no text-to-image model, or there is no such class.
-        """
         self.pipeline: Any = _load_pipeline(Path(folder), pipeline_class, dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
 
