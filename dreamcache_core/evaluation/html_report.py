@@ -29,14 +29,12 @@ class Table:
     Attributes:
         title: Heading.
         columns: Heading of each column.
-        rows: Cells of each row, as many as columns. Floats are shown with ``decimals``, ``None`` as a dash.
-        decimals: Digits after the point.
+        rows: Cells of each row, as many as columns. Floats are shown with three decimals, ``None`` as a dash.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float | None]]
-    decimals: int = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +118,10 @@ def _check_table(table: Table) -> None:
             )
 
 
-def _cell(value: str | float | None, decimals: int) -> str:
+def _cell(value: str | float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _data_url(image: ImageFile | Tensor, side_px: int) -> str:

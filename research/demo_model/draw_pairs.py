@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.config import Config
@@ -93,16 +92,12 @@ def _draw_chunk(start: int, *, out: Path, count: int, seed: int) -> list[str]:
         subject, scene = draw_known_subject(random), draw_scene(random)
         target = render(subject, scene, draw_pose(random, scene), random)
         names = {"image": f"{index:06d}.png", "subject": f"{index:06d}_subject.png"}
-        _save(target, out / names["image"])
-        _save(render_cutout(subject, random), out / names["subject"])
+        for kind, image in (("image", target), ("subject", render_cutout(subject, random))):
+            image.save(out / names[kind], compress_level=1)
         # neither colours nor pattern: what the caption tells, adapters need not look for in the reference
         caption = write_caption(subject, scene, random, name_pattern=False)
         lines.append(json.dumps({**names, "caption": caption}))
     return lines
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    image.save(path, compress_level=1)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -107,14 +107,12 @@ def _draw_chunk(
         subject, scene = draw_subject(random), draw_scene(random, list(BACKGROUNDS))
         if random.random() < TWIN_RATE:
             scene = Scene(scene.background, has_twin=True)
-            pose, twin = draw_twin_poses(random)
+            poses = draw_twin_poses(random)
         else:
-            pose, twin = draw_pose(random, scene), None
-        images.append(np.asarray(render(subject, scene, pose, random, twin=twin)))
-        mask = subject_masks(subject, pose)[0]
-        if twin:
-            mask = mask | subject_masks(subject, twin)[0]
-        subjects.append(_reached_patches(mask))
+            poses = [draw_pose(random, scene)]
+        images.append(np.asarray(render(subject, scene, poses[0], random, *poses[1:])))
+        masks = [subject_masks(subject, pose)[0] for pose in poses]
+        subjects.append(_reached_patches(np.any(masks, axis=0)))
         captions.append([write_caption(subject, scene, random) for _ in range(WORDINGS)])
     return np.stack(images), np.stack(subjects), captions
 

@@ -36,7 +36,7 @@ from .results import (
     read_judgements,
     require_same_settings,
 )
-from .sampling import batches, generate_images
+from .sampling import generate_images
 from .tables import Evidence
 from .triples import (
     EVIDENCE_SEED,
@@ -183,14 +183,16 @@ class _Session:
         left = [triple for triple in triples if (triple.group, triple.index) not in done]
         adapters = self._adapters(condition.adapters)
         with tqdm(total=len(left), desc=condition.name, disable=not left) as bar:
-            for batch in batches(left, self.options.batch_size):
+            for start in range(0, len(left), self.options.batch_size):
+                batch = left[start : start + self.options.batch_size]
                 images = generate_images(
                     self.pipeline, adapters, batch, condition, steps=self.options.steps
                 )
                 keep_images(folder, batch, images)
                 append_lines(path, map(asdict, judge(batch, images, self.classifier)))
                 bar.update(len(batch))
-        return _in_order(read_judgements(path), triples)
+        by_triple = {(row.group, row.index): row for row in read_judgements(path)}
+        return [by_triple[triple.group, triple.index] for triple in triples]
 
     def _adapters(self, name: str | None) -> AdapterSet | None:
         if name is None:
@@ -226,9 +228,3 @@ def _variant_names(options: DemoEvaluationOptions) -> list[str]:
             f"There is no folder {folder}. Give --variants the trained variants' folder."
         )
     return sorted(path.stem for path in folder.glob(f"*{VARIANT_SUFFIX}"))
-
-
-def _in_order(rows: Sequence[Judgement], triples: Sequence[Triple]) -> list[Judgement]:
-    """Sort rows as the triples are, and leave out those of triples that were not asked for."""
-    by_key: dict[Any, Judgement] = {(row.group, row.index): row for row in rows}
-    return [by_key[triple.group, triple.index] for triple in triples]

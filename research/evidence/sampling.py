@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -56,12 +56,6 @@ def generate_images(
         output_type="pt",
     )
     return (images.permute(0, 2, 3, 1) * 255.0).round().byte().cpu().numpy()
-
-
-def batches(triples: Sequence[Triple], size: int) -> Iterator[Sequence[Triple]]:
-    """Cut a list of triples into batches."""
-    for start in range(0, len(triples), size):
-        yield triples[start : start + size]
 
 
 def _encode(

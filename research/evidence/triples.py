@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,16 +117,8 @@ def draw_triples(
 
 def _draw_triple(seed: int, group: Group, shapes: tuple[str, ...], index: int) -> Triple:
     random = np.random.default_rng((seed, GROUPS.index(group), index))
-    subject = _draw_until(
-        lambda: draw_subject(random, shapes[index % len(shapes)]), lambda found: found.is_unseen
-    )
+    while not (subject := draw_subject(random, shapes[index % len(shapes)])).is_unseen:
+        pass
     scene = draw_scene(random)
     prompt = write_caption(subject, scene, random, name_pattern=False)
     return Triple(index, group, subject, scene, prompt, int(random.integers(2**31)), seed)
-
-
-def _draw_until(draw: Callable[[], Subject], fits: Callable[[Subject], bool]) -> Subject:
-    subject = draw()
-    while not fits(subject):
-        subject = draw()
-    return subject

@@ -90,7 +90,7 @@ def test_twins_stand_apart_and_look_alike():
         left, right = draw_twin_poses(source)
         masks = [subject_masks(HALVES, pose)[0] for pose in (left, right)]
         assert not (masks[0] & masks[1]).any()
-        twins = np.asarray(render(HALVES, Scene("paper"), left, random(), twin=right))
+        twins = np.asarray(render(HALVES, Scene("paper"), left, random(), right))
         for pose, mask in zip((left, right), masks, strict=True):
             alone = np.asarray(render(HALVES, Scene("paper"), pose, random()))
             assert np.array_equal(twins[mask], alone[mask])

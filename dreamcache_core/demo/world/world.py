@@ -234,12 +234,7 @@ def in_subject_frame(x: np.ndarray, y: np.ndarray, pose: Pose) -> tuple[np.ndarr
 
 
 def render(
-    subject: Subject,
-    scene: Scene,
-    pose: Pose,
-    random: np.random.Generator,
-    *,
-    twin: Pose | None = None,
+    subject: Subject, scene: Scene, pose: Pose, random: np.random.Generator, *twins: Pose
 ) -> Image.Image:
     """Draw a subject in a scene.
 
@@ -248,7 +243,7 @@ def render(
         scene: The background; its size and place are the pose's business.
         pose: Where the subject is.
         random: Source of what varies in the background.
-        twin: Where the subject is once more, if it is.
+        twins: Where the subject is once more, if it is.
 
     Returns:
         RGB image of 128 x 128.
@@ -257,7 +252,7 @@ def render(
     image = np.array(paint_background(scene.background, size, random))
     y, x = (np.mgrid[:size, :size] + 0.5) / size
     colours = np.array(subject.colours, dtype=np.uint8)
-    for place in (pose, twin) if twin else (pose,):
+    for place in (pose, *twins):
         whole, inner = subject_masks(subject, place, size)
         image[whole] = OUTLINE
         frame = in_subject_frame(x[inner], y[inner], place)
