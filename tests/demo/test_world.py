@@ -1,10 +1,12 @@
 """The demo world: what is drawn, what captions say, and what adapter training never sees."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 
+from dreamcache_core.demo.files import demo_folder
 from dreamcache_core.demo.world.backgrounds import BACKGROUNDS
 from dreamcache_core.demo.world.patterns import PATTERNS
 from dreamcache_core.demo.world.shapes import SHAPES, UNSEEN_SHAPES
@@ -72,7 +74,17 @@ def test_caption_reads_as_english():
         for seed in range(40)
     }
     assert "an umbrella on the grass, left" in captions
-    assert "an image of an umbrella in a meadow, on the left" in captions
+    assert "a picture of an umbrella in a meadow, on the left" in captions
+
+
+def test_every_word_of_a_caption_is_a_token_that_the_shipped_model_has_learnt():
+    vocabulary = (demo_folder() / "model" / "tokenizer" / "vocab.json").read_text(encoding="utf-8")
+    source = random()
+    words: set[str] = set()
+    for _ in range(2000):
+        subject, scene = draw_subject(source), draw_scene(source, list(BACKGROUNDS))
+        words.update(re.findall(r"[a-z]+", write_caption(subject, scene, source)))
+    assert {f"{word}</w>" for word in words} <= set(json.loads(vocabulary))
 
 
 def test_caption_of_twins_keeps_the_shape_in_the_singular():

@@ -297,7 +297,8 @@ def write_caption(
     pattern = PATTERNS[subject.pattern].word if name_pattern else ""
     phrase = str(random.choice(BACKGROUNDS[scene.background].phrases))
     place = str(random.choice(PLACE_WORDS[scene.place]))
-    opening = str(random.choice(["", "", "an image of ", "a drawing of "]))
+    # the shipped text encoder learnt these very words: "picture" is a token of it, "image" is none
+    opening = str(random.choice(["", "", "a picture of ", "a drawing of "]))
     thing = with_article(" ".join(word for word in (size, pattern, subject.shape) if word))
     twin = " and its twin" if scene.has_twin else ""
     return f"{opening}{thing}{twin} {phrase}{place and f', {place}'}"
