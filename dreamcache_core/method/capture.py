@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, StateError
-from ..images.reference import resize_mask
 from .backends import backend_for, layout_of, select_sites
 from .cache import ReferenceCache
 from .compiling import plain_module, temporary_hooks
+from .tokens import subject_tokens
 
 
 class _ForwardEnded(BaseException):
@@ -160,31 +160,6 @@ def cache_from_features(
         mask = mask.expand(len(next(iter(features.values()))), -1, -1)
         masks = {n: subject_tokens(mask, *f.shape[-2:]) for n, f in features.items()}
     return ReferenceCache(features, context_width, (height, width), timestep, seed, masks)
-
-
-def subject_tokens(mask: Tensor, height: int, width: int) -> Tensor:
-    """Decide which tokens of a layer show the subject.
-
-    A token counts when at least half of its area does; a subject too thin for that keeps its fullest token.
-
-    Args:
-        mask: (references, height, width) of the image, in [0, 1], 1 = subject.
-        height: Rows of tokens.
-        width: Columns of tokens.
-
-    Returns:
-        Bool, (references, height, width) of the layer, on the CPU; at least one token per reference.
-
-    Raises:
-        InputError: A mask is empty.
-    """
-    cover = resize_mask(mask.float().cpu(), height, width)
-    fullest = cover.flatten(1).amax(dim=1)[:, None, None]
-    if not bool((fullest > 0).all()):
-        raise InputError(
-            "The mask of a reference is empty: it must mark the subject with 1. Paint it or leave it out."
-        )
-    return cover >= fullest.clamp(max=0.5)
 
 
 def _row(value: Any, index: int, count: int) -> Any:

@@ -53,11 +53,6 @@ class Guidance(Config):
         """Whether the prediction without a reference takes part as a third term."""
         return self.mode == "separate" and self.image_guidance_scale != 1.0
 
-    @property
-    def is_always_on(self) -> bool:
-        """Whether the range is the whole run, so that nobody has to know the progress."""
-        return self.image_range == (0.0, 1.0)
-
     def at(self, progress: float) -> "Guidance":
         """Return the guidance of one step.
 

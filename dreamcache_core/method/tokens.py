@@ -1,7 +1,10 @@
-"""Which tokens of a reference are attended to: all of them, or its subject's and a digest of the background."""
+"""Which tokens of a reference are attended to: all of them, or its subject's and averages of the background."""
 
 import torch
 from torch import Tensor
+
+from ..errors import InputError
+from ..images.reference import resize_mask
 
 BACKGROUND_GROUP = 16
 """Tokens of the background that are averaged into one where the subject is marked.
@@ -9,6 +12,31 @@ BACKGROUND_GROUP = 16
 Not none of them: adapters are trained on whole images, where all of an image that is not the subject looks at the white
 around it. Without anything to look at there, colours of the subject spill over the scene.
 """
+
+
+def subject_tokens(mask: Tensor, height: int, width: int) -> Tensor:
+    """Decide which tokens of a layer show the subject.
+
+    A token counts when at least half of its area does; a subject too thin for that keeps its fullest token.
+
+    Args:
+        mask: (references, height, width) of the image, in [0, 1], 1 = subject.
+        height: Rows of tokens.
+        width: Columns of tokens.
+
+    Returns:
+        Bool, (references, height, width) of the layer, on the CPU; at least one token per reference.
+
+    Raises:
+        InputError: A mask is empty.
+    """
+    cover = resize_mask(mask.float().cpu(), height, width)
+    fullest = cover.flatten(1).amax(dim=1)[:, None, None]
+    if not bool((fullest > 0).all()):
+        raise InputError(
+            "The mask of a reference is empty: it must mark the subject with 1. Paint it or leave it out."
+        )
+    return cover >= fullest.clamp(max=0.5)
 
 
 def keep_tokens(tokens: Tensor, is_subject: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dreamcache_core.errors import FileFormatError, InputError, MismatchError, StateError
 from dreamcache_core.method.cache import ReferenceCache
-from dreamcache_core.method.capture import cache_from_features, subject_tokens
+from dreamcache_core.method.capture import cache_from_features
+from dreamcache_core.method.tokens import subject_tokens
 
 SHAPES = {"middle_block.1": (12, 2, 3), "output_blocks.4.1": (8, 4, 6)}
 

@@ -1,4 +1,4 @@
-"""The authors' numbers on two tiny U-Nets, and the weights that belong to them. See tests/data/GOLDEN.md."""
+"""The authors' numbers on two tiny U-Nets, and the weights that belong to them. See tests/golden/README.md."""
 
 import json
 import zlib
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "golden"
 CASES = ("sd21_tiny", "sd15_tiny")
 ADAPTER_MARKS = ("attn_mem.", "norm2_mem.", "linear_cat.")
 S_TEXT, S_IMAGE = 7.5, 0.4

@@ -1,7 +1,7 @@
 """A world small enough to train on in seconds: a disc on a plain ground, and a base model that knows it.
 
 Its autoencoder is written down, not trained: a latent value is the mean colour of eight by eight pixels. The weights
-of its U-Net lie in tests/data; ``python tests/support/train_tiny_world.py`` makes them again.
+of its U-Net lie in tests/golden; ``python tests/support/train_tiny_world.py`` makes them again.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from tiny_diffusers import random_unet
 from tiny_pipeline import ddim, tiny_pipeline
 from torch import Tensor
 
-UNET_FILE = Path(__file__).parents[1] / "data" / "tiny_world_unet.safetensors"
+UNET_FILE = Path(__file__).parents[1] / "golden" / "tiny_world_unet.safetensors"
 SIDE_PX = 64
 RADIUS_PX = 20
 CAPTION = "a b"

@@ -1,4 +1,4 @@
-"""Train the U-Net of the tiny world and write tests/data/tiny_world_unet.safetensors: half an hour on one core."""
+"""Train the U-Net of the tiny world and write tests/golden/tiny_world_unet.safetensors: half an hour on one core."""
 
 import sys
 import tempfile
