@@ -1,4 +1,4 @@
-"""Which layers are cached, and which models belong together. Real U-Nets: tests/backends."""
+"""Which layers are cached, and which models belong together. Real U-Nets: test_layers_diffusers."""
 
 import pytest
 from torch import nn
