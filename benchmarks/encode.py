@@ -15,7 +15,7 @@ from .arguments import settings_of
 from .flops import count_flops
 from .guided import TIMESTEP, GuidedSteps
 from .report import Bar, Report, machine, table
-from .timing import alternate, ratios, say_if_noisy
+from .timing import alternate, noise_warning, ratios
 
 PLAIN, AGAIN = "plain U-Net, one row", "the same once more"
 STOPPED, WHOLE = "DreamCache", "DreamCache, run to its end"
@@ -52,7 +52,7 @@ def measure(arguments: argparse.Namespace) -> Report:
             table(("a pass", "one plain row = 1", "counted bound"), rows),
             f"The cache holds {values / 1e6:.2f} M values: {4 * values / 1e6:.1f} MB in float32, "
             f"{2 * values / 1e6:.1f} MB in half precision.",
-            *say_if_noisy(against[AGAIN]),
+            *noise_warning(against[AGAIN]),
         ],
         figures={
             "settings": asdict(settings),

@@ -18,7 +18,7 @@ from .guided import (
     GuidedSteps,
 )
 from .report import Bar, Report, machine, table
-from .timing import alternate, ratios, say_if_noisy
+from .timing import alternate, noise_warning, ratios
 
 PROMISED = (
     ("guided step / the same three rows of the plain U-Net", DREAMCACHE, THREE_ROWS, 1.08),
@@ -71,7 +71,7 @@ def measure(arguments: argparse.Namespace) -> Report:
             bars.append(
                 Bar("textbook step / guided step, best round", textbook.high, 1.0, at_most=False)
             )
-    tables += say_if_noisy(against[THREE_ROWS_AGAIN])
+    tables += noise_warning(against[THREE_ROWS_AGAIN])
     return Report(
         name="step",
         title=(

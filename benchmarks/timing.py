@@ -61,7 +61,7 @@ def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
-def say_if_noisy(again: Spread) -> list[str]:
+def noise_warning(again: Spread) -> list[str]:
     """Say that times cannot be told apart where an action differs from itself.
 
     Args:

@@ -24,7 +24,7 @@ from benchmarks.guided import (
 from benchmarks.memory import peak_bytes
 from benchmarks.paper import count_step
 from benchmarks.report import Bar, Report, publish
-from benchmarks.timing import Spread, say_if_noisy
+from benchmarks.timing import Spread, noise_warning
 
 pytestmark = pytest.mark.diffusers
 
@@ -178,7 +178,7 @@ def test_paper_counts_what_the_benchmarks_that_compute_count():
 def test_a_machine_on_which_the_same_differs_from_itself_is_said(
     low: float, high: float, is_noisy: bool
 ):
-    lines = say_if_noisy(Spread(1.0, low, high))
+    lines = noise_warning(Spread(1.0, low, high))
     assert bool(lines) == is_noisy
     assert not lines or f"{low:.2f} to {high:.2f} times" in lines[0]
 
