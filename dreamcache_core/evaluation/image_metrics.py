@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..errors import FileFormatError, InputError, UnsupportedModelError
-from ..packages import require
-from ..pipeline.loading import quiet_loading
+from ..pipeline.transformers_loading import load_with_processor, require_kind
 
 
 def check_model_folders(*, dino: str | Path, clip: str | Path) -> None:
@@ -28,8 +25,8 @@ def check_model_folders(*, dino: str | Path, clip: str | Path) -> None:
     Raises:
         DreamCacheError: A folder is missing, or holds another kind of model.
     """
-    _require_kind(Path(dino), "dino", "vit")
-    _require_kind(Path(clip), "clip", "clip")
+    require_kind(dino, "--dino", ["vit"])
+    require_kind(clip, "--clip", ["clip"])
 
 
 class ImageEncoder(ABC):
@@ -43,12 +40,12 @@ class ImageEncoder(ABC):
         DreamCacheError: The folder is missing, damaged or holds another kind of model.
     """
 
-    parts: ClassVar[tuple[str, str, str, str]]
-    """What ``_load`` takes: name, classes of model and processor, model type."""
-
     def __init__(self, folder: str | Path, device: torch.device) -> None:
-        self.processor, model = _load(Path(folder), *self.parts)
+        self.processor, model = self._load(folder)
         self.model, self.device = model.to(device), device
+
+    @abstractmethod
+    def _load(self, folder: str | Path) -> tuple[Any, Any]: ...
 
     @torch.inference_mode()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -73,7 +70,16 @@ class DinoEncoder(ImageEncoder):
     Source: METHOD.md section 8: ViT-S/16.
     """
 
-    parts = ("dino", "ViTModel", "AutoImageProcessor", "vit")
+    def _load(self, folder: str | Path) -> tuple[Any, Any]:
+        return load_with_processor(
+            folder,
+            "--dino",
+            "ViTModel",
+            ["vit"],
+            extra="eval",
+            processor_class="AutoImageProcessor",
+            add_pooling_layer=False,
+        )
 
     def _embed(self, inputs: Any) -> Tensor:
         return self.model(**inputs).last_hidden_state[:, 0]  # of (images, 1 + patches, width)
@@ -85,7 +91,8 @@ class ClipEncoder(ImageEncoder):
     Source: METHOD.md section 8: ViT-B/32. What a text has beyond the model's limit is cut off.
     """
 
-    parts = ("clip", "CLIPModel", "AutoProcessor", "clip")
+    def _load(self, folder: str | Path) -> tuple[Any, Any]:
+        return load_with_processor(folder, "--clip", "CLIPModel", ["clip"], extra="eval")
 
     def _embed(self, inputs: Any) -> Tensor:
         return self.model.visual_projection(self.model.vision_model(**inputs).pooler_output)
@@ -126,51 +133,3 @@ def cosine_similarity(one: Tensor, other: Tensor) -> Tensor:
 
 def _unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors.float(), dim=-1).cpu()
-
-
-def _load(
-    folder: Path, flag: str, model_class: str, processor_class: str, model_type: str
-) -> tuple[Any, Any]:
-    """Load a processor and its model, and refuse a model some of whose weights are not in the files."""
-    with require("transformers", "eval"):
-        import transformers
-    _require_kind(folder, flag, model_type)
-    options: dict[str, Any] = {"local_files_only": True}
-    own = {"add_pooling_layer": False} if model_type == "vit" else {}
-    try:
-        with quiet_loading():
-            processor = getattr(transformers, processor_class).from_pretrained(folder, **options)
-            model, info = getattr(transformers, model_class).from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **own, **options
-            )
-    except Exception as error:  # damaged files make transformers raise nearly anything
-        raise FileFormatError(
-            f"{folder} could not be loaded as a {model_class} ({type(error).__name__}: {error}). Check that its files, "
-            "those of its processor too, are complete."
-        ) from error
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise FileFormatError(
-            f"Expected all weights of a {model_class} in {folder}; {len(names)} are missing, {names[0]} for one. Fetch "
-            "the model again."
-        )
-    return processor, model.eval()
-
-
-def _require_kind(folder: Path, flag: str, model_type: str) -> None:
-    """Refuse a folder that is missing or says that it holds another kind of model."""
-    if not folder.is_dir():
-        raise InputError(
-            f"Expected --{flag} to be a local model folder; there is no {folder}. Nothing is downloaded: fetch it first."
-        )
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(
-            f"Expected --{flag} to be a folder with a {model_type} model; {folder} has no config.json that names a "
-            f"model ({type(error).__name__}). Give the folder that holds config.json and the weights."
-        ) from error
-    if found != model_type:
-        raise UnsupportedModelError(
-            f"Expected --{flag} to be a folder with a {model_type} model; {folder} holds a {found} model. Give another."
-        )

@@ -182,7 +182,7 @@ class _Site:
         ]
 
     def end(self) -> None:
-        self.uses = None
+        self.uses = self.hidden_states = None
 
     def remove(self) -> None:
         for handle in self.handles:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_pipeline import tiny_pipeline
 from tiny_segmenters import save_clipseg, save_grounding_dino, save_sam
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
@@ -392,6 +393,7 @@ def test_a_model_without_an_image_to_show_is_rejected_as_blank(files, tmp_path):
         ({"segmenter_model": "{files}/sam"}, UnsupportedModelError, "holds a sam model"),
         ({"segmenter_model": "{files}/sd"}, FileFormatError, "no config.json"),
         ({"segmenter_model": "{files}/torn"}, FileFormatError, "could not be loaded"),
+        ({"segmenter_model": "{files}/lacking"}, FileFormatError, "1 are missing"),
         (
             {"segmenter": "grounded-sam", "detector_model": "{files}/sam"},
             UnsupportedModelError,
@@ -405,6 +407,10 @@ def test_bad_input_is_refused_before_anything_is_written(files, tmp_path, change
     (files / "damaged" / "model_index.json").write_text("{}")
     shutil.copytree(files / "clipseg", files / "torn", dirs_exist_ok=True)
     weights = files / "torn" / "model.safetensors"
+    tensors = load_file(weights)
+    shutil.copytree(files / "clipseg", files / "lacking", dirs_exist_ok=True)
+    tensors.pop(next(name for name in tensors if name.endswith("weight")))
+    save_file(tensors, files / "lacking" / "model.safetensors", metadata={"format": "pt"})
     weights.write_bytes(weights.read_bytes()[:100])
     changes = {key: value.format(files=files) for key, value in changes.items()}
     with pytest.raises(error, match=message):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import FileFormatError, InputError, UnsupportedModelError
 from ...images.tensors import tensor_to_image
-from ...packages import require
-from ...pipeline.loading import quiet_loading
+from ...pipeline.transformers_loading import load_with_processor
 
 
 class Segmenter(Protocol):
@@ -46,7 +42,9 @@ class ClipSegmenter:
         Raises:
             DreamCacheError: The folder is missing, damaged or holds another kind of model.
         """
-        parts = _load(model, "segmenter_model", "CLIPSegForImageSegmentation", ("clipseg",), device)
+        parts = _load(
+            model, "--segmenter_model", "CLIPSegForImageSegmentation", ("clipseg",), device
+        )
         self.processor, self.model = parts
         self.threshold, self.device = threshold, device
 
@@ -85,8 +83,8 @@ class GroundedSegmenter:
         """
         kinds = ("grounding-dino", "mm-grounding-dino")
         name = "AutoModelForZeroShotObjectDetection"
-        self.detector = _load(detector, "detector_model", name, kinds, device)
-        self.segmenter = _load(segmenter, "segmenter_model", "SamModel", ("sam",), device)
+        self.detector = _load(detector, "--detector_model", name, kinds, device)
+        self.segmenter = _load(segmenter, "--segmenter_model", "SamModel", ("sam",), device)
         self.box_threshold, self.device = box_threshold, device
 
     @torch.inference_mode()
@@ -121,40 +119,7 @@ class GroundedSegmenter:
 
 
 def _load(
-    folder: str, field: str, model_class: str, kinds: tuple[str, ...], device: torch.device
+    folder: str, flag: str, model_class: str, kinds: tuple[str, ...], device: torch.device
 ) -> tuple[Any, Any]:
-    """Load a processor and its model in float32."""
-    with require("transformers", "train"):
-        import transformers
-    _require_kind(Path(folder), field, kinds)
-    try:
-        with quiet_loading():
-            processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-            kind: Any = getattr(transformers, model_class)
-            model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    except Exception as error:  # damaged files make transformers raise nearly anything
-        raise FileFormatError(
-            f"{folder} could not be loaded as a {model_class} ({type(error).__name__}: {error}). Check that its files, "
-            "those of its processor too, are complete."
-        ) from error
-    return processor, model.eval().to(device)
-
-
-def _require_kind(folder: Path, field: str, kinds: tuple[str, ...]) -> None:
-    """Refuse a folder that is missing or says that it holds another kind of model."""
-    if not folder.is_dir():
-        raise InputError(
-            f"Expected {field} to be a local model folder; there is no {folder}. Nothing is downloaded: fetch it first."
-        )
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(
-            f"Expected {field} to be a folder with a {kinds[0]} model; {folder} has no config.json that names a model "
-            f"({type(error).__name__}). Give the folder that holds config.json and the weights."
-        ) from error
-    if found not in kinds:
-        raise UnsupportedModelError(
-            f"Expected {field} to be a folder with a {kinds[0]} model; {folder} holds a {found} model. Give another "
-            "folder, or another --segmenter."
-        )
+    processor, model = load_with_processor(folder, flag, model_class, kinds, extra="train")
+    return processor, model.to(device)
