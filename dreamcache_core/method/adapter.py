@@ -157,14 +157,14 @@ class FusedAdapter(LayerAdapter):
     ``merge`` splits into ``W_self | W_ref``, and ``W_ref . to_out`` is one matrix (METHOD.md section 4).
 
     Args:
-        adapter: The trained adapter; left as it is.
+        weights: Its weights by name; copied.
         operations: Namespace with ``Linear`` and ``LayerNorm`` (``torch.nn``, ``comfy.ops.manual_cast``).
-        dtype: Storage type of the fused weights; the products are taken in float32.
+        dtype: Storage type.
     """
 
-    def __init__(self, adapter: ReferenceAdapter, operations: Any, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], operations: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        channels = adapter.channels
+        channels = len(weights["to_q.weight"])
         common: dict[str, Any] = {"dtype": dtype, "device": "cpu"}
         self.norm = operations.LayerNorm(channels, **common)
         self.to_q = operations.Linear(channels, channels, bias=False, **common)
@@ -172,7 +172,8 @@ class FusedAdapter(LayerAdapter):
         self.to_v = operations.Linear(channels, channels, bias=False, **common)
         self.merge_self = operations.Linear(channels, channels, bias=False, **common)
         self.merge_ref = operations.Linear(channels, channels, bias=True, **common)
-        self.load_state_dict(_fused_weights(adapter))
+        # ComfyUI's layers may take over the float type of what they load
+        self.load_state_dict({name: value.to(dtype) for name, value in weights.items()})
         self.requires_grad_(False)
 
     def merge_attention(self, self_attention: Tensor, attended: Tensor) -> Tensor:
@@ -181,7 +182,15 @@ class FusedAdapter(LayerAdapter):
 
 
 @torch.no_grad()
-def _fused_weights(adapter: ReferenceAdapter) -> dict[str, Tensor]:
+def fused_weights(adapter: ReferenceAdapter) -> dict[str, Tensor]:
+    """Fold the matrices that can be multiplied beforehand (METHOD.md section 4).
+
+    Args:
+        adapter: The trained adapter of one layer; left as it is.
+
+    Returns:
+        Weights of a ``FusedAdapter`` by name, on the CPU; the products are float32.
+    """
     trained = {name: value.cpu() for name, value in adapter.state_dict().items()}
     w_self, w_ref = trained.pop("merge.weight").float().chunk(2, dim=1)
     merge_bias = trained.pop("merge.bias").float()
@@ -281,17 +290,17 @@ class AdapterSet(AdapterModules):
         )
 
     def fuse(self, operations: Any = nn, dtype: torch.dtype = torch.float32) -> FusedAdapterSet:
-        """Fold the matrices that can be multiplied beforehand (METHOD.md section 4).
+        """Fold the matrices of each layer that can be multiplied beforehand, see ``fused_weights``.
 
         Args:
             operations: Namespace with ``Linear`` and ``LayerNorm`` to build the layers from.
-            dtype: Storage type of the fused weights; the products are taken in float32.
+            dtype: Storage type of the fused weights.
 
         Returns:
             New modules on the CPU, without gradients; this set stays as it is.
         """
         fused = {
-            layer: FusedAdapter(self[layer], operations, dtype)  # pyright: ignore[reportArgumentType]
+            layer: FusedAdapter(fused_weights(self[layer]), operations, dtype)  # pyright: ignore[reportArgumentType]
             for layer in self.layers
         }
         return FusedAdapterSet(fused, self.info)

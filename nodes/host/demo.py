@@ -17,6 +17,7 @@ from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from torch import Tensor, nn
 
 from ...dreamcache_core.demo.files import DemoFiles, Part
+from .model import managed
 
 MODEL_TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
 
@@ -72,11 +73,12 @@ class DemoTextModel(comfy.clip_model.CLIPTextModel):
         self.set_input_embeddings(operations.Embedding(*size, dtype=dtype, device=device))
 
 
-def load_unet(files: DemoFiles) -> ModelPatcher:
+def load_unet(files: DemoFiles, *, disable_dynamic: bool = False) -> ModelPatcher:
     """Load the demo's U-Net.
 
     Args:
         files: The demo model's files.
+        disable_dynamic: See ``managed``.
 
     Returns:
         A MODEL under ComfyUI's memory management.
@@ -96,8 +98,11 @@ def load_unet(files: DemoFiles) -> ModelPatcher:
     config.set_inference_dtype(dtype, cast)
     model = config.get_model(weights, "").to(offload_device)
     _set_groups(model.diffusion_model, settings["norm_num_groups"])
-    model.load_model_weights(weights, "")
-    return ModelPatcher(model, load_device=device, offload_device=offload_device)
+    # ComfyUI's layers may take over the float type of what they load
+    model.load_model_weights({name: value.to(dtype) for name, value in weights.items()}, "")
+    patcher = managed(model, device, offload_device, disable_dynamic=disable_dynamic)
+    patcher.cached_patcher_init = (load_unet, (files,))
+    return patcher
 
 
 def load_clip(files: DemoFiles) -> comfy.sd.CLIP:

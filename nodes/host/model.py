@@ -1,16 +1,17 @@
 """What we ask of a MODEL, and the adapters as a model of their own under ComfyUI's memory management."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...dreamcache_core import AdapterSet, FusedAdapterSet, InputError, Layout
+from ...dreamcache_core.method.adapter import FusedAdapter
 from ...dreamcache_core.method.backends import layout_of
 from ...dreamcache_core.method.compiling import plain_module
 
@@ -54,18 +55,52 @@ def adapter_patcher(adapters: AdapterSet, model: ModelPatcher) -> ModelPatcher:
     devices = (model.load_device, model.offload_device)
     key, known = (dtype, devices), _fused.setdefault(adapters, {})
     if key not in known:
-        known[key] = _new_patcher(adapters.fuse(comfy.ops.manual_cast, dtype), *devices)
+        known[key] = _adapter_patcher(adapters.fuse(comfy.ops.manual_cast, dtype), dtype, *devices)
     return known[key]
 
 
-def _new_patcher(
-    fused: FusedAdapterSet, load_device: torch.device, offload_device: torch.device
+def _adapter_patcher(
+    fused: FusedAdapterSet,
+    dtype: torch.dtype,
+    *devices: torch.device,
+    disable_dynamic: bool = False,
 ) -> ModelPatcher:
-    patcher = ModelPatcher(fused, load_device=load_device, offload_device=offload_device)
-    # lets a ComfyUI that samples on several devices make a copy for each of them
-    patcher.cached_patcher_init = (_copy_patcher, (fused, load_device, offload_device))
+    patcher = managed(fused, *devices, disable_dynamic=disable_dynamic)
+    # lets ComfyUI make a copy: for each of several devices, or without dynamic VRAM
+    patcher.cached_patcher_init = (_copy_patcher, (fused, dtype, *devices))
     return patcher
 
 
-def _copy_patcher(fused: FusedAdapterSet, *devices: torch.device) -> ModelPatcher:
-    return _new_patcher(copy.deepcopy(fused), *devices)
+def _copy_patcher(
+    fused: FusedAdapterSet,
+    dtype: torch.dtype,
+    *devices: torch.device,
+    disable_dynamic: bool = False,
+) -> ModelPatcher:
+    copies = {
+        layer: FusedAdapter(fused[layer].state_dict(), comfy.ops.manual_cast, dtype)
+        for layer in fused.layers
+    }
+    copy = FusedAdapterSet(copies, fused.info)
+    return _adapter_patcher(copy, dtype, *devices, disable_dynamic=disable_dynamic)
+
+
+def managed(
+    module: nn.Module,
+    load_device: torch.device,
+    offload_device: torch.device,
+    *,
+    disable_dynamic: bool = False,
+) -> ModelPatcher:
+    """Put a module under ComfyUI's memory management, as its own loaders do.
+
+    Args:
+        module: The module, on ``offload_device``.
+        load_device: Where it computes.
+        offload_device: Where it waits.
+        disable_dynamic: Load all of it before use, also where ComfyUI has dynamic VRAM.
+    """
+    # one model outside dynamic VRAM makes ComfyUI free memory for the whole run by estimate
+    dynamic = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
+    kind = ModelPatcher if disable_dynamic else dynamic
+    return kind(module, load_device=load_device, offload_device=offload_device)

@@ -11,6 +11,7 @@ from dreamcache_core.method.adapter import (
     AdapterSet,
     FusedAdapter,
     ReferenceAdapter,
+    fused_weights,
     torch_attention,
 )
 from dreamcache_core.method.layers import Layout
@@ -88,7 +89,7 @@ def test_merge_of_identity_and_zero_returns_the_self_attention(adapter, states):
     )
     adapter.merge.bias.zero_()
     key, value = adapter.project_reference(reference())
-    for form in (adapter, FusedAdapter(adapter, nn, torch.float32)):
+    for form in (adapter, FusedAdapter(fused_weights(adapter), nn, torch.float32)):
         out = form(*states, key, value, heads=HEADS)
         torch.testing.assert_close(out, states[1], rtol=1e-6, atol=1e-6)
 
@@ -142,7 +143,7 @@ def test_given_attention_kernel_is_used(adapter, states):
 )
 def test_fused_adapter_equals_the_trained_one(adapter, states, dtype, tolerance):
     expected = adapter(*states, *adapter.project_reference(reference()), heads=HEADS)
-    fused = FusedAdapter(adapter, nn, dtype)
+    fused = FusedAdapter(fused_weights(adapter), nn, dtype)
     x, own, memory = (t.to(dtype) for t in (*states, reference()))
     out = fused(x, own, *fused.project_reference(memory), heads=HEADS)
     assert out.dtype == dtype
@@ -151,14 +152,14 @@ def test_fused_adapter_equals_the_trained_one(adapter, states, dtype, tolerance)
 
 def test_half_precision_adapters_are_fused_in_float32(adapter):
     half = copy.deepcopy(adapter).half()
-    fused = FusedAdapter(half, nn, torch.float32)
+    fused = FusedAdapter(fused_weights(half), nn, torch.float32)
     _, w_ref = half.merge.weight.float().chunk(2, dim=1)
     assert torch.equal(fused.state_dict()["merge_ref.weight"], w_ref @ half.to_out.weight.float())
 
 
 def test_fusing_leaves_the_trained_adapter_alone(adapter):
     before = copy.deepcopy(adapter.state_dict())
-    fused = FusedAdapter(adapter, nn, torch.float32)
+    fused = FusedAdapter(fused_weights(adapter), nn, torch.float32)
     for parameter in fused.parameters():
         parameter.zero_()
     assert all(torch.equal(value, before[key]) for key, value in adapter.state_dict().items())
@@ -168,7 +169,7 @@ def test_fusing_leaves_the_trained_adapter_alone(adapter):
 @pytest.mark.parametrize("width", [8, 24, 32])
 def test_parameter_counts_follow_the_closed_forms(width: int):
     adapter = ReferenceAdapter(width)
-    fused = FusedAdapter(adapter, nn, torch.float32)
+    fused = FusedAdapter(fused_weights(adapter), nn, torch.float32)
     assert sum(p.numel() for p in adapter.parameters()) == 6 * width**2 + 4 * width
     assert sum(p.numel() for p in fused.parameters()) == 5 * width**2 + 3 * width
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from comfy_installs import WHY_NONE, ComfyInstall, comfyui_folders
+from comfy_installs import WHY_NONE, ComfyInstall, oldest_and_newest
 from demo_exchange import write_demo_model
 from exchange import train_in_diffusers
 
@@ -25,22 +25,46 @@ collect_ignore = ["inside"]
 
 @dataclass
 class ComfyUI(ComfyInstall):
-    """One installation, and the results of the tests inside it once they ran."""
+    """One installation in one mode, and the results of the tests inside it once they ran.
 
+    Attributes:
+        vram: Bytes of a device with dynamic VRAM, less than most of the tests' models have; ``None`` without.
+    """
+
+    vram: int | None = None
     output: str = ""
     cases: dict[str, list[ElementTree.Element]] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return self.version if self.vram is None else f"{self.version}-dynamic"
 
-COMFYUIS = [ComfyUI(path) for path in comfyui_folders()]
+    @property
+    def files(self) -> list[str]:
+        """Test files that run in this mode."""
+        files = sorted(path.stem for path in INSIDE.glob("test_*.py"))
+        return [file for file in files if file != "test_dynamic_vram" or self.vram]
+
+
+FOLDERS = oldest_and_newest()
+PLAIN = [ComfyUI(folder) for folder in FOLDERS]
+# the slowest first
+COMFYUIS = [ComfyUI(c.path, 16_000_000) for c in PLAIN[-1:] if c.has_dynamic_vram] + PLAIN
 
 
 def pytest_generate_tests(metafunc):
-    if "comfyui" in metafunc.fixturenames:
-        marks = [] if COMFYUIS else [pytest.mark.skip(reason=WHY_NONE)]
-        params = COMFYUIS or [pytest.param(None, marks=marks, id="none")]
+    none = pytest.mark.skip(reason=WHY_NONE)
+    if "inside_file" in metafunc.fixturenames:
+        pairs = [
+            pytest.param((comfyui, file), id=f"{comfyui}-{file}")
+            for comfyui in COMFYUIS
+            for file in comfyui.files
+        ]
         metafunc.parametrize(
-            "comfyui", params, ids=lambda c: c.version if c else "none", scope="session"
+            "inside_file", pairs or [pytest.param(None, marks=none, id="none")], scope="session"
         )
+    elif "comfyui" in metafunc.fixturenames:
+        params = PLAIN or [pytest.param(None, marks=none, id="none")]
+        metafunc.parametrize("comfyui", params, ids=str, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +88,9 @@ def exchange(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ran_inside(tools_folder, exchange, tmp_path_factory) -> None:
-    """Run all tests of ``inside/`` in every installation, side by side."""
-    bases = [tmp_path_factory.mktemp(f"comfy-{comfyui.version}") for comfyui in COMFYUIS]
-    with ThreadPoolExecutor() as pool:
+    """Run all tests of ``inside/`` in every installation and mode, two side by side."""
+    bases = [tmp_path_factory.mktemp(f"comfy-{comfyui}") for comfyui in COMFYUIS]
+    with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(partial(run_tests, tools_folder, exchange), COMFYUIS, bases))
 
 
@@ -80,6 +104,8 @@ def run_tests(tools: Path, exchange: Path, comfyui: ComfyUI, base: Path) -> None
         "COMFYUI_BASE": str(base),
         "EXCHANGE_FOLDER": str(exchange),
     }
+    if comfyui.vram is not None:
+        env["COMFYUI_DYNAMIC_VRAM"] = str(comfyui.vram)
     options = ["-q", "-rs", "-c", str(INSIDE / "pytest.ini"), f"--junitxml={report}", str(INSIDE)]
     command = [comfyui.python, "-m", "pytest", *options]
     done = subprocess.run(command, env=env, cwd=INSIDE, capture_output=True, text=True)
@@ -99,5 +125,5 @@ def pytest_terminal_summary(terminalreporter):
                 if " passed" in line or " failed" in line
             ]
             terminalreporter.write_line(
-                f"inside ComfyUI {comfyui.version}: {(lines or ['no summary'])[-1]}"
+                f"inside ComfyUI {comfyui}: {(lines or ['no summary'])[-1]}"
             )

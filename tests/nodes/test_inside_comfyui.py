@@ -1,15 +1,11 @@
-"""The tests of ``inside/``, one result per file and ComfyUI version."""
-
-from pathlib import Path
+"""The tests of ``inside/``, one result per file, ComfyUI version and mode."""
 
 import pytest
 
-FILES = sorted(path.stem for path in (Path(__file__).parent / "inside").glob("test_*.py"))
 
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", FILES)
-def test_inside(comfyui, ran_inside, name):
+@pytest.mark.timeout(2400)
+def test_inside(inside_file, ran_inside):
+    comfyui, name = inside_file
     cases = comfyui.cases.get(name, [])
     failed = [
         case for case in cases if case.find("failure") is not None or case.find("error") is not None
@@ -19,8 +15,6 @@ def test_inside(comfyui, ran_inside, name):
         f"{case.get('name')}:\n{(case.find('failure') if case.find('failure') is not None else case.find('error')).text}"
         for case in failed
     )
-    assert cases, f"{name} ran no test in ComfyUI {comfyui.version}:\n{comfyui.output[-4000:]}"
-    assert not skipped, f"skipped in ComfyUI {comfyui.version}: {skipped}"
-    assert not failed, (
-        f"{len(failed)} of {len(cases)} failed in ComfyUI {comfyui.version}\n{details}"
-    )
+    assert cases, f"{name} ran no test in ComfyUI {comfyui}:\n{comfyui.output[-4000:]}"
+    assert not skipped, f"skipped in ComfyUI {comfyui}: {skipped}"
+    assert not failed, f"{len(failed)} of {len(cases)} failed in ComfyUI {comfyui}\n{details}"

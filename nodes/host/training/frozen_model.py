@@ -14,7 +14,7 @@ from comfy.samplers import cond_cat, encode_model_conds
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ....dreamcache_core import InputError, UnsupportedModelError
+from ....dreamcache_core import InputError, StateError, UnsupportedModelError
 from ....dreamcache_core.method.compiling import plain_module
 from ....dreamcache_core.method.layers import Layout
 from ....dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule
@@ -76,6 +76,36 @@ def check_texts(texts: Sequence[list[Any]], layout: Layout) -> None:
             "SDXL takes a pooled text state (pooled_output) with every text; the CLIP or the conditioning gave a text "
             "without one. Encode the captions with the CLIP of this model, and change nothing in the conditioning."
         )
+
+
+def wholly_loaded(model: ModelPatcher) -> ModelPatcher:
+    """Return a MODEL whose weights stay where they are from forward to backward.
+
+    With dynamic VRAM they are cast at each use, and their memory may serve others before backward reads them.
+
+    Args:
+        model: The MODEL.
+
+    Returns:
+        The MODEL itself where nothing is dynamic; else a clone with weights of its own, read again from its file.
+
+    Raises:
+        StateError: What has loaded the MODEL does not say how to read it again.
+    """
+    if not getattr(model, "is_dynamic", bool)():  # ComfyUI before 0.16 has none
+        return model
+    if model.cached_patcher_init is None:
+        raise StateError(
+            "Training needs all weights of the model in memory, and the node that loaded this one cannot load it so while "
+            "dynamic VRAM is on. Load the model with Load Checkpoint or Load Diffusion Model, or start ComfyUI with "
+            "--disable-dynamic-vram."
+        )
+    clone = model.clone(disable_dynamic=True)
+    # its Linear layers have taken over the float type of the file, in which nothing else computes
+    for layer in clone.model.diffusion_model.modules():
+        for name, weight in layer.named_parameters(recurse=False):
+            weight.data = weight.data.to(dtype=getattr(layer, f"{name}_comfy_model_dtype", None))
+    return clone
 
 
 class FrozenModel:

@@ -24,7 +24,7 @@ from ....dreamcache_core.training.initialisation import (
 from ....dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule, denoising_loss
 from ..model import compute_dtype
 from ..sampling import LoadedModel, clean_clone, inside_sampling
-from .frozen_model import FrozenModel, checkpointed, frozen, noise_schedule
+from .frozen_model import FrozenModel, checkpointed, frozen, noise_schedule, wholly_loaded
 from .images import EMPTY_TEXT, TrainingSet
 
 MAX_GRAD_NORM = 1.0
@@ -86,8 +86,9 @@ def train(
 
     Raises:
         DivergedError: The loss became NaN or infinite.
+        StateError: The weights are moved in and out of the GPU as they are used, and cannot be loaded as a whole.
     """
-    clean = clean_clone(model, keep_sampling=True)
+    clean = clean_clone(wholly_loaded(model), keep_sampling=True)
     # all of the U-Net and nothing else on the device: no sampling run needs as much room
     comfy.model_management.load_models_gpu([clean], memory_required=1e20, force_full_load=True)
     training = _Training(adapters, noise_schedule(model), data, settings, after_step)

@@ -25,6 +25,12 @@ torch.set_num_threads(1)  # the models are tiny
 for folder in ("input", "output", "temp", "models", "custom_nodes", "user"):
     Path(os.environ["COMFYUI_BASE"], folder).mkdir(exist_ok=True)
 assert asyncio.run(comfy_nodes.load_custom_node(str(PACK))), "ComfyUI could not load the pack"
+if CAPACITY := os.environ.get("COMFYUI_DYNAMIC_VRAM"):
+    import dynamic_vram
+
+    dynamic_vram.enable(int(CAPACITY))
+else:
+    collect_ignore = ["test_dynamic_vram.py"]
 gc.freeze()  # what is loaded by now stays: it need not be looked through after every test
 
 

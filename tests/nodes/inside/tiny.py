@@ -1,9 +1,14 @@
 """Tiny real ComfyUI models, conditionings and adapters; and shortcuts to run nodes."""
 
 import importlib
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
+import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models
@@ -13,6 +18,7 @@ from comfy.model_patcher import ModelPatcher
 import nodes as comfy_nodes
 
 CPU = torch.device("cpu")
+IS_DYNAMIC = "COMFYUI_DYNAMIC_VRAM" in os.environ
 CORE = next(module for name, module in sys.modules.items() if name.endswith(".dreamcache_core"))
 
 
@@ -77,22 +83,81 @@ def make_model(
     *,
     dtype: torch.dtype = torch.float32,
     manual_cast: torch.dtype | None = None,
+    in_file: torch.dtype | None = None,
     seed: int = 0,
     **changes: Any,
 ) -> ModelPatcher:
-    """A MODEL with a tiny U-Net of the kind's structure and random weights."""
+    """A MODEL with a tiny U-Net of the kind's structure and random weights, as a loader makes it.
+
+    ``in_file`` is the weights' float type before they are loaded; ``None``: as ``dtype``.
+    """
+    config = _config(kind, changes)
+    config.set_inference_dtype(dtype, manual_cast)
+    known = (kind, seed, repr(changes))
+    if known not in _weights:
+        _weights[known] = _random_weights(kind, seed, changes)
+    weights = {
+        name: value.to(in_file or dtype, copy=True) for name, value in _weights[known].items()
+    }
+
+    def load(disable_dynamic: bool = False) -> ModelPatcher:
+        return new_patcher(config, weights, disable_dynamic=disable_dynamic)
+
+    model = load()
+    model.cached_patcher_init = (load, ())
+    return model
+
+
+def new_patcher(
+    config: Any, weights: dict[str, torch.Tensor], *, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """Load a U-Net's weights as ComfyUI does."""
+    model = config.get_model({}, "", device=CPU)
+    kind = (
+        ModelPatcher
+        if disable_dynamic
+        else getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
+    )
+    patcher = kind(model, load_device=comfy.model_management.get_torch_device(), offload_device=CPU)
+    # with dynamic VRAM the weights of the file become the model's
+    model.diffusion_model.load_state_dict(weights, assign=IS_DYNAMIC and not disable_dynamic)
+    return patcher
+
+
+_weights: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+"""Random weights by kind, seed and changes: they are made once."""
+
+
+def _config(kind: str, changes: dict[str, Any]) -> Any:
     base, unet_config, extra = KINDS[kind]
     config_class = type(
         f"Tiny{base.__name__}", (base,), {"unet_extra_config": {**base.unet_extra_config, **extra}}
     )
-    config = config_class({**unet_config, **changes})
-    config.set_inference_dtype(dtype, manual_cast)
-    model = config.get_model({}, "", device=CPU)
+    return config_class({**unet_config, **changes})
+
+
+def _random_weights(kind: str, seed: int, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
+    config = _config(kind, changes)
+    config.set_inference_dtype(torch.float32, None)
+    with _allocated():
+        unet = config.get_model({}, "", device=CPU).diffusion_model
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.diffusion_model.named_parameters():
-            parameter.copy_(_weight(name, parameter, generator).to(parameter.dtype))
-    return ModelPatcher(model, load_device=CPU, offload_device=CPU)
+    return {
+        name: _weight(name, parameter, generator) for name, parameter in unet.named_parameters()
+    }
+
+
+@contextmanager
+def _allocated() -> Iterator[None]:
+    """Let layers have weights before any are loaded: with dynamic VRAM they have none."""
+    if not IS_DYNAMIC:
+        yield
+        return
+    comfy.memory_management.aimdo_enabled = False
+    try:
+        yield
+    finally:
+        comfy.memory_management.aimdo_enabled = True
 
 
 def _weight(name: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
