@@ -6,6 +6,7 @@ import importlib
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -18,6 +19,7 @@ from tiny import (
     SD,
     CallCounter,
     _weight,
+    allocated,
     apply,
     assert_close,
     encode,
@@ -325,19 +327,21 @@ def test_compiled_models_give_the_results_of_uncompiled_ones(compiled):
 def controlnet():
     """A real ControlNet of the tiny U-Net's structure, random weights, zero convolutions included."""
     config = {k: v for k, v in SD.items() if k not in ("out_channels", "transformer_depth_output")}
-    network = comfy.cldm.cldm.ControlNet(
-        **config,
-        hint_channels=3,
-        num_heads=4,
-        use_linear_in_transformer=False,
-        context_dim=768,
-        device=CPU,
-    )
+    with allocated():
+        network = comfy.cldm.cldm.ControlNet(
+            **config,
+            hint_channels=3,
+            num_heads=4,
+            use_linear_in_transformer=False,
+            context_dim=768,
+            device=CPU,
+        )
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(_weight(name, parameter, generator))
-    return comfy.controlnet.ControlNet(network, load_device=CPU)
+    device = comfy.model_management.get_torch_device()
+    return comfy.controlnet.ControlNet(network, load_device=device)
 
 
 def control_both(model, texts, controlnet):

@@ -139,7 +139,7 @@ def _config(kind: str, changes: dict[str, Any]) -> Any:
 def _random_weights(kind: str, seed: int, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
     config = _config(kind, changes)
     config.set_inference_dtype(torch.float32, None)
-    with _allocated():
+    with allocated():
         unet = config.get_model({}, "", device=CPU).diffusion_model
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -148,7 +148,7 @@ def _random_weights(kind: str, seed: int, changes: dict[str, Any]) -> dict[str, 
 
 
 @contextmanager
-def _allocated() -> Iterator[None]:
+def allocated() -> Iterator[None]:
     """Let layers have weights before any are loaded: with dynamic VRAM they have none."""
     if not IS_DYNAMIC:
         yield
