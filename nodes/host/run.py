@@ -1,5 +1,6 @@
 """What one sampling run keeps: a store, and in it the step that is under way."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +15,22 @@ from ...dreamcache_core import Guidance
 from ...dreamcache_core.method.blending import LayerReference, pool_area
 from .applied import Applied
 
+logger = logging.getLogger(__name__)
+
 REGION = "dreamcache_region_"
+
+Place = tuple[tuple[int, tuple[int, ...]], ...]
+"""Where a call's latents lie in those of its step: the axes that are cut, each with what is left of it; empty: all of them."""
+
+PART_UNKNOWN = (
+    "Another node runs the model on latents of another size than those that are sampled and does not say which part of the "
+    "image they are: the whole mask of Apply DreamCache is laid over them. For tiles or crops, take the mask off or leave that "
+    "node out."
+)
+SHIFT_UNKNOWN = (
+    "Another node compares the image's prediction with one for other latents and does not say which part of the image they "
+    "are: image_guidance is missing in the latter, and the result is off. Set image_guidance to 1 or leave that node out."
+)
 
 
 class SigmaRange:
@@ -42,39 +58,45 @@ class Step:
     """One step of a run: what all its predictions share.
 
     Attributes:
+        x: Its latents, (images, channels, height, width).
         active: Indices of the uses that act at its noise level.
         guidance: How its predictions are combined.
         unconditional: Texts of the prediction without references; ``None``: the negative's.
         is_unfolded: Whether a call asked for predictions that image guidance cannot act on.
-        offsets: How far image guidance has moved the negative's prediction, for each call.
-        num_nested: Further predictions that other nodes have asked for.
+        offsets: How far image guidance has moved the negative's prediction, by the place of the latents.
     """
 
+    x: Tensor
     active: tuple[int, ...]
     guidance: Guidance
     unconditional: list[dict[str, Any]] | None = None
     is_unfolded: bool = False
-    offsets: list[Tensor] = field(default_factory=list[Tensor])
-    num_nested: int = 0
+    offsets: dict[Place | None, Tensor] = field(default_factory=dict[Place | None, Tensor])
 
     @property
     def needs_unconditional(self) -> bool:
         """Whether the prediction without references takes part as a third term."""
         return bool(self.active) and self.guidance.needs_unconditional
 
-    def shift_nested(self, prediction: Tensor) -> Tensor:
-        """Bring a further prediction of this step to where ``fold_guidance`` has put the step's own.
-
-        Other nodes (PAG, SAG) take the difference of the two, which must not see the fold.
+    def place_of(self, x: Tensor, window: Any) -> Place | None:
+        """Tell where latents lie in those of the step.
 
         Args:
-            prediction: With the reference, of the size of the step's own.
+            x: The latents, (images, channels, height, width).
+            window: ComfyUI's context window, or ``None``. One may be left over from another call.
+
+        Returns:
+            By ComfyUI's word, by the size or by the values; ``None`` where nothing tells.
         """
-        if not self.offsets:
-            return prediction
-        offset = self.offsets[self.num_nested % len(self.offsets)]
-        self.num_nested += 1
-        return prediction + offset if offset.shape == prediction.shape else prediction
+        if window is not None:
+            anchor = getattr(window, "causal_anchor_index", None)
+            indices = (*(() if anchor is None else (anchor,)), *window.index_list)
+            size = list(self.x.shape)
+            if max(indices) < size[window.dim]:
+                size[window.dim] = len(indices)
+                if x.shape == tuple(size):
+                    return ((window.dim, indices),)
+        return () if x.shape == self.x.shape else _find(x, self.x)
 
 
 class RunStore:
@@ -96,35 +118,37 @@ class RunStore:
         self.rows: dict[tuple[Any, ...], Tensor] = {}
         self.regions: dict[tuple[Any, ...], Tensor] = {}
         self.has_warned = False
+        self.warnings: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RunStore":
         """Return the same store: ComfyUI copies options at every step."""
         return self
 
     @contextmanager
-    def new_step(self, timestep: Tensor) -> Iterator[Step]:
+    def new_step(self, timestep: Tensor, x: Tensor) -> Iterator[Step]:
         """Begin a step; all calls inside the context belong to it.
 
         Args:
             timestep: Sigma of each row, (rows,), all equal; read back only where a range needs it.
+            x: Its latents, (images, channels, height, width).
         """
-        outer, self.step = self.step, self._step_at(timestep)
+        outer, self.step = self.step, self._step_at(timestep, x)
         try:
             yield self.step
         finally:
             self.step = outer
 
-    def step_at(self, timestep: Tensor) -> AbstractContextManager[Step]:
+    def step_at(self, timestep: Tensor, x: Tensor) -> AbstractContextManager[Step]:
         """The step under way; a new one where another node calls ComfyUI's functions outside of any."""
-        return nullcontext(self.step) if self.step else self.new_step(timestep)
+        return nullcontext(self.step) if self.step else self.new_step(timestep, x)
 
-    def _step_at(self, timestep: Tensor) -> Step:
+    def _step_at(self, timestep: Tensor, x: Tensor) -> Step:
         uses, ranges = self.applied.uses, (*self.ranges, self.image_range)
         if not uses or all(sigmas.is_whole_run for sigmas in ranges):
-            return Step(tuple(range(len(uses))), self.guidance)
+            return Step(x, tuple(range(len(uses))), self.guidance)
         sigma = float(timestep.flatten()[0])
         active = tuple(i for i, sigmas in enumerate(self.ranges) if sigma in sigmas)
-        return Step(active, self.guidance.step(sigma in self.image_range))
+        return Step(x, active, self.guidance.step(sigma in self.image_range))
 
     def row_index(self, is_on: tuple[bool, ...], device: torch.device) -> Tensor | None:
         """Indices of the rows that are on, int64; ``None`` where all are."""
@@ -134,29 +158,83 @@ class RunStore:
             self.rows[is_on, device] = torch.tensor(is_on).nonzero().flatten().to(device)
         return self.rows[is_on, device]
 
-    def region_conds(self, active: tuple[int, ...], x: Tensor) -> dict[str, CONDNoiseShape]:
+    def region_conds(self, step: Step, x: Tensor, place: Place | None) -> dict[str, CONDNoiseShape]:
         """Region masks of the active uses at the size of a latent, as ComfyUI crops and batches latents themselves.
 
         Args:
-            active: Indices of the uses.
+            step: The step.
             x: The latents, (images, channels, height, width).
+            place: Where they lie in the step's; ``None``: nobody knows, and the masks are taken for theirs.
         """
+        height, width = (x if place is None else step.x).shape[2:]
         conds: dict[str, CONDNoiseShape] = {}
-        for index in active:
+        for index in step.active:
             region = self.applied.uses[index].use.regions
             if region is None:
                 continue
-            key = (index, x.shape[0], x.shape[2:], x.device)
+            if place is None:
+                self.warn_once(PART_UNKNOWN)
+            key = (index, height, width, x.device)
             if key not in self.regions:
-                resized = pool_area(region.to(x.device), (x.shape[2], x.shape[3]))
-                self.regions[key] = resized[:, None].expand(x.shape[0], -1, -1, -1)
-            conds[f"{REGION}{index}"] = CONDNoiseShape(self.regions[key])
+                self.regions[key] = pool_area(region.to(x.device), (height, width))[:, None]
+            conds[f"{REGION}{index}"] = CONDNoiseShape(cut(self.regions[key], place or ()))
         return conds
+
+    def shift_nested(self, step: Step, prediction: Tensor, place: Place | None) -> Tensor:
+        """Bring a further prediction of a step to where ``fold_guidance`` has put the step's own.
+
+        Other nodes (PAG, SAG) take the difference of the two, which must not see the fold.
+
+        Args:
+            step: The step.
+            prediction: With the reference.
+            place: Where it lies in the step's latents.
+        """
+        if not step.offsets:
+            return prediction
+        if place is not None:
+            if place in step.offsets:
+                return prediction + step.offsets[place]
+            if () in step.offsets:
+                return prediction + cut(step.offsets[()], place)
+        self.warn_once(SHIFT_UNKNOWN)
+        return prediction
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning, once in a run."""
+        if message not in self.warnings:
+            self.warnings.add(message)
+            logger.warning(message)
 
     def clear(self) -> None:
         """Forget everything: copies of the run's options may live on."""
         for kept in (self.prepared, self.rows, self.regions):
             kept.clear()
+
+
+def cut(whole: Tensor, place: Place) -> Tensor:
+    """Take the part at a place out of what has the size of a step's latents, or one entry for all its images."""
+    for axis, indices in place:
+        if whole.shape[axis] > 1:
+            whole = whole.index_select(axis, torch.tensor(indices, device=whole.device))
+    return whole
+
+
+def _find(x: Tensor, whole: Tensor) -> Place | None:
+    # latents are noise: a crop of them is found by its values; one channel of four is enough
+    crops, latents = x[:, 0], whole[:, 0]
+    height, width = crops.shape[1:]
+    if height > latents.shape[1] or width > latents.shape[2]:
+        return None
+    corners = latents[:, : latents.shape[1] - height + 1, : latents.shape[2] - width + 1]
+    for _, top, left in (corners == crops[0, 0, 0]).nonzero().tolist():
+        rows, columns = range(top, top + height), range(left, left + width)
+        candidates = latents[:, top : top + height, left : left + width]
+        is_same = (crops[:, None] == candidates).flatten(2).all(dim=2)  # -> (crops, images)
+        if is_same.any(dim=1).all():
+            images = is_same.int().argmax(dim=1).tolist()
+            return ((0, tuple(images)), (2, tuple(rows)), (3, tuple(columns)))
+    return None
 
 
 def _float32(value: float) -> float:

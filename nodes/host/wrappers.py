@@ -108,7 +108,7 @@ class Wrappers:
         """Begin a step, and keep the negative alive at cfg 1 where it is needed."""
         guider = executor.class_obj
         store, model_options = self._store(model_options, guider.inner_model)
-        with store.new_step(timestep) as step:
+        with store.new_step(timestep, x) as step:
             if step.needs_unconditional:
                 step.unconditional = guider.conds.get(UNCONDITIONAL)
                 model_options = {**model_options, "disable_cfg1_optimization": True}
@@ -139,25 +139,32 @@ class Wrappers:
         def predict(lists: list[Any]) -> list[Tensor]:
             return executor(model, lists, x, timestep, options, *args, **kwargs)
 
-        with store.step_at(timestep) as step:
+        with store.step_at(timestep, x) as step:
             if not step.active:
                 return predict(without_gates(conds))
-            regions = store.region_conds(step.active, x)
+            window = options["transformer_options"].get("context_window")
+            place = step.place_of(x, window)
+            regions = store.region_conds(step, x, place)
             negative_is_off = len(conds) == 2 and step.guidance.mode == "joint"
             marked = [
                 cond and [mark(c, not (negative_is_off and i == 1), regions) for c in cond]
                 for i, cond in enumerate(conds)
             ]
             if len(conds) == 1 and marked[0] is not None and sees_reference(marked[0]):
-                return [step.shift_nested(predict(marked)[0])]
+                return [store.shift_nested(step, predict(marked)[0], place)]
             if len(conds) != 2 or None in conds or not step.needs_unconditional:
                 step.is_unfolded = True
                 return predict(marked)
-            without = [added_copy(cond, regions) for cond in step.unconditional or conds[1]]
+            unconditional = step.unconditional or conds[1]
+            handler = options.get("context_handler")
+            if step.unconditional and place and handler:
+                # ComfyUI has cut the texts that it was given itself
+                unconditional = handler.get_resized_cond(unconditional, step.x, window)
+            without = [added_copy(cond, regions) for cond in unconditional]
             text, reference, plain = predict([*marked, without])
             scale = step.guidance.image_guidance_scale
             folded = fold_guidance(plain, reference, text, image_guidance_scale=scale)
-            step.offsets.append(folded[1] - reference)
+            step.offsets.setdefault(place, folded[1] - reference)
             return list(folded)
 
     def apply_model(
@@ -182,7 +189,7 @@ class Wrappers:
             # packs that index (cond, uncond)[i] must not meet our third list's index
             options["cond_or_uncond"] = [min(i, 1) for i in options["cond_or_uncond"]]
         is_on = tuple(value == ON for value in gates)
-        with store.step_at(t) as step:
+        with store.step_at(t, x) as step:
             if not (step.active and any(is_on)):
                 return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
             references = prepare_references(step.active, store, base_model, x.device, regions)

@@ -107,7 +107,7 @@ def test_ranges_that_meet_never_overlap(setup, schedule):
     store = RUN.RunStore(APPLIED.applied_to(both), sampling)
     border = float(torch.tensor(sampling.percent_to_sigma(0.5)))
     for sigma in (border, border * 1.01, border * 0.99):
-        with store.new_step(torch.tensor([sigma])) as step:
+        with store.new_step(torch.tensor([sigma]), torch.zeros(1, 4, 8, 8)) as step:
             assert step.active == ((0,) if sigma > border else (1,))
 
 
