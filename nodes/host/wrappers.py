@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...dreamcache_core import Guidance
+from ...dreamcache_core import Guidance, InputError
 from ...dreamcache_core.images.reference import fit_mask
 from ...dreamcache_core.method.compiling import uncompiled
 from ...dreamcache_core.method.guidance import fold_guidance
@@ -18,7 +18,7 @@ from .gates import ADDED, GATE, ON, added_copy, mark, sees_reference, without_ga
 from .guider import UNCONDITIONAL, DreamCacheCFGGuider
 from .model import compute_dtype
 from .patches import add_patches, prepare_references
-from .run import REGION, RunStore
+from .run import PART_UNKNOWN, REGION, RunStore
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +192,8 @@ class Wrappers:
         with store.step_at(t, x) as step:
             if not (step.active and any(is_on)):
                 return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            if any(r is not None and r.shape[2:] != x.shape[2:] for r in regions.values()):
+                store.warn_once(PART_UNKNOWN)
             references = prepare_references(step.active, store, base_model, x.device, regions)
             add_patches(options, references, store.row_index(is_on, x.device))
             # TorchCompileModel drops the guards on transformer_options: a graph made without our patches, or with other
@@ -216,7 +218,13 @@ def _check_regions(uses: Sequence[AppliedUse], noise: Tensor) -> None:
         region = applied_use.use.regions
         if region is not None:
             size = noise.shape[-2:]
-            fit_mask(region, len(noise), *size, name="region mask for Apply DreamCache")
+            try:
+                fit_mask(region, len(noise), *size, name="region mask for Apply DreamCache")
+            except InputError as error:
+                raise InputError(
+                    f"The mask of Apply DreamCache does not fit the images that are sampled. {error} If a node samples "
+                    "tiles or crops of a larger image, give it a model without a mask on Apply DreamCache."
+                ) from error
 
 
 def _shape_to_reserve(

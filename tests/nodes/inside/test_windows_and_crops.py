@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_meetings import add_nested_difference, seen_regions
 from tiny import (
+    CORE,
     apply,
     assert_close,
     encode,
@@ -237,3 +238,43 @@ def test_crops_that_are_no_part_of_the_latents_are_said_to_be_off(parts, caplog)
     with caplog.at_level(logging.WARNING):
         sample(unguided, steps=1)
     assert not caplog.text
+
+
+def tiled(crops_conditions):
+    """A function wrapper that runs tiles, as tiled diffusion packs do; some crop what has the size of the latents too."""
+
+    def wrapper(apply_model, args):
+        x, total = args["input"], torch.zeros_like(args["input"])
+        for rows, columns in (CROPS[i] for i in (0, 2, 3, 5)):
+            tile = {
+                key: value[..., rows, columns]
+                if crops_conditions and isinstance(value, torch.Tensor) and value.ndim == x.ndim
+                else value
+                for key, value in args["c"].items()
+            }
+            out = apply_model(x[..., rows, columns], args["timestep"], **tile)
+            total[..., rows, columns] = out
+        return total
+
+    return wrapper
+
+
+@pytest.mark.parametrize("crops_conditions", [True, False])
+def test_a_region_mask_in_tiles_is_cropped_or_said_to_be_off(
+    parts, monkeypatch, caplog, crops_conditions
+):
+    applied = apply(*parts, mask=left_half())
+    applied.set_model_unet_function_wrapper(tiled(crops_conditions))
+    seen = seen_regions(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        sample(applied, steps=2)
+    assert caplog.text.count("mask of Apply DreamCache") == (not crops_conditions)
+    if crops_conditions:
+        assert seen[0][0].all()
+        assert not seen[-1][0].any()
+
+
+def test_a_tile_of_another_aspect_is_refused_with_the_cause(parts):
+    applied = apply(*parts, mask=left_half())
+    with pytest.raises(CORE.InputError, match="tile"):
+        sample(applied, size=(8, 16), steps=1)
