@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from comfy.model_sampling import V_PREDICTION
@@ -16,7 +15,7 @@ from ..dreamcache_core.method.layers import require_same_layout
 from .guidance import MAX_IMAGE_GUIDANCE, percent_input
 from .host.applied import Applied, AppliedUse, applied_to
 from .host.model import adapter_patcher, unet_of
-from .host.report import report
+from .host.report import node_id, report
 from .host.wrappers import with_references
 from .types import Adapters, Reference
 
@@ -57,7 +56,7 @@ class Apply(io.ComfyNode):
                     step=0.05,
                     tooltip="How strongly the result is pulled towards the reference: 0 only through the prompt's own "
                     "prediction, 1 plain and fastest (two predictions a step instead of three), above 1 more likeness "
-                    "and less prompt. The sampler's cfg is the text's part. With several Applies the last one holds.",
+                    "and less prompt. The sampler's cfg is the text's part. With several Applies the last one that is not at its defaults holds.",
                 ),
                 percent_input(
                     "start_percent",
@@ -105,18 +104,22 @@ class Apply(io.ComfyNode):
         require_fit(unet_of(model), layout, "the adapters")
         require_same_layout(reference.layout, "The reference", layout, "the adapters")
         warnings = list(_warnings(model, adapters, start_percent, end_percent))
-        for warning in warnings:
-            logger.warning(warning)
         patcher = adapter_patcher(adapters, model)
         use = ReferenceUse(reference, patcher.model, scale=scale, mask=given_mask(mask))
         settings = Guidance.from_dict({"image_guidance_scale": image_guidance, "mode": guidance})
         uses = (AppliedUse(use, patcher, start_percent, end_percent),)
+        applied = Applied(uses, settings, node_id(cls))
+        own = _in_words(settings)
         if before := applied_to(model):
-            uses = (*before.uses, *uses)
-            settings = replace(settings, image_range=before.guidance.image_range)
-        applied = with_references(model, Applied(uses, settings))
-        text = f"subject {len(uses)}: scale {scale:g}, from {start_percent:g} to {end_percent:g} of the run"
-        return io.NodeOutput(applied, ui=report(cls, " ".join(warnings) or text))
+            applied = applied.after(before)
+            warnings.extend(_conflict(_in_words(before.guidance), own))
+        for warning in warnings:
+            logger.warning(warning)
+        text = f"subject {len(applied.uses)}: scale {scale:g}, from {start_percent:g} to {end_percent:g} of the run"
+        if (held := _in_words(applied.guidance)) != own:
+            text += f", {held} as set in the Apply DreamCache before"
+        model = with_references(model, applied)
+        return io.NodeOutput(model, ui=report(cls, " ".join(warnings) or text))
 
 
 def _warnings(
@@ -137,6 +140,22 @@ def _warnings(
         yield (
             f"Apply DreamCache acts from {start_percent} to {end_percent} of the run, which is never: the images will be "
             "the plain model's."
+        )
+
+
+def _in_words(guidance: Guidance) -> str:
+    if guidance.mode == "joint":
+        return "guidance joint"
+    return f"image_guidance {guidance.image_guidance_scale:g}"
+
+
+def _conflict(before: str, own: str) -> Iterator[str]:
+    """Two Apply nodes that both set the guidance, which belongs to the run."""
+    if len({before, own, default := _in_words(Guidance())}) == 3:
+        yield (
+            f"A run has one guidance, and two Apply DreamCache nodes set it: {before} before, {own} here. That of the last "
+            f"one, {own}, holds for all subjects. Set it in one of them and leave the others at their defaults, {default} and "
+            "guidance separate."
         )
 
 

@@ -29,15 +29,30 @@ class AppliedUse:
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """All references of a MODEL, in the order of their Apply nodes, and the guidance that holds for them."""
+    """All references of a MODEL.
+
+    Attributes:
+        uses: In the order of their Apply nodes.
+        guidance: Holds for all of them.
+        node_id: Id of the Apply node that has set the guidance; ``None`` where nodes are executed without a graph.
+    """
 
     uses: tuple[AppliedUse, ...]
     guidance: Guidance
+    node_id: str | None = None
 
     @property
     def acting(self) -> "Applied":
         """The same without references that change nothing."""
         return replace(self, uses=tuple(u for u in self.uses if u.use.is_active))
+
+    def after(self, before: "Applied") -> "Applied":
+        """The same behind those of the Apply nodes before; guidance at its defaults gives way to theirs."""
+        uses = (*before.uses, *self.uses)
+        if self.guidance == Guidance():
+            return replace(before, uses=uses)
+        guidance = replace(self.guidance, image_range=before.guidance.image_range)
+        return replace(self, uses=uses, guidance=guidance)
 
     @property
     def patchers(self) -> list[ModelPatcher]:
