@@ -3,6 +3,7 @@
 import uuid
 from typing import Any
 
+import comfy.controlnet
 import torch
 from comfy.conds import CONDNoiseShape, CONDRegular
 
@@ -51,6 +52,23 @@ def added_copy(cond: dict[str, Any], regions: dict[str, CONDNoiseShape]) -> dict
 def without_gates(conds: list[Any]) -> list[Any]:
     """Return lists of conditionings without marks, as plain ComfyUI has them; what has none is passed on as it is."""
     return [None if cond is None else [_without_gate(item) for item in cond] for cond in conds]
+
+
+def can_tell_rows(model_options: dict[str, Any], conds: list[Any]) -> bool:
+    """Whether something of other nodes may tell rows apart by ``cond_or_uncond``, which numbers lists, where we add a third."""
+    patches = model_options["transformer_options"]
+    return (
+        "model_function_wrapper" in model_options
+        or bool(patches.get("patches") or patches.get("patches_replace"))
+        or any(_is_foreign(item.get("control")) for cond in conds for item in cond or ())
+    )
+
+
+def _is_foreign(control: Any) -> bool:
+    """Whether a ControlNet, or one before it, is of another pack; ComfyUI's own treat all rows alike."""
+    while control is not None and type(control).__module__ == comfy.controlnet.__name__:
+        control = control.previous_controlnet
+    return control is not None
 
 
 def _with_gate(

@@ -15,11 +15,16 @@ def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
     Returns:
         The node's ``ui`` output.
     """
+    show(text, node_id(node))
+    return ui.PreviewText(text)
+
+
+def show(text: str, node: str | None) -> None:
+    """Show a line of text on the node of an id, until it executes again; nothing without an id or a server."""
     # graphs can also be executed without a server, which is then not imported
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None and (executing := node_id(node)) is not None:
-        server.send_progress_text(text, executing)
-    return ui.PreviewText(text)
+    if server is not None and node is not None:
+        server.send_progress_text(text, node)
 
 
 def node_id(node: type[io.ComfyNode]) -> str | None:

@@ -61,16 +61,16 @@ class Step:
         x: Its latents, (images, channels, height, width).
         active: Indices of the uses that act at its noise level.
         guidance: How its predictions are combined.
+        negative: Negative texts of the guider, for calls that come without; ``None``: it has none.
         unconditional: Texts of the prediction without references; ``None``: the negative's.
-        is_unfolded: Whether a call asked for predictions that image guidance cannot act on.
         offsets: How far image guidance has moved the negative's prediction, by the place of the latents.
     """
 
     x: Tensor
     active: tuple[int, ...]
     guidance: Guidance
+    negative: list[dict[str, Any]] | None = None
     unconditional: list[dict[str, Any]] | None = None
-    is_unfolded: bool = False
     offsets: dict[Place | None, Tensor] = field(default_factory=dict[Place | None, Tensor])
 
     @property
@@ -106,6 +106,11 @@ class RunStore:
         applied: The references of the run.
         sampling: The ``model_sampling`` of the MODEL that samples.
         guidance: A guider's own; ``None``: that of the references.
+
+    Attributes:
+        needs_unconditional: Whether a step has needed the prediction without references.
+        has_unconditional: Whether a step has had it.
+        asks_separately: Whether it is asked for in a call of its own.
     """
 
     def __init__(self, applied: Applied, sampling: Any, guidance: Guidance | None = None) -> None:
@@ -117,8 +122,10 @@ class RunStore:
         self.prepared: dict[tuple[Any, ...], dict[str, LayerReference]] = {}
         self.rows: dict[tuple[Any, ...], Tensor] = {}
         self.regions: dict[tuple[Any, ...], Tensor] = {}
-        self.has_warned = False
         self.warnings: set[str] = set()
+        self.needs_unconditional = False
+        self.has_unconditional = False
+        self.asks_separately = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RunStore":
         """Return the same store: ComfyUI copies options at every step."""
@@ -145,10 +152,13 @@ class RunStore:
     def _step_at(self, timestep: Tensor, x: Tensor) -> Step:
         uses, ranges = self.applied.uses, (*self.ranges, self.image_range)
         if not uses or all(sigmas.is_whole_run for sigmas in ranges):
-            return Step(x, tuple(range(len(uses))), self.guidance)
-        sigma = float(timestep.flatten()[0])
-        active = tuple(i for i, sigmas in enumerate(self.ranges) if sigma in sigmas)
-        return Step(x, active, self.guidance.step(sigma in self.image_range))
+            step = Step(x, tuple(range(len(uses))), self.guidance)
+        else:
+            sigma = float(timestep.flatten()[0])
+            active = tuple(i for i, sigmas in enumerate(self.ranges) if sigma in sigmas)
+            step = Step(x, active, self.guidance.step(sigma in self.image_range))
+        self.needs_unconditional |= step.needs_unconditional
+        return step
 
     def row_index(self, is_on: tuple[bool, ...], device: torch.device) -> Tensor | None:
         """Indices of the rows that are on, int64; ``None`` where all are."""

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -13,11 +14,12 @@ from ...dreamcache_core import Guidance, InputError
 from ...dreamcache_core.images.reference import fit_mask
 from ...dreamcache_core.method.compiling import uncompiled
 from ...dreamcache_core.method.guidance import fold_guidance
-from .applied import KEY, Applied, AppliedUse
-from .gates import ADDED, GATE, ON, added_copy, mark, sees_reference, without_gates
+from .applied import KEY, Applied, AppliedUse, applied_to
+from .gates import ADDED, GATE, ON, added_copy, can_tell_rows, mark, sees_reference, without_gates
 from .guider import UNCONDITIONAL, DreamCacheCFGGuider
 from .model import compute_dtype
 from .patches import add_patches, prepare_references
+from .report import show
 from .run import PART_UNKNOWN, REGION, RunStore
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ def with_references(model: ModelPatcher, applied: Applied) -> ModelPatcher:
     remove_references(clone)
     clone.set_attachments(KEY, applied)
     clone.set_additional_models(KEY, applied.acting.patchers)
-    wrappers = Wrappers(applied.acting)
+    wrappers = Wrappers(applied)
     for wrapper_type in WRAPPER_TYPES:
         clone.add_wrapper_with_key(wrapper_type, KEY, getattr(wrappers, wrapper_type))
     return clone
@@ -59,7 +61,8 @@ class Wrappers:
     """
 
     def __init__(self, applied: Applied) -> None:
-        self.applied = applied
+        self.attachment = applied
+        self.applied = applied.acting
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Wrappers":
         """Return the same object: it cannot change."""
@@ -76,10 +79,13 @@ class Wrappers:
         options = guider.model_options["transformer_options"]
         options[KEY] = store
         try:
-            return executor(noise, *args, **kwargs)
+            result = executor(noise, *args, **kwargs)
         finally:
             options.pop(KEY, None)
             store.clear()
+        if store.needs_unconditional and not store.has_unconditional:
+            self._say_without_effect(guider)
+        return result
 
     def prepare_sampling(
         self,
@@ -107,20 +113,16 @@ class Wrappers:
     ) -> Any:
         """Begin a step, and keep the negative alive at cfg 1 where it is needed."""
         guider = executor.class_obj
-        store, model_options = self._store(model_options, guider.inner_model)
-        with store.new_step(timestep, x) as step:
-            if step.needs_unconditional:
-                step.unconditional = guider.conds.get(UNCONDITIONAL)
-                model_options = {**model_options, "disable_cfg1_optimization": True}
-            result = executor(x, timestep, model_options, *args, **kwargs)
-            is_lost = step.needs_unconditional and step.is_unfolded
-        if is_lost and guider.conds.get("negative") is not None and not store.has_warned:
-            store.has_warned = True
-            logger.warning(
-                "image_guidance has no effect in this graph: the guider, or another node, asks for its predictions one by one or "
-                "for more than two. Set image_guidance to 1, or mark the texts with DreamCache Conditioning."
-            )
-        return result
+        with (
+            self._store(model_options, guider.inner_model) as store,
+            store.new_step(timestep, x) as step,
+        ):
+            if not step.needs_unconditional:
+                return executor(x, timestep, model_options, *args, **kwargs)
+            step.negative = guider.conds.get("negative")
+            step.unconditional = guider.conds.get(UNCONDITIONAL)
+            with _entry(model_options, "disable_cfg1_optimization", True):
+                return executor(x, timestep, model_options, *args, **kwargs)
 
     def calc_cond_batch(
         self,
@@ -134,38 +136,57 @@ class Wrappers:
         **kwargs: Any,
     ) -> Any:
         """Mark which rows see the references, add the prediction without them and fold three into two."""
-        store, options = self._store(model_options, model)
 
         def predict(lists: list[Any]) -> list[Tensor]:
-            return executor(model, lists, x, timestep, options, *args, **kwargs)
+            return executor(model, lists, x, timestep, model_options, *args, **kwargs)
 
-        with store.step_at(timestep, x) as step:
+        with self._store(model_options, model) as store, store.step_at(timestep, x) as step:
             if not step.active:
                 return predict(without_gates(conds))
-            window = options["transformer_options"].get("context_window")
+            window = model_options["transformer_options"].get("context_window")
             place = step.place_of(x, window)
             regions = store.region_conds(step, x, place)
-            negative_is_off = len(conds) == 2 and step.guidance.mode == "joint"
-            marked = [
-                cond and [mark(c, not (negative_is_off and i == 1), regions) for c in cond]
-                for i, cond in enumerate(conds)
-            ]
-            if len(conds) == 1 and marked[0] is not None and sees_reference(marked[0]):
-                return [store.shift_nested(step, predict(marked)[0], place)]
-            if len(conds) != 2 or None in conds or not step.needs_unconditional:
-                step.is_unfolded = True
-                return predict(marked)
-            unconditional = step.unconditional or conds[1]
-            handler = options.get("context_handler")
-            if step.unconditional and place and handler:
+
+            def marked(cond: Any, is_on: bool = True) -> Any:
+                return cond and [mark(item, is_on, regions) for item in cond]
+
+            def in_window(texts: Any) -> Any:
                 # ComfyUI has cut the texts that it was given itself
-                unconditional = handler.get_resized_cond(unconditional, step.x, window)
-            without = [added_copy(cond, regions) for cond in unconditional]
-            text, reference, plain = predict([*marked, without])
+                handler = model_options.get("context_handler")
+                return (
+                    handler.get_resized_cond(texts, step.x, window) if place and handler else texts
+                )
+
+            def predict_three(text: Any, negative: Any) -> list[Tensor]:
+                store.has_unconditional = True
+                plain = in_window(step.unconditional) if step.unconditional else negative
+                without = [added_copy(cond, regions) for cond in plain]
+                return _predict_three(predict, [text, negative, without], store, model_options)
+
             scale = step.guidance.image_guidance_scale
-            folded = fold_guidance(plain, reference, text, image_guidance_scale=scale)
-            step.offsets.setdefault(place, folded[1] - reference)
-            return list(folded)
+            is_pair = len(conds) == 2 and step.needs_unconditional
+            if is_pair and None not in conds:
+                text, reference, plain = predict_three(*map(marked, conds))
+                folded = fold_guidance(plain, reference, text, image_guidance_scale=scale)
+                step.offsets.setdefault(place, folded[1] - reference)
+                return list(folded)
+            negative_is_off = len(conds) == 2 and step.guidance.mode == "joint"
+            lists = [marked(cond, not (negative_is_off and i == 1)) for i, cond in enumerate(conds)]
+            asked = [cond for cond in lists if cond is not None]
+            if len(lists) > 2 or len(asked) != 1 or not sees_reference(asked[0]):
+                return predict(lists)
+            if (
+                is_pair
+                and step.negative
+                and place is not None
+                and not step.offsets.keys() & {(), place}
+            ):
+                _, reference, plain = predict_three(None, marked(in_window(step.negative)))
+                step.offsets[place] = (1 - scale) * (plain - reference)
+            return [
+                prediction if lists[i] is None else store.shift_nested(step, prediction, place)
+                for i, prediction in enumerate(predict(lists))
+            ]
 
     def apply_model(
         self,
@@ -180,8 +201,8 @@ class Wrappers:
     ) -> Any:
         """Add the patches that attend to the references, for this one call of the U-Net."""
         base_model = executor.class_obj
-        store, _ = self._store({"transformer_options": transformer_options or {}}, base_model)
-        options = {key: value for key, value in (transformer_options or {}).items() if key != KEY}
+        given = {"transformer_options": transformer_options or {}}
+        options = {key: value for key, value in given["transformer_options"].items() if key != KEY}
         regions = {i: kwargs.pop(f"{REGION}{i}", None) for i in range(len(self.applied.uses))}
         gate = kwargs.pop(GATE, None)
         gates = [ON] * len(x) if gate is None else gate.flatten().tolist()
@@ -189,8 +210,9 @@ class Wrappers:
             # packs that index (cond, uncond)[i] must not meet our third list's index
             options["cond_or_uncond"] = [min(i, 1) for i in options["cond_or_uncond"]]
         is_on = tuple(value == ON for value in gates)
-        with store.step_at(t, x) as step:
-            if not (step.active and any(is_on)):
+        with self._store(given, base_model) as store, store.step_at(t, x) as step:
+            # DualModelGuider asks another network for its negative
+            if not (step.active and any(is_on) and self._is_on(base_model)):
                 return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
             if any(r is not None and r.shape[2:] != x.shape[2:] for r in regions.values()):
                 store.warn_once(PART_UNKNOWN)
@@ -201,15 +223,69 @@ class Wrappers:
             with uncompiled:
                 return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
-    def _store(
-        self, model_options: dict[str, Any], base_model: Any
-    ) -> tuple[RunStore, dict[str, Any]]:
-        """Return the store of the run and options that hold it; where another node has left ``outer_sample`` out, new ones."""
-        options = model_options.get("transformer_options", {})
+    @contextmanager
+    def _store(self, model_options: dict[str, Any], base_model: Any) -> Iterator[RunStore]:
+        """Give the store of the run; where another node has left ``outer_sample`` out, a new one."""
+        options = model_options.setdefault("transformer_options", {})
         if KEY in options:
-            return options[KEY], model_options
+            yield options[KEY]
+            return
         store = RunStore(self.applied, base_model.model_sampling)
-        return store, {**model_options, "transformer_options": {**options, KEY: store}}
+        with _entry(options, KEY, store):
+            yield store
+
+    def _is_on(self, base_model: Any) -> bool:
+        return applied_to(base_model.current_patcher) is self.attachment
+
+    def _say_without_effect(self, guider: Any) -> None:
+        """Tell the user that no step of a run could use image guidance."""
+        if guider.conds.get("negative") is None:
+            why = (
+                "this guider takes no negative text, and image_guidance needs one. Use CFGGuider or DreamCache Guider, or set "
+                "image_guidance to 1."
+            )
+        else:
+            why = (
+                "the guider, or another node, asks for its predictions in a way of its own. Set image_guidance to 1; to guide by "
+                "the reference all the same, mark the texts with DreamCache Conditioning."
+            )
+        message = f"image_guidance has no effect in this graph: {why}"
+        logger.warning(message)
+        show(message, self.applied.node_id)
+
+
+def _predict_three(
+    predict: Callable[[list[Any]], list[Tensor]],
+    lists: list[Any],
+    store: RunStore,
+    model_options: dict[str, Any],
+) -> list[Tensor]:
+    """Predict e_ct, e_c and e_u of METHOD.md section 5, in one call where no other node minds a third list."""
+    if not (store.asks_separately or can_tell_rows(model_options, lists)):
+        predictions = predict(lists)
+        if len(predictions) == len(lists):
+            return predictions
+        store.asks_separately = True
+        logger.warning(
+            "Another node answers fewer predictions than the three that image_guidance asks for. The one without the "
+            "reference is asked for in a call of its own, which takes longer and gives the same image."
+        )
+    text, negative, without = lists
+    # first: a node that keeps something of the negative then keeps that of the negative with the reference
+    unconditional = predict([None, without])[-1]
+    return [*predict([text, negative]), unconditional]
+
+
+@contextmanager
+def _entry(options: dict[str, Any], key: str, value: Any) -> Iterator[None]:
+    """Put an entry into a dictionary that other nodes keep their state in, and take it out again."""
+    before = {key: options[key]} if key in options else {}
+    options[key] = value
+    try:
+        yield
+    finally:
+        del options[key]
+        options.update(before)
 
 
 def _check_regions(uses: Sequence[AppliedUse], noise: Tensor) -> None:

@@ -3,7 +3,6 @@
 import logging
 
 import comfy.samplers
-import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_model_advanced as advanced
 import comfy_extras.nodes_perpneg as perpneg
 import pytest
@@ -171,16 +170,6 @@ def test_a_node_that_splits_the_predictions_keeps_joint_guidance(parts):
     assert_close(sample(split_predictions(applied), steps=2), sample(applied, steps=2), 1e-4)
 
 
-def test_a_node_that_splits_the_predictions_is_said_to_disable_image_guidance(parts, caplog):
-    with caplog.at_level(logging.WARNING):
-        sample(split_predictions(apply(*parts)), steps=3)
-    assert caplog.text.count("image_guidance has no effect") == 1
-    caplog.clear()
-    sample(split_predictions(apply(*parts, image_guidance=1.0)), steps=1)
-    sample(apply(*parts), steps=1)
-    assert not caplog.text
-
-
 def test_perp_neg_is_said_to_take_no_image_guidance(parts, caplog):
     model = parts[0]
     guider = perpneg.Guider_PerpNeg(apply(*parts))
@@ -282,17 +271,6 @@ def test_a_prediction_for_no_text_stays_none_at_all(parts):
     guider.sample(latent, latent, sampler, torch.tensor([1.0, 0.0]), seed=0, disable_pbar=True)
     assert seen
     assert not seen[0].any()
-
-
-def test_basic_guider_needs_no_warning(parts, caplog):
-    model = parts[0]
-    guider = custom.Guider_Basic(apply(*parts))
-    guider.set_conds(make_text(model, 1))
-    zeros = torch.zeros((1, 4, 16, 16))
-    with caplog.at_level(logging.WARNING):
-        euler = comfy.samplers.sampler_object("euler")
-        guider.sample(zeros, zeros, euler, torch.tensor([2.0, 0.0]), seed=1, disable_pbar=True)
-    assert not caplog.text
 
 
 @pytest.mark.parametrize("change", ["two texts", "area", "range", "marked"])
