@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,24 @@ READ_STEPS = (6, 10)
 """Steps of the runs whose reads are compared: what happens once a run cancels out."""
 
 SMALLEST_LATENT = 8
-"""Side of the latents whose arithmetic takes no time beside the Python that asks for it."""
+SMALLEST = {
+    "widths": [32, 64, 128, 128],
+    "heads": [1, 2, 4, 4],
+    "text_width": 32,
+    "linear_projection": True,
+    "vae_width": 32,
+}
+"""Latents and model whose arithmetic takes no time beside the Python that asks for it."""
 
-PLAIN, THREE, OURS = "plain guidance, two rows", "DualCFGGuider, three rows", "DreamCache"
+WATCHED_STEPS = 2
+"""Steps of the runs whose predictions are counted."""
+
+PLAIN, THREE = "plain graph", "three plain predictions (DualCFGGuider)"
+OURS = f"DreamCache, image_guidance {IMAGE_SCALE}"
+WITHOUT_THIRD, JOINT = "DreamCache, image_guidance 1", "DreamCache, guidance joint"
 RANGED = "DreamCache in a part of the run, guidance in another"
-TIMED = (PLAIN, THREE, OURS)
+TIMED = (PLAIN, WITHOUT_THIRD, OURS, JOINT, THREE)
+ENCODE = "Encode Reference"
 
 STEP_PLAIN, STEP_OURS = "one step, plain U-Net, three rows", "the same through the core"
 
@@ -54,19 +68,24 @@ def load_pack() -> float:
     return time.perf_counter() - began
 
 
-def make_model(widths: list[int], heads: list[int], text_width: int) -> Any:
-    """A MODEL of Stable Diffusion 2's structure with random weights."""
+def make_model(size: dict[str, Any]) -> Any:
+    """A MODEL of Stable Diffusion 2's structure, or without ``linear_projection`` 1's, with random weights."""
     import comfy.model_management
     import comfy.supported_models
     import torch
     from comfy.model_patcher import ModelPatcher
 
-    class Config(comfy.supported_models.SD20):
-        unet_extra_config = {  # noqa: RUF012
-            "num_heads": -1,
-            "num_head_channels": widths[0] // heads[0],
-            "attn_precision": torch.float32,
-        }
+    widths, heads = size["widths"], size["heads"]
+    if size["linear_projection"]:
+        base = comfy.supported_models.SD20
+        own = {"num_head_channels": widths[0] // heads[0], "num_heads": -1}
+        own["attn_precision"] = torch.float32
+    else:
+        base = comfy.supported_models.SD15
+        own = {"num_head_channels": -1, "num_heads": heads[0]}
+
+    class Config(base):
+        unet_extra_config = own
 
         def model_type(self, state_dict: Any, prefix: str = "") -> Any:  # noqa: ARG002
             return comfy.model_base.ModelType.EPS
@@ -83,8 +102,8 @@ def make_model(widths: list[int], heads: list[int], text_width: int) -> Any:
             "transformer_depth_middle": 1,
             "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
             "use_spatial_transformer": True,
-            "use_linear_in_transformer": True,
-            "context_dim": text_width,
+            "use_linear_in_transformer": size["linear_projection"],
+            "context_dim": size["text_width"],
             "legacy": False,
             "adm_in_channels": None,
             "use_temporal_attention": False,
@@ -95,13 +114,41 @@ def make_model(widths: list[int], heads: list[int], text_width: int) -> Any:
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "", device=torch.device("cpu"))
+    fill_weights(model.diffusion_model)
+    return ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+def make_vae(width: int) -> Any:
+    """A VAE of Stable Diffusion's structure with random weights; ``width``: channels of its first level."""
+    import comfy.sd
+
+    structure = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": width,
+        "ch_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    vae = comfy.sd.VAE(sd={}, config={"params": {"ddconfig": structure, "embed_dim": 4}})
+    fill_weights(vae.first_stage_model)
+    return vae
+
+
+def fill_weights(module: Any) -> None:
+    """Give a module random weights, as ComfyUI leaves them unset."""
+    import torch
+
     with torch.no_grad():
-        for weight in model.diffusion_model.parameters():
+        for weight in module.parameters():
             if weight.ndim > 1:
                 torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
             else:
                 weight.zero_()
-    return ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
 def loaded_core() -> Any:
@@ -109,60 +156,86 @@ def loaded_core() -> Any:
     return next(module for name, module in sys.modules.items() if name.endswith(".dreamcache_core"))
 
 
-def make_reference(model: Any, latent: int) -> tuple[Any, Any]:
-    """Random adapters, and the model's own features of noise."""
+def make_adapters(model: Any) -> Any:
+    """Adapters with random weights."""
     import torch
 
-    core, unet = loaded_core(), model.model.diffusion_model
+    core = loaded_core()
+    layout = sys.modules[f"{core.__name__}.method.backends"].layout_of(model.model.diffusion_model)
     with torch.inference_mode(False), torch.no_grad():
-        adapters = core.AdapterSet(
-            core.AdapterInfo(sys.modules[f"{core.__name__}.method.backends"].layout_of(unet))
-        )
-        text = torch.randn(1, 77, model.model.model_config.unet_config["context_dim"])
-        noised = torch.randn(1, 4, latent, latent)
-        weight = next(unet.parameters())
-        reference = core.capture_reference(unet, noised.to(weight.dtype), 1, text.to(weight.dtype))
+        adapters = core.AdapterSet(core.AdapterInfo(layout))
         for layer in adapters.layers:
             torch.nn.init.normal_(adapters[layer].merge.weight, std=0.02)
-    return adapters, reference
+    return adapters
 
 
-def apply(model: Any, adapters: Any, reference: Any) -> tuple[Any, Any]:
-    """Run the Apply node: always on, and in ranges."""
+def random_text(model: Any) -> list[Any]:
+    """A CONDITIONING of a prompt's size."""
+    import torch
+
+    width = model.model.model_config.unet_config["context_dim"]
+    return [[torch.randn(1, 77, width), {"pooled_output": None}]]
+
+
+def make_encode(model: Any, vae_width: int, latent: int) -> Callable[[], Any]:
+    """The Encode Reference node on an image of noise -> what gives the reference."""
+    import torch
+
+    import nodes
+
+    vae, text = make_vae(vae_width), random_text(model)
+    image = torch.rand(1, 8 * latent, 8 * latent, 3)
+    node = nodes.NODE_CLASS_MAPPINGS["DreamCacheEncode"]
+    given = {"model": model, "vae": vae, "image": image, "conditioning": text}
+    return lambda: node.execute(**given, seed=0, timestep=1).result[0]
+
+
+def apply(model: Any, adapters: Any, reference: Any) -> dict[str, Any]:
+    """MODELs by name: plain, and from the Apply node with each kind of guidance, and in ranges."""
     import nodes
 
     node = nodes.NODE_CLASS_MAPPINGS["DreamCacheApply"]
     limit = nodes.NODE_CLASS_MAPPINGS["DreamCacheGuidanceRange"]
 
-    def applied(start_percent: float, end_percent: float) -> Any:
+    def applied(**changes: Any) -> Any:
+        inputs = {
+            "scale": 1.0,
+            "image_guidance": IMAGE_SCALE,
+            "start_percent": 0.0,
+            "end_percent": 1.0,
+            "guidance": "separate",
+        }
         return node.execute(
-            model=model,
-            adapters=adapters,
-            reference=reference,
-            scale=1.0,
-            image_guidance=IMAGE_SCALE,
-            start_percent=start_percent,
-            end_percent=end_percent,
-            guidance="separate",
+            model=model, adapters=adapters, reference=reference, **{**inputs, **changes}
         ).result[0]
 
-    in_ranges = limit.execute(model=applied(0.05, 0.95), start_percent=0.25, end_percent=0.75)
-    return applied(0.0, 1.0), in_ranges.result[0]
+    within = applied(start_percent=0.05, end_percent=0.95)
+    return {
+        PLAIN: model,
+        WITHOUT_THIRD: applied(image_guidance=1.0),
+        OURS: applied(),
+        JOINT: applied(guidance="joint"),
+        RANGED: limit.execute(model=within, start_percent=0.25, end_percent=0.75).result[0],
+    }
 
 
-def make_runs(
-    model: Any, applied: Any, ranged: Any, latent: int, steps: int
-) -> dict[str, Callable[[], Any]]:
-    """Sampling runs by name: KSampler plain, with DreamCache and with it in ranges; three plain predictions a step."""
+def make_models(size: dict[str, Any], latent: int) -> tuple[dict[str, Any], Any, Any]:
+    """MODELs by name, their adapters, and what encodes the reference."""
+    model = make_model(size)
+    adapters = make_adapters(model)
+    encode = make_encode(model, size["vae_width"], latent)
+    return apply(model, adapters, encode()), adapters, encode
+
+
+def make_runs(models: dict[str, Any], latent: int, steps: int) -> dict[str, Callable[[], Any]]:
+    """Sampling runs by name: KSampler with each MODEL, and three plain predictions a step."""
     import comfy.sample
     import comfy.samplers
     import torch
     from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 
-    width = model.model.model_config.unet_config["context_dim"]
-    positive, middle, negative = (
-        [[torch.randn(1, 77, width), {"pooled_output": None}]] for _ in range(3)
-    )
+    model = models[PLAIN]
+    positive, middle, negative = (random_text(model) for _ in range(3))
     empty = torch.zeros(1, 4, latent, latent)
     noise = comfy.sample.prepare_noise(empty, 0)
     sigmas = comfy.samplers.calculate_sigmas(
@@ -191,12 +264,8 @@ def make_runs(
         sampler = comfy.samplers.sampler_object("euler")
         return guider.sample(noise, empty, sampler, sigmas, disable_pbar=True, seed=0)
 
-    return {
-        PLAIN: lambda: ksampler(model),
-        THREE: dual,
-        OURS: lambda: ksampler(applied),
-        RANGED: lambda: ksampler(ranged),
-    }
+    runs = {name: partial(ksampler, patcher) for name, patcher in models.items()}
+    return {**runs, THREE: dual}
 
 
 @contextmanager
@@ -243,6 +312,45 @@ def time_runs(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def watch_run(model: Any, action: Callable[[], Any]) -> dict[str, int]:
+    """Count the rows that a run gives to the U-Net, and the values that DreamCache holds at its end."""
+    from unittest.mock import patch
+
+    store = sys.modules[
+        loaded_core().__name__.replace("dreamcache_core", "nodes.host.run")
+    ].RunStore
+    counts, clear = {"rows": 0, "adapters": 0, "keys_values": 0}, store.clear
+
+    def count_rows(_: Any, inputs: Any) -> None:
+        counts["rows"] += len(inputs[0])
+
+    def count_held(self: Any) -> None:
+        layers = [layer for use in self.prepared.values() for layer in use.values()]
+        counts["keys_values"] += sum(e.key.numel() + e.value.numel() for e in layers)
+        weights = [w for adapters in self.applied.patchers for w in adapters.model.parameters()]
+        counts["adapters"] += sum(weight.numel() for weight in weights)
+        clear(self)
+
+    hook = model.model.diffusion_model.register_forward_pre_hook(count_rows)
+    try:
+        with patch.object(store, "clear", count_held):
+            action()
+    finally:
+        hook.remove()
+    return counts
+
+
+def peak_bytes(action: Callable[[], Any]) -> int:
+    """Most bytes that torch's allocator gives out on the GPU during a run that loads all of its models."""
+    import comfy.model_management
+    import torch
+
+    comfy.model_management.unload_all_models()
+    torch.cuda.reset_peak_memory_stats()
+    action()
+    return torch.cuda.max_memory_allocated()
 
 
 def own_python_seconds(action: Callable[[], Any]) -> float:
@@ -304,23 +412,31 @@ def main() -> None:
         loading = load_pack()
         torch.manual_seed(0)
         with torch.inference_mode():
-            model = make_model(given["widths"], given["heads"], given["text_width"])
-            adapters, reference = make_reference(model, given["latent"])
-            models = (model, *apply(model, adapters, reference))
-            runs = make_runs(*models, given["latent"], given["steps"])
-            seconds = time_runs({name: runs[name] for name in TIMED}, given["rounds"])
-            with core_steps(model, adapters, reference, given["latent"]) as steps:
-                step_seconds = time_runs(steps, given["rounds"])
-            small = make_runs(*models, SMALLEST_LATENT, given["steps"])[OURS]
-            small()
+            latent, rounds = given["latent"], given["rounds"]
+            models, adapters, encode = make_models(given["size"], latent)
+            model, reference = models[PLAIN], encode()
+            runs = make_runs(models, latent, given["steps"])
+            timed = {name: runs[name] for name in TIMED}
+            seconds = time_runs({**timed, ENCODE: encode}, rounds)
+            with core_steps(model, adapters, reference, latent) as steps:
+                step_seconds = time_runs(steps, rounds)
+            on_gpu = given["device"] != "cpu"
+            peaks = {name: peak_bytes(action) for name, action in timed.items()} if on_gpu else {}
+            watched = make_runs(models, SMALLEST_LATENT, WATCHED_STEPS)
+            smallest, *_ = make_models(SMALLEST, SMALLEST_LATENT)
+            quick = make_runs(smallest, SMALLEST_LATENT, given["steps"])[OURS]
+            quick()
             results = {
                 "seconds": seconds,
                 "step_seconds": step_seconds,
-                "own_python_s": [own_python_seconds(small) for _ in range(given["rounds"])],
+                "peak_bytes": peaks,
+                "watched": {name: watch_run(model, watched[name]) for name in TIMED},
+                "cached_values": sum(maps.numel() for maps in reference.features.values()),
+                "own_python_s": [own_python_seconds(quick) for _ in range(rounds)],
                 "reads": {
                     str(count): {
                         name: count_reads(action)
-                        for name, action in make_runs(*models, given["latent"], count).items()
+                        for name, action in make_runs(smallest, SMALLEST_LATENT, count).items()
                     }
                     for count in READ_STEPS
                 },

@@ -18,12 +18,22 @@ import torch
 from dreamcache_core.errors import InputError
 
 from .arguments import positive, settings_of
-from .inside_comfyui import OURS, PLAIN, RANGED, READ_STEPS, STEP_PLAIN, THREE
+from .inside_comfyui import (
+    ENCODE,
+    OURS,
+    PLAIN,
+    RANGED,
+    READ_STEPS,
+    STEP_PLAIN,
+    TIMED,
+    WATCHED_STEPS,
+)
 from .models import SIZES
-from .report import Bar, Report, machine, ratio_table, table
-from .timing import ratios
+from .report import Bar, Report, machine, table
+from .timing import Spread, ratios
 
 INSIDE = Path(__file__).with_name("inside_comfyui.py")
+MB = 1e6
 LONGEST_LOADING_S, MOST_PYTHON_MS = 0.3, 1.0
 MOST_READS, MOST_READS_WITH_RANGES = 0.0, 1.0
 
@@ -34,7 +44,7 @@ ROUNDS = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what this benchmark takes besides ``add_common``'s."""
-    parser.add_argument("--steps", type=positive, default=50, help="sampling steps of an image")
+    parser.add_argument("--steps", type=positive, default=20, help="sampling steps of an image")
     parser.add_argument(
         "--comfyui", type=Path, help="ComfyUI's folder; else COMFYUI_PATH's first, else ~/ComfyUI"
     )
@@ -48,7 +58,9 @@ def measure(arguments: argparse.Namespace) -> Report:
         raise InputError(f"--size {settings.size} cannot be built in ComfyUI here. Use small.")
     found = _measure(comfyui, arguments, settings.latent)
     seconds, steps = found["seconds"], arguments.steps
-    against = {name: ratios(values, seconds[THREE]) for name, values in seconds.items()}
+    against = {name: ratios(seconds[name], seconds[PLAIN]) for name in TIMED}
+    # in plain steps, so that it holds for any number of them
+    encoding = ratios(seconds[ENCODE], [total / steps for total in seconds[PLAIN]])
     step_seconds = found["step_seconds"]
     step = {name: ratios(values, step_seconds[STEP_PLAIN]) for name, values in step_seconds.items()}
     python_ms = 1e3 * statistics.median(found["own_python_s"]) / steps
@@ -58,14 +70,25 @@ def measure(arguments: argparse.Namespace) -> Report:
         title=(
             f"run: {settings.size} size, {settings.latent} x {settings.latent} latents, {steps} steps in ComfyUI "
             f"({comfyui.name}), {machine(torch.device(settings.device))}; median (low - high) of {arguments.rounds} "
-            "rounds in turn"
+            "rounds in turn. Of an image the sampling alone is timed, without text encoder and VAE."
         ),
         tables=[
-            ratio_table("an image", against, seconds, settings.device),
-            ratio_table("ComfyUI's U-Net without its sampler", step, step_seconds, settings.device),
+            _image_table(found, against),
+            table(
+                ("ComfyUI's U-Net without its sampler", "three plain rows = 1"),
+                [(name, f"{ratio:.3f}") for name, ratio in step.items()],
+            ),
             table(
                 ("besides", "measured"),
                 [
+                    (
+                        "Encode Reference once, VAE included, in steps of the plain graph",
+                        f"{encoding:.2f}",
+                    ),
+                    (
+                        "reference in main memory, MB in half precision",
+                        f"{2 * found['cached_values'] / MB:.1f}",
+                    ),
                     ("time in our own Python, ms a step", f"{python_ms:.3f}"),
                     (
                         "reads that a GPU would have to finish for, more than plain, a step",
@@ -88,8 +111,29 @@ def measure(arguments: argparse.Namespace) -> Report:
             Bar("loading the pack, s", found["loading_s"], LONGEST_LOADING_S),
         ],
         plotted=against,
-        plot_label="time of an image in ComfyUI, three plain rows = 1",
+        plot_label="time of an image in ComfyUI, plain graph = 1",
     )
+
+
+def _image_table(found: Mapping[str, Any], against: Mapping[str, Spread]) -> str:
+    """Time, predictions and memory of an image in each way; seconds of a CPU say nothing beyond that machine."""
+    peaks = found["peak_bytes"]
+    header = [
+        "an image",
+        "plain graph = 1",
+        "predictions a step",
+        "adapters, MB in half precision",
+        "keys and values, likewise",
+    ]
+    rows: list[list[str]] = []
+    for name, ratio in against.items():
+        watched = found["watched"][name]
+        held = [f"{2 * watched[part] / MB:.1f}" for part in ("adapters", "keys_values")]
+        row = [name, f"{ratio:.3f}", f"{watched['rows'] / WATCHED_STEPS:g}", *held]
+        if peaks:
+            row += [f"{peaks[name] / MB:.0f}", f"{Spread.of(found['seconds'][name]):.3g}"]
+        rows.append(row)
+    return table(header + ["peak, MB", "s"] * bool(peaks), rows)
 
 
 def _reads_a_step(reads: Mapping[str, Mapping[str, int]], name: str) -> float:
@@ -114,9 +158,13 @@ def _measure(comfyui: Path, arguments: argparse.Namespace, latent: int) -> Mappi
     request = {
         "comfyui": str(comfyui),
         "device": arguments.device,
-        "widths": size.unet,
-        "heads": size.heads,
-        "text_width": size.text_width,
+        "size": {
+            "widths": size.unet,
+            "heads": size.heads,
+            "text_width": size.text_width,
+            "linear_projection": size.linear_projection,
+            "vae_width": max(32, size.vae[0]),  # ComfyUI's VAE has norms of 32 groups
+        },
         "latent": latent,
         "steps": arguments.steps,
         "rounds": arguments.rounds,

@@ -4,7 +4,18 @@ import json
 from pathlib import Path
 
 from benchmarks.__main__ import main
-from benchmarks.inside_comfyui import OURS, PLAIN, STEP_OURS, STEP_PLAIN, THREE
+from benchmarks.inside_comfyui import (
+    ENCODE,
+    JOINT,
+    OURS,
+    PLAIN,
+    STEP_OURS,
+    STEP_PLAIN,
+    THREE,
+    TIMED,
+    WATCHED_STEPS,
+    WITHOUT_THIRD,
+)
 
 
 def test_a_run_is_measured(comfyui, tmp_path: Path, capsys):
@@ -12,8 +23,15 @@ def test_a_run_is_measured(comfyui, tmp_path: Path, capsys):
     status = main(["run", *flags, "--comfyui", str(comfyui.path), "--out", str(tmp_path)])
     figures = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert status in (0, 1), capsys.readouterr().err
-    assert set(figures["seconds"]) == {PLAIN, THREE, OURS}
+    assert set(figures["seconds"]) == {*TIMED, ENCODE}
     assert set(figures["step_seconds"]) == {STEP_PLAIN, STEP_OURS}
+    watched = figures["watched"]
+    rows = {name: counts["rows"] / WATCHED_STEPS for name, counts in watched.items()}
+    assert rows == {PLAIN: 2, THREE: 3, OURS: 3, WITHOUT_THIRD: 2, JOINT: 2}
+    assert watched[PLAIN]["adapters"] == watched[PLAIN]["keys_values"] == 0
+    for name in (OURS, WITHOUT_THIRD, JOINT):
+        assert watched[name]["adapters"] > 0
+        assert watched[name]["keys_values"] == 2 * figures["cached_values"]
     # two steps; the bar of 1 ms a step is for an idle machine
     assert 0 < figures["own_python_s"][0] < 2 * 0.01
     by_name = {bar["what"]: bar for bar in figures["bars"]}
