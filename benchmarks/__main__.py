@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dreamcache_core import DreamCacheError
 
-from . import encode, growth, load, memory, paper, run, step, training
+from . import encode, gpu, growth, load, memory, paper, run, step, training
 from .arguments import add_common
 from .models import SDXL, UNETS
 from .report import Report, publish
@@ -22,6 +22,9 @@ MEASURES = {
     "paper": paper,
 }
 """Modules with ``ROUNDS`` and ``measure(arguments) -> Report``, which raises ``InputError`` on what cannot be measured."""
+
+OWN_COMMANDS = {"training": training, "gpu": gpu}
+"""Modules with ``run(arguments)``, which prints and returns the exit status itself."""
 
 FULL_SIZE = ("step", "encode", "memory")
 """What ``all`` also measures at SD 2.1 size on the CPU; the others take a GPU there."""
@@ -41,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.name == "training":
-            return training.run(arguments)
+        if arguments.name in OWN_COMMANDS:
+            return OWN_COMMANDS[arguments.name].run(arguments)
         if arguments.name == "all":
             return _run_all(arguments)
         return publish(MEASURES[arguments.name].measure(arguments), arguments.out)
@@ -54,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    for name, module in (*MEASURES.items(), ("training", training)):
+    for name, module in {**MEASURES, **OWN_COMMANDS}.items():
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(name, help=summary, description=summary)
         if hasattr(module, "ROUNDS"):
             add_common(command, module.ROUNDS)
         if hasattr(module, "add_arguments"):
             module.add_arguments(command)
-    summary = "All of them but training, small; step, encode and memory at SD 2.1 size too; on paper SDXL's."
+    summary = "All of them but training and gpu, small; step, encode and memory at SD 2.1 size too; on paper SDXL's."
     everything = commands.add_parser("all", help=summary, description=summary)
     everything.add_argument("--out", type=Path, metavar="DIR", help="folder for JSON and plots")
     everything.add_argument("--size", choices=UNETS, default="small", help="size of the first part")

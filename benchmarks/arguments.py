@@ -45,7 +45,21 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     Raises:
         InputError: The device is not there.
     """
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
+    require_device(arguments.device)
     latent = arguments.latent or LATENTS[arguments.size]
     return Settings(arguments.size, latent, arguments.dtype, arguments.device)
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that torch cannot compute on.
+
+    Raises:
+        InputError: It is not there.
+    """
+    if device != "cuda" or torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
+        raise InputError(
+            f"--device cuda: torch {torch.__version__} is built without CUDA. Install one that has it, or use --device cpu."
+        )
+    raise InputError("--device cuda: torch finds no CUDA device here. Use --device cpu.")

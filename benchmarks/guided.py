@@ -5,14 +5,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dreamcache_core import AdapterSet, ReferenceCache, ReferenceUse, capture_reference, inject
+from dreamcache_core import (
+    AdapterSet,
+    ReferenceCache,
+    ReferenceUse,
+    capture_reference,
+    inject,
+    prepare_for_compile,
+)
 from dreamcache_core.method.adapter import AdapterInfo, FusedAdapterSet
 from dreamcache_core.method.backends import layout_of, select_sites
 from dreamcache_core.method.guidance import combine_guidance
@@ -37,6 +44,8 @@ ALL_STEPS = (
     TWO_ROWS,
     TEXTBOOK,
 )
+
+COMPILED, COMPILED_ROWS = "DreamCache, compiled", "plain U-Net, the same three rows, compiled"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TIMESTEP, TEXT_SCALE, IMAGE_SCALE = 500, 7.5, 0.4
@@ -84,7 +93,9 @@ class GuidedSteps:
         self.device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.unet: Any = make_unet(settings.size, settings.latent).to(self.device, dtype)
+            with self.device:
+                unet: Any = make_unet(settings.size, settings.latent)
+            self.unet = unet.to(dtype)
             self.adapters = _random_adapters(self.unet)
             side, width = settings.latent, self.unet.config.cross_attention_dim
             self.latents = self._random((settings.batch, 4, side, side), dtype)
@@ -102,6 +113,7 @@ class GuidedSteps:
     def ready(
         self,
         names: Sequence[str] = ALL_STEPS,
+        backend: str | None = None,
     ) -> Iterator[dict[str, Callable[[], Tensor]]]:
         """Give the steps by name, while references are injected where they belong.
 
@@ -109,6 +121,7 @@ class GuidedSteps:
 
         Args:
             names: Which; the textbook form knows Stable Diffusion 1 and 2 alone, and is left out for SDXL.
+            backend: Of ``torch.compile``, for ``COMPILED`` and ``COMPILED_ROWS`` besides; ``None``: these are left out.
         """
         injected, without_third, joint = (twin(self.unet) for _ in range(3))
         steps: dict[str, Callable[[], Tensor]] = {
@@ -122,13 +135,25 @@ class GuidedSteps:
         if TEXTBOOK in names and self.settings.size != SDXL:
             steps[TEXTBOOK] = self._textbook()
         use, batch = ReferenceUse(self.reference, self.fused), self.settings.batch
+        three = [False] * batch + [True] * 2 * batch
         with (
             torch.no_grad(),
-            inject(injected, use, rows=[False] * batch + [True] * 2 * batch),
+            inject(injected, use, rows=three),
             inject(without_third, use),
             inject(joint, use, rows=[False] * batch + [True] * batch),
+            ExitStack() as stack,
         ):
-            yield {name: step for name, step in steps.items() if name in names}
+            chosen = {name: step for name, step in steps.items() if name in names}
+            if backend:
+                plain, compiled = twin(self.unet), twin(self.unet)
+                for unet in (plain, compiled):
+                    # both, as torch takes two modules that differ in hooks alone for one
+                    prepare_for_compile(unet)
+                    unet.compile(backend=backend)
+                stack.enter_context(inject(compiled, use, rows=three))
+                chosen[COMPILED_ROWS] = lambda: self._combined(plain, 3)
+                chosen[COMPILED] = lambda: self._combined(compiled, 3)
+            yield chosen
 
     def _combined(self, unet: Any, predictions: int) -> Tensor:
         """Call a U-Net once for all predictions, and combine them."""

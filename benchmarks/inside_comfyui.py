@@ -295,23 +295,32 @@ def core_steps(
         }
 
 
-def time_runs(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Time runs in turn, after one of each."""
-    import torch
+def time_runs(
+    runs: dict[str, Callable[[], Any]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Time runs in turn, after one of each.
 
+    On the CPU it is the processor time of this process, all threads together: what other programs take does not count.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for action in runs.values():
         action()
     for _ in range(rounds):
         for name, action in runs.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            began = time.perf_counter()
+            began = now(device)
             action()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(now(device) - began)
     return seconds
+
+
+def now(device: str) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
+    import torch
+
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def watch_run(model: Any, action: Callable[[], Any]) -> dict[str, int]:
@@ -417,9 +426,9 @@ def main() -> None:
             model, reference = models[PLAIN], encode()
             runs = make_runs(models, latent, given["steps"])
             timed = {name: runs[name] for name in TIMED}
-            seconds = time_runs({**timed, ENCODE: encode}, rounds)
+            seconds = time_runs({**timed, ENCODE: encode}, rounds, given["device"])
             with core_steps(model, adapters, reference, latent) as steps:
-                step_seconds = time_runs(steps, rounds)
+                step_seconds = time_runs(steps, rounds, given["device"])
             on_gpu = given["device"] != "cpu"
             peaks = {name: peak_bytes(action) for name, action in timed.items()} if on_gpu else {}
             watched = make_runs(models, SMALLEST_LATENT, WATCHED_STEPS)

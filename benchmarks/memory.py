@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import resource
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dreamcache_core import ReferenceUse
+from dreamcache_core import ReferenceUse, capture_reference, inject
 from dreamcache_core.method.blending import prepare_layer
 
 from .arguments import settings_of
-from .guided import DREAMCACHE, DTYPES, THREE_ROWS, GuidedSteps
+from .guided import DREAMCACHE, DTYPES, THREE_ROWS, TIMESTEP, GuidedSteps
 from .report import Bar, Report, machine, table
 
 MB = 1e6
 MOST_AT_PEAK_MB = 10.0
 """What a guided step may take at its peak beyond the same three rows of the plain U-Net, weights, keys and values apart."""
+
+GENERATIONS = {"cpu": 3, "cuda": 30}
+"""Images after which nothing more may be held than after the first."""
 
 FULL_SIZE = ("sd21", "sd15")
 ADAPTERS_MB, KEYS_VALUES_MB = 42.1, 12.2
@@ -39,6 +44,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         for name in (THREE_ROWS, DREAMCACHE):
             actions[name]()  # keys and values are projected once, and stay
             peaks[name] = peak_bytes(actions[name], steps.device)
+    held = _held_after_generations(steps, GENERATIONS[settings.device])
     extra = peaks[DREAMCACHE] - peaks[THREE_ROWS]
     values = {
         "fused adapters": sum(weight.numel() for weight in steps.fused.parameters()),
@@ -51,7 +57,10 @@ def measure(arguments: argparse.Namespace) -> Report:
         (name, f"{count / 1e6:.2f}", f"{4 * count / MB:.1f}", f"{2 * count / MB:.1f}")
         for name, count in values.items()
     ]
-    bars = [Bar("peak of a step beyond the plain three rows, MB", extra / MB, MOST_AT_PEAK_MB)]
+    bars = [
+        Bar("peak of a step beyond the plain three rows, MB", extra / MB, MOST_AT_PEAK_MB),
+        Bar(f"bytes held after {len(held)} images beyond those after one", held[-1] - held[0], 0),
+    ]
     if settings.size in FULL_SIZE and settings.latent == 64:
         adapters, keys_values, _ = values.values()
         bars += [
@@ -71,6 +80,8 @@ def measure(arguments: argparse.Namespace) -> Report:
                 ("peak of a step, weights, keys and values apart", "MB"),
                 [(name, f"{peak / MB:.1f}") for name, peak in peaks.items()],
             ),
+            f"Held after each of {len(held)} images, each of a reference of its own: {held[0] / MB:.1f} MB after the first, "
+            f"{max(held) / MB:.1f} MB at most, {held[-1] / MB:.1f} MB after the last.",
             f"Largest resident set of this process: {resident:.0f} MiB (weights of a base model in float32 included).",
         ],
         figures={
@@ -78,6 +89,7 @@ def measure(arguments: argparse.Namespace) -> Report:
             "machine": machine(steps.device),
             "values": values,
             "peak_bytes": peaks,
+            "held_bytes": held,
         },
         bars=bars,
     )
@@ -116,6 +128,27 @@ def peak_bytes(action: Callable[[], Any], device: torch.device) -> int:
     with tracker:
         action()
     return tracker.get_tracker_snapshot("peak")[device]["Total"]
+
+
+def _held_after_generations(steps: GuidedSteps, count: int) -> list[int]:
+    """Bytes of tensors that live after each of several images: reference cached, injected, used and gone."""
+    image, text, options = steps.latents[:1], steps.text[:1], steps.conditions
+    held: list[int] = []
+    for _ in range(count):
+        reference = capture_reference(steps.unet, image, 1, text, unet_kwargs=options)
+        with torch.no_grad(), inject(steps.unet, ReferenceUse(reference, steps.fused)):
+            steps.unet(image, TIMESTEP, text, return_dict=False, **options)
+        held.append(_held_bytes(steps.device))
+    return held
+
+
+def _held_bytes(device: torch.device) -> int:
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    tensors = (entry for entry in gc.get_objects() if issubclass(type(entry), Tensor))
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _num_keys_values(steps: GuidedSteps) -> int:

@@ -79,7 +79,10 @@ def publish(report: Report, out: Path | None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{report.name}.json").write_text(_as_json(report), encoding="utf-8")
         if report.plotted:
-            _plot(report, out / f"{report.name}.png")
+            try:
+                _plot(report, out / f"{report.name}.png")
+            except ImportError:
+                print("\nNo plot is drawn: matplotlib is not installed.")
     print()
     for bar in report.bars:
         print(bar)
@@ -109,31 +112,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for line in lines
     ]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
-def ratio_table(
-    what: str,
-    against: Mapping[str, Spread],
-    seconds: Mapping[str, Sequence[float]],
-    device: str,
-) -> str:
-    """Table of times in units of three plain rows.
-
-    Args:
-        what: Heading of the names.
-        against: Ratios by name.
-        seconds: Seconds by name, a column of their own on a GPU; on a CPU they say nothing beyond this machine.
-        device: ``cpu`` or ``cuda``.
-
-    Returns:
-        The table.
-    """
-    header, rows = [what, "three plain rows = 1"], [[n, f"{r:.3f}"] for n, r in against.items()]
-    if device != "cpu":
-        header.append("s")
-        for row in rows:
-            row.append(f"{Spread.of(seconds[row[0]]):.3g}")
-    return table(header, rows)
 
 
 def machine(device: torch.device) -> str:

@@ -70,7 +70,8 @@ def measure(arguments: argparse.Namespace) -> Report:
         title=(
             f"run: {settings.size} size, {settings.latent} x {settings.latent} latents, {steps} steps in ComfyUI "
             f"({comfyui.name}), {machine(torch.device(settings.device))}; median (low - high) of {arguments.rounds} "
-            "rounds in turn. Of an image the sampling alone is timed, without text encoder and VAE."
+            "rounds in turn. Of an image the sampling alone is timed, without text encoder and VAE"
+            f"{', in processor time of all threads' if settings.device == 'cpu' else ''}."
         ),
         tables=[
             _image_table(found, against),

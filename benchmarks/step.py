@@ -8,6 +8,8 @@ from dataclasses import asdict
 from .arguments import settings_of
 from .flops import count_flops
 from .guided import (
+    COMPILED,
+    COMPILED_ROWS,
     DREAMCACHE,
     DREAMCACHE_JOINT,
     DREAMCACHE_TWO,
@@ -18,7 +20,7 @@ from .guided import (
     GuidedSteps,
 )
 from .report import Bar, Report, machine, table
-from .timing import alternate, noise_warning, ratios
+from .timing import Spread, alternate, noise_warning, ratios
 
 PROMISED = (
     ("guided step / the same three rows of the plain U-Net", DREAMCACHE, THREE_ROWS, 1.08),
@@ -36,18 +38,37 @@ ROUNDS = 5
 """Timed rounds, unless told otherwise."""
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what this benchmark takes besides ``add_common``'s."""
+    parser.add_argument(
+        "--compile",
+        choices=("inductor", "eager"),
+        help="torch.compile the U-Net as well, by this back end; the first call, which compiles, is not timed",
+    )
+
+
 def measure(arguments: argparse.Namespace) -> Report:
     """Measure what ``arguments`` ask for; see ``MEASURES``."""
     settings = settings_of(arguments)
     steps = GuidedSteps(settings)
-    with steps.ready() as actions:
+    with steps.ready(backend=arguments.compile) as actions:
         seconds = alternate(actions, arguments.rounds, steps.device)
-        flops = {name: count_flops(action) for name, action in actions.items()}
+        # compiled, the same operations are hidden from the counter
+        source = {COMPILED: DREAMCACHE, COMPILED_ROWS: THREE_ROWS}
+        flops = {name: count_flops(actions[source.get(name, name)]) for name in actions}
     base, plain_flops = seconds[THREE_ROWS], flops[THREE_ROWS]
     against = {name: ratios(values, base) for name, values in seconds.items()}
     bound = {name: count / plain_flops for name, count in flops.items()}
+    # seconds of a CPU say nothing beyond that machine
+    on_gpu = settings.device != "cpu"
     rows = [
-        (name, f"{against[name]:.3f}", f"{bound[name]:.3f}", f"{flops[name] / 1e12:.4f}")
+        (
+            name,
+            f"{against[name]:.3f}",
+            f"{bound[name]:.3f}",
+            f"{flops[name] / 1e12:.4f}",
+            *([f"{Spread.of(seconds[name]):.3g}"] if on_gpu else []),
+        )
         for name in actions
     ]
     bars: list[Bar] = []
@@ -56,7 +77,14 @@ def measure(arguments: argparse.Namespace) -> Report:
             counted = MOST_OVER_BOUND * flops[name] / flops[plain]
             taken = ratios(seconds[name], seconds[plain]).median
             bars.append(Bar(what, taken, limit if settings.device == "cpu" else counted))
-    tables = [table(("a step", "three plain rows = 1", "counted bound", "TFLOP"), rows)]
+    header = (
+        "a step",
+        "three plain rows = 1",
+        "counted bound",
+        "TFLOP",
+        *(["s"] if on_gpu else []),
+    )
+    tables = [table(header, rows)]
     if TEXTBOOK in actions:
         textbook = ratios(seconds[TEXTBOOK], seconds[DREAMCACHE])
         # the reference's share of both, attention included

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -31,9 +30,10 @@ import torch
 
 from dreamcache_core.training.plan import SavedBytes
 
+from .arguments import positive, require_device
 from .flops import count_flops
 from .models import SIZES
-from .report import table
+from .report import machine, table
 from .timing import Spread, Stopwatch, alternate, ratios
 from .training_runs import IMAGES, MIXED_PRECISION, PLAIN, PRECOMPUTED, Runs, Settings
 
@@ -79,21 +79,14 @@ class Memory:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's arguments."""
     parser.add_argument("--size", choices=SIZES, default="small", help="size of the base model")
-    parser.add_argument("--batch", type=_positive, default=2, help="images per step")
-    parser.add_argument("--steps", type=_positive, default=5, help="timed steps of each loop")
+    parser.add_argument("--batch", type=positive, default=2, help="images per step")
+    parser.add_argument("--steps", type=positive, default=5, help="timed steps of each loop")
     parser.add_argument(
-        "--resolution", type=_positive, help="side of the images; else the size's own"
+        "--resolution", type=positive, help="side of the images; else the size's own"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=MIXED_PRECISION, default="float32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, given {text}")
-    return number
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -104,14 +97,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns:
         Exit status: 0 where the expected ratio is reached.
+
+    Raises:
+        InputError: The device is not there.
     """
     given = arguments
     resolution = given.resolution or SIZES[given.size].resolution
     settings = Settings(given.size, given.batch, given.steps, given.dtype, resolution)
+    require_device(given.device)
     if given.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate's own switch; it takes a GPU else
-    elif not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch finds no CUDA device here. Use --device cpu.")
     with tempfile.TemporaryDirectory(prefix="dreamcache-") as folder:
         runs = Runs(settings, Path(folder))
         results, memory = measure(runs, settings), measure_memory(runs)
@@ -201,7 +196,7 @@ def _print(
 ) -> None:
     print(
         f"training: {settings.size} size, batch {settings.batch}, {settings.resolution} x {settings.resolution} "
-        f"pixels, {settings.dtype}, {_machine(runs.device)}; median (low - high) of {settings.steps} steps in turn\n"
+        f"pixels, {settings.dtype}, {machine(runs.device)}; median (low - high) of {settings.steps} steps in turn\n"
     )
     print(_speed_table(results), _phase_table(results), _memory_table(memory), sep="\n\n")
     reading = runs.reading_s
@@ -242,18 +237,12 @@ def _memory_table(memory: Mapping[str, Memory]) -> str:
     return table(("memory of a trainer's step", "kept for backward", "peak on the GPU"), rows)
 
 
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
 def _as_json(
     settings: Settings, runs: Runs, results: Mapping[str, Result], memory: Mapping[str, Memory]
 ) -> str:
     figures = {
         "settings": asdict(settings),
-        "machine": _machine(runs.device),
+        "machine": machine(runs.device),
         "torch": torch.__version__,
         "loops": {name: asdict(result) for name, result in results.items()},
         "memory": {name: asdict(entry) for name, entry in memory.items()},

@@ -1,16 +1,20 @@
 """The benchmarks of generation: all sides compute the same, bytes are counted right, and the commands say what holds."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import guided, memory, run, step
+from benchmarks import gpu, guided, memory, run, step
 from benchmarks.__main__ import main
 from benchmarks.flops import count_flops
+from benchmarks.gpu import Part
 from benchmarks.guided import (
+    COMPILED,
+    COMPILED_ROWS,
     DREAMCACHE,
     DREAMCACHE_JOINT,
     DREAMCACHE_TWO,
@@ -192,9 +196,93 @@ def test_a_missed_bar_is_said_and_fails(capsys: pytest.CaptureFixture[str]):
     assert out.splitlines()[-1] == "name: 2 of 3 bars hold."
 
 
+def test_figures_are_kept_where_no_plot_can_be_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plotted = {"a": Spread(1.0, 1.0, 1.0)}
+    assert publish(Report("name", "title", [], {}, plotted=plotted), tmp_path) == 0
+    assert (tmp_path / "name.json").is_file()
+    assert "matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_what_a_generation_leaves_behind_is_counted(monkeypatch: pytest.MonkeyPatch):
+    steps = GuidedSteps(Settings("tiny", 8, "float32", "cpu"))
+    held = memory._held_after_generations(steps, 3)
+    assert held[0] == held[2] > 0
+    leaked: list[torch.Tensor] = []
+    held_bytes = memory._held_bytes
+
+    def leak(device: torch.device) -> int:
+        leaked.append(torch.zeros(1000))
+        return held_bytes(device)
+
+    monkeypatch.setattr(memory, "_held_bytes", leak)
+    held = memory._held_after_generations(steps, 3)
+    assert held[2] - held[0] == 2 * 4000
+
+
+@pytest.mark.slow
+def test_a_compiled_step_gives_what_the_plain_one_gives():
+    steps = GuidedSteps(Settings("tiny", 8, "float32", "cpu"))
+    with steps.ready((DREAMCACHE, THREE_ROWS), backend="eager") as actions:
+        values = {name: action() for name, action in actions.items()}
+    torch._dynamo.reset()
+    assert torch.equal(values[COMPILED], values[DREAMCACHE])
+    assert torch.equal(values[COMPILED_ROWS], values[THREE_ROWS])
+
+
+@pytest.mark.slow
+def test_gpu_day_keeps_each_part_and_says_what_was_not_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    parts = (
+        Part("memory", "sd21", "float16"),
+        Part("memory", "sdxl", "float16"),  # of one size the same, so that it comes once
+        Part("run", "sd15", "float32"),
+        Part("step", "sd21", "bfloat16", limit_s=0),
+    )
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    assert main(["gpu", "--device", "cpu", "--size", "tiny", "--out", str(tmp_path)]) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    memory_part, run_part, step_part = summary["parts"]
+    assert memory_part["outcome"] == "holds"
+    assert memory_part["figures"]["settings"]["dtype"] == "float16"
+    assert run_part["outcome"].startswith("not measured: There is no ComfyUI in")
+    assert step_part["outcome"] == "cut off after 0 s"
+    said = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "| memory-tiny-float16 |" in said
+    assert "fused adapters" in said
+
+
+def test_gpu_day_skips_what_has_no_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    clock = iter([0.0, 600.0])
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(gpu, "PARTS", (Part("step", "sd21", "float16"),))
+    assert main(["gpu", "--device", "cpu", "--limit", "500", "--out", str(tmp_path)]) == 1
+    assert "skipped: no time left" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def test_every_part_of_the_gpu_day_is_a_command_that_exists():
+    for part in gpu.PARTS:
+        flags = ["--size", part.size, "--dtype", part.dtype, "--device", "cuda", *part.flags]
+        assert command._parser().parse_args([part.benchmark, *flags]).size == part.size
+
+
+@pytest.mark.parametrize(
+    ("built_for", "message"),
+    [("13.0", "torch finds no CUDA device here"), (None, "is built without CUDA. Install one")],
+)
+@pytest.mark.parametrize("name", ["step", "training", "gpu"])
 def test_a_device_that_is_not_there_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    built_for: str | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["step", "--size", "tiny", "--device", "cuda"]) == 2
-    assert "Use --device cpu" in capsys.readouterr().err
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    assert main([name, "--device", "cuda"]) == 2
+    assert message in capsys.readouterr().err
