@@ -6,6 +6,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import ModelSamplingDiscrete
+from comfy.patcher_extension import WrappersMP, add_wrapper
 from torch import Tensor
 
 from ...dreamcache_core import InputError, ReferenceCache, UnsupportedModelError, capture_features
@@ -74,9 +75,18 @@ def encode_reference(
 
 def _capture(loaded: LoadedModel) -> dict[str, Tensor]:
     """Run the U-Net up to the last cached layer."""
-    with capture_features(loaded.base.diffusion_model, stop_early=True) as features:
-        loaded.predict()
-    return {name: feature.cpu() for name, feature in features.items()}
+    captured: dict[str, Tensor] = {}
+
+    def read(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # the pass ends here, and not in one of ComfyUI's frames, which may be a worker thread's
+        with capture_features(executor.class_obj.diffusion_model, stop_early=True) as features:
+            executor(x, *args, **kwargs)
+        captured.update(features)
+        return x
+
+    add_wrapper(WrappersMP.APPLY_MODEL, read, loaded.transformer_options)
+    loaded.predict()
+    return {name: feature.cpu() for name, feature in captured.items()}
 
 
 def _check_conditioning(conditioning: list[Any]) -> None:

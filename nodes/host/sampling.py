@@ -113,12 +113,12 @@ def clean_clone(model: ModelPatcher, *, keep_sampling: bool = False) -> ModelPat
         keep_sampling: Keep what a ModelSamplingDiscrete node, say, put in place of the model's own noise levels.
 
     Returns:
-        A clone that shares the weights, LoRAs included; without patches, wrappers and references.
+        A clone that shares the weights, LoRAs included; without patches, wrappers, references and copies on other devices.
     """
     clone = model.clone()
     remove_references(clone)
     clone.model_options = {"transformer_options": {}}
-    clone.wrappers, clone.callbacks = {}, {}
+    clone.wrappers, clone.callbacks, clone.additional_models = {}, {}, {}
     if not clone.is_injected:
         clone.injections = {}
     # another sampling (LCM, say) has other sigmas; a compiled U-Net ignores hooks
