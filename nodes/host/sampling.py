@@ -28,6 +28,9 @@ NOT_PLAIN = {
 }
 """Entries of a conditioning that make it act on a part of the image or the run only."""
 
+BYPASS = "comfy.weight_adapter.bypass"
+"""Module of the injections that stand for changed weights: LoRAs in bypass mode."""
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
@@ -119,8 +122,12 @@ def clean_clone(model: ModelPatcher, *, keep_sampling: bool = False) -> ModelPat
     remove_references(clone)
     clone.model_options = {"transformer_options": {}}
     clone.wrappers, clone.callbacks, clone.additional_models = {}, {}, {}
-    if not clone.is_injected:
-        clone.injections = {}
+    clone.injections = {
+        key: loras
+        for key, injections in clone.injections.items()
+        if (loras := [i for i in injections if i.inject.__module__ == BYPASS])
+    }
+    clone.is_injected = False  # ComfyUI takes the model's injections out before it loads a clone
     # another sampling (LCM, say) has other sigmas; a compiled U-Net ignores hooks
     for name in list(clone.object_patches):
         is_sampling = name == "model_sampling" and not keep_sampling

@@ -217,6 +217,28 @@ def _normal_alias(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
+def frozen_loras(unet: nn.Module) -> Iterator[None]:
+    """Make LoRAs in bypass mode usable by autograd, inside the context only; see ``frozen``.
+
+    Args:
+        unet: A U-Net whose modules ComfyUI has given a forward that adds a LoRA.
+    """
+    hooks = [getattr(vars(part).get("forward"), "__self__", None) for part in unet.modules()]
+    loras = {id(hook.adapter): hook.adapter for hook in hooks if hasattr(hook, "adapter")}.values()
+    before = [lora.weights for lora in loras]
+    try:
+        for lora in loras:
+            lora.weights = [
+                _normal_alias(w) if isinstance(w, Tensor) and w.is_inference() else w
+                for w in lora.weights
+            ]
+        yield
+    finally:
+        for lora, weights in zip(loras, before, strict=True):
+            lora.weights = weights
+
+
+@contextmanager
 def checkpointed(unet: Any) -> Iterator[None]:
     """Let backward compute the activations of the middle and the decoder again instead of keeping them.
 

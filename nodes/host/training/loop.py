@@ -24,7 +24,14 @@ from ....dreamcache_core.training.initialisation import (
 from ....dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule, denoising_loss
 from ..model import compute_dtype
 from ..sampling import LoadedModel, clean_clone, inside_sampling
-from .frozen_model import FrozenModel, checkpointed, frozen, noise_schedule, wholly_loaded
+from .frozen_model import (
+    FrozenModel,
+    checkpointed,
+    frozen,
+    frozen_loras,
+    noise_schedule,
+    wholly_loaded,
+)
 from .images import EMPTY_TEXT, TrainingSet
 
 MAX_GRAD_NORM = 1.0
@@ -136,6 +143,7 @@ class _Training:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(frozen(loaded.base))
+            stack.enter_context(frozen_loras(loaded.base.diffusion_model))
             base = FrozenModel(loaded, self.data.texts, self.schedule)
             if self.settings.gradient_checkpointing:
                 stack.enter_context(checkpointed(base.unet))

@@ -23,6 +23,7 @@ from tiny import (
     apply,
     assert_close,
     encode,
+    lora_weights,
     make_adapters,
     make_image,
     make_model,
@@ -58,15 +59,7 @@ def run_core(name, *args, **inputs):
 
 
 def add_lora(model):
-    """A LoRA on an attention that DreamCache replaces and on one that it leaves alone."""
-    generator = torch.Generator().manual_seed(9)
-    weights = {}
-    for block in ("middle_block_1", "output_blocks_5_1"):
-        name = f"lora_unet_{block}_transformer_blocks_0_attn1_to_v"
-        width = 128
-        weights[f"{name}.lora_up.weight"] = torch.randn((width, 4), generator=generator) * 0.2
-        weights[f"{name}.lora_down.weight"] = torch.randn((4, width), generator=generator) * 0.2
-    return comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)[0]
+    return comfy.sd.load_lora_for_models(model, None, lora_weights(), 1.0, 0.0)[0]
 
 
 def add_image_prompt(model):

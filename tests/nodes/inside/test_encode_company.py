@@ -5,9 +5,11 @@ import threading
 
 import comfy.model_management
 import comfy.samplers
+import comfy.sd
 import pytest
 import torch
-from tiny import CPU, apply, assert_close, encode, make_model, make_text, run
+from comfy.patcher_extension import PatcherInjection
+from tiny import CPU, apply, assert_close, encode, lora_weights, make_model, make_text, run, sample
 
 
 @pytest.fixture
@@ -18,6 +20,10 @@ def model():
 def assert_same(one, other, relative=0.0):
     for layer in other.layers:
         assert_close(one.features[layer], other.features[layer], relative)
+
+
+def is_same(one, other):
+    return all(torch.equal(one.features[layer], other.features[layer]) for layer in other.layers)
 
 
 # --- other threads and devices -----------------------------------------------------------------------------------
@@ -80,3 +86,59 @@ if importlib.util.find_spec("comfy.multigpu"):
             )[0]
 
         assert torch.equal(look(split), look(model))
+
+
+# --- injections --------------------------------------------------------------------------------------------------
+
+
+def inject_doubling(model):
+    """A node that puts a forward of its own into the U-Net, as packs for motion modules do."""
+    block = model.model.diffusion_model.middle_block[0]
+
+    def inject(_):
+        forward = type(block).forward
+        block.forward = lambda *args, **kwargs: 2 * forward(block, *args, **kwargs)
+
+    clone = model.clone()
+    clone.set_injections(
+        "another", [PatcherInjection(inject, lambda _: vars(block).pop("forward"))]
+    )
+    return clone
+
+
+def test_what_another_node_injects_is_left_out_of_the_encoding(model):
+    plain, injected = encode(model), inject_doubling(model)
+    drawn = sample(injected)
+    assert not torch.equal(drawn, sample(model))
+    assert_same(encode(injected), plain)
+    assert torch.equal(sample(injected), drawn)
+    assert_same(encode(injected), plain)  # it is loaded with the injection on it
+    assert_same(encode(model), plain)
+
+
+if hasattr(comfy.sd, "load_bypass_lora_for_models"):
+
+    def with_lora(load, model):
+        return load(model, None, lora_weights(), 1.0, 0.0)[0]
+
+    @pytest.fixture
+    def bypassing(model):
+        """What Load LoRA (Bypass) makes of a MODEL."""
+        return with_lora(comfy.sd.load_bypass_lora_for_models, model)
+
+    def test_a_lora_in_bypass_mode_is_part_of_the_encoding(model, bypassing):
+        plain = encode(model)
+        usual = encode(with_lora(comfy.sd.load_lora_for_models, model))
+        assert not is_same(usual, plain)
+        assert_same(encode(bypassing), usual, 1e-5)
+        assert_same(encode(inject_doubling(bypassing)), usual, 1e-5)
+        sample(bypassing)
+        assert_same(encode(bypassing), usual, 1e-5)
+
+    def test_encoding_leaves_no_lora_in_bypass_mode_on_the_model(model, bypassing):
+        plain, drawn, before = encode(model), sample(bypassing), sample(model)
+        encode(bypassing)
+        assert torch.equal(sample(model), before)
+        encode(bypassing)
+        assert_same(encode(model), plain)
+        assert torch.equal(sample(bypassing), drawn)

@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.sd
 import comfy.utils
 import comfy_extras.nodes_model_advanced as model_nodes
 import folder_paths
@@ -21,6 +22,7 @@ from tiny import (
     apply,
     assert_close,
     encode,
+    lora_weights,
     make_image,
     make_model,
     make_text,
@@ -421,6 +423,18 @@ def test_a_lora_on_the_model_counts_and_stays_on_it(model, trained):
     assert patched.patches
     comfy.model_management.unload_all_models()
     assert torch.equal(comfy.utils.get_attr(model.model, key), before)
+
+
+if hasattr(comfy.sd, "load_bypass_lora_for_models"):
+
+    def test_a_lora_in_bypass_mode_trains_as_the_same_lora_on_the_weights(model, trained):
+        loads = (comfy.sd.load_lora_for_models, comfy.sd.load_bypass_lora_for_models)
+        usual, bypassing = (load(model, None, lora_weights(), 1.0, 0.0)[0] for load in loads)
+        before = sample(bypassing)
+        assert same(train(bypassing)[0], train(usual)[0], atol=1e-4)
+        assert not same(train(bypassing)[0], trained, atol=1e-4)
+        assert torch.equal(sample(bypassing), before)
+        assert same(train(model)[0], trained)
 
 
 def test_kernels_without_gradients_are_not_used(model, trained, monkeypatch):

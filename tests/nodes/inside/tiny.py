@@ -172,6 +172,17 @@ def load_weights(model: ModelPatcher, weights: dict[str, torch.Tensor]) -> Model
     return model
 
 
+def lora_weights() -> dict[str, torch.Tensor]:
+    """A LoRA on an attention that DreamCache acts on and on one that it leaves alone."""
+    generator = torch.Generator().manual_seed(9)
+    weights: dict[str, torch.Tensor] = {}
+    for block in ("middle_block_1", "output_blocks_5_1"):
+        name = f"lora_unet_{block}_transformer_blocks_0_attn1_to_v"
+        weights[f"{name}.lora_up.weight"] = torch.randn((128, 4), generator=generator) * 0.2
+        weights[f"{name}.lora_down.weight"] = torch.randn((4, 128), generator=generator) * 0.2
+    return weights
+
+
 def make_text(model: ModelPatcher, seed: int, tokens: int = 7) -> list[Any]:
     """A CONDITIONING of random text states for the model."""
     generator = torch.Generator().manual_seed(seed)
