@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ..dreamcache_core import AdapterSet, Guidance, ReferenceCache, ReferenceUse
 from ..dreamcache_core.images.reference import given_mask
-from ..dreamcache_core.method.backends import require_fit
 from ..dreamcache_core.method.layers import require_same_layout
 from .guidance import MAX_IMAGE_GUIDANCE, percent_input
 from .host.applied import Applied, AppliedUse, applied_to
-from .host.model import adapter_patcher, unet_of
+from .host.model import adapter_patcher, require_model_fit
 from .host.report import node_id, report
 from .host.wrappers import with_references
 from .types import Adapters, Reference
@@ -101,7 +100,7 @@ class Apply(io.ComfyNode):
     ) -> io.NodeOutput:
         """Put the reference on a clone of the model."""
         layout = adapters.info.layout
-        require_fit(unet_of(model), layout, "the adapters")
+        require_model_fit(model, layout)
         require_same_layout(reference.layout, "The reference", layout, "the adapters")
         warnings = list(_warnings(model, adapters, start_percent, end_percent))
         patcher = adapter_patcher(adapters, model)

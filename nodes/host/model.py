@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...dreamcache_core import AdapterSet, FusedAdapterSet, InputError, Layout
 from ...dreamcache_core.method.adapter import FusedAdapter
-from ...dreamcache_core.method.backends import layout_of
+from ...dreamcache_core.method.backends import layout_of, require_fit
 from ...dreamcache_core.method.compiling import plain_module
 
 _fused: "WeakKeyDictionary[AdapterSet, dict[tuple[Any, ...], ModelPatcher]]" = WeakKeyDictionary()
@@ -25,7 +25,17 @@ def unet_of(model: ModelPatcher) -> Any:
 
 def model_layout(model: ModelPatcher, layers: Sequence[str] | None = None) -> Layout:
     """Layout of a MODEL, see ``layout_of``."""
-    return layout_of(unet_of(model), layers)
+    return layout_of(unet_of(model), layers, _context_width(model))
+
+
+def require_model_fit(model: ModelPatcher, layout: Layout) -> None:
+    """Refuse a MODEL that adapters were not made for, see ``require_fit``."""
+    require_fit(unet_of(model), layout, "the adapters", _context_width(model))
+
+
+def _context_width(model: ModelPatcher) -> int | None:
+    # other nodes replace the modules that it could be read off
+    return model.model.model_config.unet_config.get("context_dim")
 
 
 def compute_dtype(base_model: Any) -> torch.dtype:

@@ -90,12 +90,15 @@ def select_sites(
     return {site.name: site for site in sites if site.name in wanted}
 
 
-def layout_of(unet: nn.Module, layers: Sequence[str] | None = None) -> Layout:
+def layout_of(
+    unet: nn.Module, layers: Sequence[str] | None = None, context_width: int | None = None
+) -> Layout:
     """Describe a U-Net by context width and the widths of its cached layers.
 
     Args:
         unet: The U-Net.
         layers: Canonical names; ``None`` takes METHOD.md's rule.
+        context_width: Channels of its text states; ``None`` reads them off its attention to text.
 
     Returns:
         The layout that adapters and references for this U-Net have.
@@ -105,22 +108,25 @@ def layout_of(unet: nn.Module, layers: Sequence[str] | None = None) -> Layout:
         UnsupportedModelError: The model is not a supported U-Net.
     """
     sites = select_sites(unet, layers)
-    context_width = next(iter(sites.values())).context_width
-    return Layout(context_width, {name: site.channels for name, site in sites.items()})
+    width = context_width or next(iter(sites.values())).context_width
+    return Layout(width, {name: site.channels for name, site in sites.items()})
 
 
-def require_fit(unet: nn.Module, layout: Layout, name: str) -> None:
+def require_fit(
+    unet: nn.Module, layout: Layout, name: str, context_width: int | None = None
+) -> None:
     """Refuse a U-Net that adapters or a reference were not made for.
 
     Args:
         unet: The U-Net.
         layout: What the other was made for.
         name: What the other is, for the message: ``"the adapters"``.
+        context_width: The U-Net's, see ``layout_of``.
 
     Raises:
         MismatchError: They differ in context width, layers or widths; the message names both sides.
         UnsupportedModelError: The model is not a supported U-Net.
     """
     has_layers = set(layout.layers) <= {site.name for site in attention_sites(unet)}
-    own = layout_of(unet, layout.layers if has_layers else None)
+    own = layout_of(unet, layout.layers if has_layers else None, context_width)
     require_same_layout(own, "The model", layout, name)

@@ -23,11 +23,10 @@ from ....dreamcache_core import (
 from ....dreamcache_core.data.augmentation import Alterations
 from ....dreamcache_core.images.files import contact_sheet
 from ....dreamcache_core.images.loss_curve import draw_loss_curve, moving_average
-from ....dreamcache_core.method.backends import require_fit
 from ....dreamcache_core.pipeline.latents import LATENT_FACTOR
 from ....dreamcache_core.training.initialisation import new_adapters
 from ..folders import new_adapter_path
-from ..model import model_layout, unet_of
+from ..model import model_layout, require_model_fit, unet_of
 from ..report import node_id, report
 from .frozen_model import check_texts, noise_schedule
 from .images import (
@@ -116,7 +115,7 @@ class TrainingRun:
                 unet_of(self.model), init=self.init, seed=self.seed, prediction=prediction
             )
         info = self.adapters.info
-        require_fit(unet_of(self.model), info.layout, "the adapters")
+        require_model_fit(self.model, info.layout)
         if info.prediction != prediction:
             logger.warning(
                 "The adapters were trained on a model that predicts %s; this one predicts %s.",

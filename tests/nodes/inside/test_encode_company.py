@@ -9,7 +9,19 @@ import comfy.sd
 import pytest
 import torch
 from comfy.patcher_extension import PatcherInjection
-from tiny import CPU, apply, assert_close, encode, lora_weights, make_model, make_text, run, sample
+from tiny import (
+    CPU,
+    apply,
+    assert_close,
+    encode,
+    lora_weights,
+    make_adapters,
+    make_model,
+    make_text,
+    run,
+    sample,
+)
+from torch import nn
 
 
 @pytest.fixture
@@ -142,3 +154,31 @@ if hasattr(comfy.sd, "load_bypass_lora_for_models"):
         encode(bypassing)
         assert_same(encode(model), plain)
         assert torch.equal(sample(bypassing), drawn)
+
+
+# --- replaced modules --------------------------------------------------------------------------------------------
+
+
+class OtherAttention(nn.Module):
+    """An attention of another pack, with nothing of the original's but its output."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.original = [original]  # not a module of this one
+
+    def forward(self, *args, **kwargs):
+        return 0.9 * self.original[0](*args, **kwargs)
+
+
+def test_a_model_whose_attention_another_node_has_replaced_is_encoded_and_applied_to(model):
+    adapters, reference, replaced = make_adapters(model), encode(model), model.clone()
+    for name, module in model.model.named_modules():
+        if name.endswith((".attn1", ".attn2")):
+            replaced.add_object_patch(name, OtherAttention(module))
+    drawn = sample(replaced)  # from here on the modules are in the U-Net
+    assert not torch.equal(sample(apply(replaced, adapters, reference)), drawn)
+    assert_same(encode(replaced), reference)
+    sample(replaced)
+    assert_same(encode(model), reference)
+    sample(replaced)
+    assert not torch.equal(sample(apply(model, adapters, reference)), sample(model))
