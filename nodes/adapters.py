@@ -7,7 +7,7 @@ from ..dreamcache_core import AdapterSet, load_adapters, save_adapters
 from .host.folders import (
     adapter_path,
     check_choice,
-    file_state,
+    choice_state,
     list_adapter_files,
     new_adapter_path,
 )
@@ -47,9 +47,9 @@ class LoadAdapters(io.ComfyNode):
         return check_choice(adapter_path, adapters)
 
     @classmethod
-    def fingerprint_inputs(cls, adapters: str) -> str:
+    def fingerprint_inputs(cls, adapters: str | None) -> str:
         """Run again when the file changes."""
-        return file_state(adapter_path(adapters))
+        return choice_state(adapter_path, adapters)
 
     @classmethod
     def execute(cls, adapters: str) -> io.NodeOutput:

@@ -11,7 +11,7 @@ from ..dreamcache_core import InputError, prepare_reference_image
 from ..dreamcache_core.images.files import read_image
 from ..dreamcache_core.images.reference import fit_mask, given_mask, resize_mask
 from .host.encode import encode_reference
-from .host.folders import check_choice, file_state, image_paths, list_image_folders
+from .host.folders import check_choice, choice_state, image_paths, list_image_folders
 from .host.report import node_id, report
 from .host.sampling import plain_text
 from .types import Reference
@@ -250,9 +250,9 @@ class EncodeFolder(io.ComfyNode):
         return check_choice(image_paths, folder)
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, folder: str | None, **_: Any) -> str:
         """Run again when an image comes, goes or changes."""
-        return "\n".join(file_state(path) for path in image_paths(folder))
+        return choice_state(image_paths, folder)
 
     @classmethod
     def execute(

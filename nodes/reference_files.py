@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..dreamcache_core import InputError, ReferenceCache
 from .host.folders import (
     check_choice,
-    file_state,
+    choice_state,
     list_reference_files,
     new_reference_path,
     reference_path,
@@ -134,9 +134,9 @@ class LoadReference(io.ComfyNode):
         return check_choice(reference_path, reference)
 
     @classmethod
-    def fingerprint_inputs(cls, reference: str) -> str:
+    def fingerprint_inputs(cls, reference: str | None) -> str:
         """Run again when the file changes."""
-        return file_state(reference_path(reference))
+        return choice_state(reference_path, reference)
 
     @classmethod
     def execute(cls, reference: str) -> io.NodeOutput:

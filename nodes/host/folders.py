@@ -195,10 +195,22 @@ def new_reference_path(prefix: str) -> str:
     return _new_path(prefix, folder_paths.get_output_directory(), rule, "dreamcache/my_dog")
 
 
-def file_state(path: str) -> str:
-    """Fingerprint of a file for ComfyUI's output cache: it changes when the file does."""
-    stat = os.stat(path)
-    return f"{path}:{stat.st_mtime_ns}:{stat.st_size}"
+def choice_state(find: Callable[[str], str | list[str]], choice: str | None) -> str:
+    """Fingerprint of a combo's entry for ComfyUI's output cache.
+
+    Args:
+        find: What finds its file or files.
+        choice: Entry of the combo; ``None`` where it comes over a link.
+
+    Returns:
+        A text that changes when a file does; always the same for a link, whose source ComfyUI looks at itself.
+    """
+    if choice is None:
+        return ""
+    found = find(choice)
+    paths = [found] if isinstance(found, str) else found
+    stats = [(path, os.stat(path)) for path in paths]
+    return "\n".join(f"{path}:{stat.st_mtime_ns}:{stat.st_size}" for path, stat in stats)
 
 
 _listed: dict[str, tuple[list[str], dict[str, float]]] = {}

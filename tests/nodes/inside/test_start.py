@@ -36,6 +36,13 @@ def test_others_are_taken(version):
     VERSION.require_comfyui(version)
 
 
+CHOICES = [
+    ("DreamCacheLoadAdapters", "adapters"),
+    ("DreamCacheLoadReference", "reference"),
+    ("DreamCacheEncodeFolder", "folder"),
+]
+
+
 @pytest.mark.parametrize(
     ("node", "name", "choice", "where"),
     [
@@ -52,6 +59,12 @@ def test_a_file_that_is_not_there_is_refused_before_the_run_with_the_folders(
     assert choice in said
     assert where in said.replace("\\", "/")
     assert check(**{name: None}) is True  # comes over a link: known only in the run
+
+
+@pytest.mark.parametrize(("node", "name"), CHOICES)
+def test_a_choice_that_comes_over_a_link_is_no_reason_to_run_again(node, name):
+    fingerprint = comfy_nodes.NODE_CLASS_MAPPINGS[node].fingerprint_inputs
+    assert fingerprint(**{name: None}) == fingerprint(**{name: None})
 
 
 def test_folders_are_walked_again_only_when_they_changed(tmp_path, monkeypatch):
