@@ -7,6 +7,7 @@ from ..dreamcache_core import InputError, ReferenceCache
 from .host.folders import (
     check_choice,
     choice_state,
+    is_listed,
     list_reference_files,
     new_reference_path,
     reference_path,
@@ -21,6 +22,10 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+NOT_LISTED = (
+    "Load Reference does not list this folder: begin filename_prefix with dreamcache/, or move the file to "
+    "models/dreamcache/references. "
+)
 
 
 class CombineReferences(io.ComfyNode):
@@ -102,7 +107,8 @@ class SaveReference(io.ComfyNode):
         rounded, loss = _round(reference, dtype)
         path = new_reference_path(filename_prefix)
         rounded.save(path)
-        return io.NodeOutput(ui=report(cls, f"{path}: {loss}{rounded.describe()}"))
+        hint = "" if is_listed(path) else NOT_LISTED
+        return io.NodeOutput(ui=report(cls, f"{hint}{path}: {loss}{rounded.describe()}"))
 
 
 class LoadReference(io.ComfyNode):

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 
 import folder_paths
 
@@ -70,15 +71,30 @@ def adapter_path(name: str) -> str:
 
 
 def list_reference_files() -> list[str]:
-    """List saved references for the combo; a hint where there is none."""
-    names = [
-        f"{name} [{label}]"
-        for label, folder in _reference_roots()
-        if os.path.isdir(folder)
-        for name in sorted(_files_below(folder))
-        if name.endswith(".safetensors")
-    ]
+    """List saved references for the combo; a hint where there is none.
+
+    Of the output and input folders, which may hold very many files, only what lies directly in them or below their folder
+    ``dreamcache`` is listed; ``reference_path`` finds the others too.
+    """
+    names: list[str] = []
+    for label, folder in _reference_roots():
+        walked = _walk(folder)
+        if label != REFERENCES:
+            walked = chain(islice(walked, 1), _walk(os.path.join(folder, FOLDER), FOLDER))
+        files = [
+            os.path.join(path, file)
+            for path, found in walked
+            for file in found
+            if file.endswith(".safetensors")
+        ]
+        names += [f"{file} [{label}]" for file in sorted(files)]
     return names or [NO_REFERENCE]
+
+
+def is_listed(path: str) -> bool:
+    """Whether ``list_reference_files`` looks where a new reference was saved below ComfyUI's output folder."""
+    first, *rest = os.path.relpath(path, folder_paths.get_output_directory()).split(os.sep)
+    return not rest or first == FOLDER
 
 
 def reference_path(choice: str) -> str:
@@ -109,13 +125,12 @@ def reference_path(choice: str) -> str:
 
 def list_image_folders() -> list[str]:
     """List folders with images below ComfyUI's input folder for the combo; a hint where there is none."""
-    root = folder_paths.get_input_directory()
-    names = {
-        os.path.dirname(name).replace("\\", "/")
-        for name in _files_below(root)
-        if name.lower().endswith(IMAGES)
-    }
-    return sorted(names - {""}) or [NO_FOLDER]
+    names = [
+        path.replace("\\", "/")
+        for path, files in _walk(folder_paths.get_input_directory())
+        if path and any(file.lower().endswith(IMAGES) for file in files)
+    ]
+    return sorted(names) or [NO_FOLDER]
 
 
 def image_paths(name: str) -> list[str]:
@@ -213,20 +228,30 @@ def choice_state(find: Callable[[str], str | list[str]], choice: str | None) -> 
     return "\n".join(f"{path}:{stat.st_mtime_ns}:{stat.st_size}" for path, stat in stats)
 
 
-_listed: dict[str, tuple[list[str], dict[str, float]]] = {}
-"""Files below folders that were listed, and when each of their subfolders had changed last."""
+_listed: dict[str, tuple[float, list[str], list[str]]] = {}
+"""When a folder that was listed had changed last, its subfolders and its files."""
 
 
-def _files_below(folder: str) -> list[str]:
-    """List a folder with its subfolders; one that did not change is not walked again, as outputs may be many."""
-    files, changed = _listed.get(folder, ([], {}))
-    if not changed or any(_changed_at(path) != at for path, at in changed.items()):
-        files, changed = _listed[folder] = folder_paths.recursive_search(folder, [".git"])
-    return files
+def _walk(folder: str, name: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and those below it, by name, each with its files; one that did not change is not listed again.
 
-
-def _changed_at(path: str) -> float | None:
-    return os.path.getmtime(path) if os.path.isdir(path) else None
+    Args:
+        folder: Full path; one that is not there or cannot be read is left out.
+        name: Its name in what is yielded.
+    """
+    try:
+        changed = os.path.getmtime(folder)
+        if folder not in _listed or _listed[folder][0] != changed:
+            with os.scandir(folder) as entries:
+                kinds = {entry.name: entry.is_dir() for entry in entries}
+            folders = [entry for entry, is_folder in kinds.items() if is_folder]
+            _listed[folder] = (changed, folders, [entry for entry in kinds if not kinds[entry]])
+    except OSError:
+        return
+    _, folders, files = _listed[folder]
+    yield name, files
+    for subfolder in folders:
+        yield from _walk(os.path.join(folder, subfolder), os.path.join(name, subfolder))
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -16,6 +16,7 @@ from tiny import (
     FlatVAE,
     apply,
     encode,
+    execute,
     make_adapters,
     make_image,
     make_model,
@@ -279,6 +280,16 @@ def test_a_saved_reference_is_listed_and_loads_equal(model):
     for option in mine:
         assert option.endswith("[output]")
         assert equal(run("DreamCacheLoadReference", reference=option)[0], reference)
+
+
+def test_saving_where_the_list_does_not_look_is_said(model):
+    said = {
+        prefix: execute("DreamCacheSaveReference", reference=encode(model), filename_prefix=prefix)
+        .ui.as_dict()["text"][0]
+        .startswith("Load Reference does not list this folder")
+        for prefix in ("cat", "dreamcache/cats/cat", "cats/cat")
+    }
+    assert said == {"cat": False, "dreamcache/cats/cat": False, "cats/cat": True}
 
 
 @pytest.mark.parametrize(

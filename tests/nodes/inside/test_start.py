@@ -67,26 +67,43 @@ def test_a_choice_that_comes_over_a_link_is_no_reason_to_run_again(node, name):
     assert fingerprint(**{name: None}) == fingerprint(**{name: None})
 
 
-def test_folders_are_walked_again_only_when_they_changed(tmp_path, monkeypatch):
-    walked, walk = [], folder_paths.recursive_search
-    monkeypatch.setattr(
-        folder_paths, "recursive_search", lambda *args: walked.append(args[0]) or walk(*args)
-    )
+@pytest.fixture
+def listed(tmp_path, monkeypatch):
+    """Folders below ``tmp_path``, for input and output, that were looked into."""
+    looked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(str(path)) or scandir(path))
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    (tmp_path / "deep" / "er").mkdir(parents=True)
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    return looked
 
-    def mine():
-        return [name for name in FOLDERS.list_reference_files() if "dog" in name]
 
-    assert mine() == mine() == []
-    assert walked.count(str(tmp_path)) == 1
-    dog = tmp_path / "deep" / "er" / "dog.safetensors"
-    dog.write_bytes(b"")
-    assert mine() == mine() == [f"{Path('deep', 'er', 'dog.safetensors')} [output]"]
-    assert walked.count(str(tmp_path)) == 2
-    dog.unlink()
-    dog.parent.rmdir()
-    assert mine() == []
+def write(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+
+
+def test_only_folders_that_changed_are_listed_again(tmp_path, listed):
+    write(tmp_path / "cats" / "deep" / "cat.png")
+    assert FOLDERS.list_image_folders() == FOLDERS.list_image_folders() == ["cats/deep"]
+    assert listed == [str(tmp_path), str(tmp_path / "cats"), str(tmp_path / "cats" / "deep")]
+    listed.clear()
+    write(tmp_path / "cats" / "cat.png")
+    assert FOLDERS.list_image_folders() == ["cats", "cats/deep"]
+    assert listed == [str(tmp_path / "cats")]
+    (tmp_path / "cats" / "deep" / "cat.png").unlink()
+    (tmp_path / "cats" / "deep").rmdir()
+    assert FOLDERS.list_image_folders() == ["cats"]
+
+
+def test_references_are_not_looked_for_among_all_outputs(tmp_path, listed):
+    for parts in (("dog",), ("dreamcache", "dog"), ("dreamcache", "my", "dog"), ("images", "dog")):
+        write(tmp_path.joinpath(*parts[:-1], "dog.safetensors"))
+    mine = [name for name in FOLDERS.list_reference_files() if "[output]" in name]
+    names = ("dog", os.path.join("dreamcache", "dog"), os.path.join("dreamcache", "my", "dog"))
+    assert mine == [f"{name}.safetensors [output]" for name in names]
+    assert str(tmp_path / "images") not in listed
+    elsewhere = "images/dog.safetensors [output]"  # as workflows of before may say
+    assert Path(FOLDERS.reference_path(elsewhere)) == tmp_path / "images" / "dog.safetensors"
 
 
 def test_a_name_with_backslashes_is_found_on_every_system():
