@@ -38,9 +38,9 @@ def _context_width(model: ModelPatcher) -> int | None:
     return model.model.model_config.unet_config.get("context_dim")
 
 
-def compute_dtype(base_model: Any) -> torch.dtype:
-    """Float type that a BaseModel computes in, which is not always that of its weights."""
-    return getattr(base_model, "manual_cast_dtype", None) or base_model.get_dtype()
+def compute_dtype(model: ModelPatcher) -> torch.dtype:
+    """Float type that a MODEL computes in, also when it is not loaded yet; it is not always that of its weights."""
+    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 
 def check_channels(latent: Tensor, channels: int) -> None:
@@ -61,7 +61,7 @@ def adapter_patcher(adapters: AdapterSet, model: ModelPatcher) -> ModelPatcher:
     Returns:
         A ModelPatcher around a ``FusedAdapterSet`` made of ``comfy.ops.manual_cast`` layers.
     """
-    dtype = compute_dtype(model.model)
+    dtype = compute_dtype(model)
     devices = (model.load_device, model.offload_device)
     key, known = (dtype, devices), _fused.setdefault(adapters, {})
     if key not in known:

@@ -36,7 +36,7 @@ def prepare_use(
     index: int, store: RunStore, base_model: Any, device: torch.device
 ) -> dict[str, LayerReference]:
     """Keys and values of one use by layer, computed once in a run."""
-    applied, dtype = store.applied, compute_dtype(base_model)
+    applied, dtype = store.applied, compute_dtype(base_model.current_patcher)
     loaded = base_model.current_patcher.get_additional_models_with_key(KEY)
     module_of = dict(zip(applied.patchers, loaded, strict=True))
     use, fused = applied.uses[index].use, module_of[applied.uses[index].patcher].model

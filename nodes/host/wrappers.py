@@ -312,7 +312,7 @@ def _shape_to_reserve(
     """
     if not uses:
         return list(shape)
-    element = compute_dtype(model.model).itemsize
+    element = compute_dtype(model).itemsize
     kv_bytes = sum(
         2 * feature.numel() * element
         for applied_use in uses

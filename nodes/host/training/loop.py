@@ -167,7 +167,7 @@ class _Training:
         parameters = list(self.adapters.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=self.settings.learning_rate)
         # half-precision gradients of the frozen layers underflow without
-        has_half = compute_dtype(base.model) == torch.float16
+        has_half = compute_dtype(base.model.current_patcher) == torch.float16
         scaler = torch.amp.GradScaler(base.device.type, enabled=has_half)
         good = [parameter.detach().clone() for parameter in parameters]
         num_updates = num_good = 0

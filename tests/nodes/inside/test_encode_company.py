@@ -9,8 +9,11 @@ import comfy.sd
 import pytest
 import torch
 from comfy.patcher_extension import PatcherInjection
+from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from tiny import (
+    APPLIED,
     CPU,
+    MODEL,
     apply,
     assert_close,
     encode,
@@ -182,3 +185,13 @@ def test_a_model_whose_attention_another_node_has_replaced_is_encoded_and_applie
     assert_same(encode(model), reference)
     sample(replaced)
     assert not torch.equal(sample(apply(model, adapters, reference)), sample(model))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("default", torch.float32)])
+def test_adapters_compute_as_model_compute_dtype_says(model, name, dtype):
+    changed = ModelComputeDtype().patch(model, name)[0]
+    assert MODEL.compute_dtype(changed) == dtype
+    applied = apply(changed, make_adapters(model), encode(model))
+    fused = APPLIED.applied_to(applied).uses[0].patcher.model
+    assert {parameter.dtype for parameter in fused.parameters()} == {dtype}
+    assert bool(sample(applied).isfinite().all())
