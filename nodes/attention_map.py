@@ -98,13 +98,19 @@ class AttentionMap(io.ComfyNode):
         images = reference_image[..., :3]
         sampling = model.get_model_object("model_sampling")
         sigma = min(sampling.percent_to_sigma(percent), float(sampling.sigma_max))
+        level = torch.tensor([max(sigma, float(sampling.sigma_min))])
+        store = RunStore(applied.acting, sampling)
+        index = applied.acting.uses.index(chosen)
+        if float(level) not in store.ranges[index]:
+            raise InputError(
+                f"This reference acts from {chosen.start_percent:g} to {chosen.end_percent:g} of the run, so nothing looks at "
+                f"it at percent {percent:g}. Choose a percent at which it acts, or change the range in Apply DreamCache."
+            )
 
         def look(loaded: LoadedModel) -> AttentionMaps:
             unet, layers = loaded.base.diffusion_model, chosen.use.adapters.layers
             with record_hidden_states(unet, layers) as states:
                 loaded.predict()
-            store = RunStore(applied.acting, sampling)
-            index = applied.acting.uses.index(chosen)
             references = prepare_use(index, store, loaded.base, loaded.device)
             return attention_maps(states, references, chosen.use.reference, images, region)
 
@@ -114,7 +120,7 @@ class AttentionMap(io.ComfyNode):
             samples,
             look,
             noise=comfy.sample.prepare_noise(samples, 0),
-            sigma=torch.tensor([max(sigma, float(sampling.sigma_min))]),
+            sigma=level,
             seed=0,
         )
         return io.NodeOutput(draw_attention(maps, images, region))

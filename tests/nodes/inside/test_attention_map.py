@@ -128,6 +128,19 @@ def test_what_cannot_be_shown_is_refused(model, inputs, expected):
         look(apply(model), **inputs)
 
 
+def test_a_percent_at_which_the_reference_does_not_act_is_refused(model):
+    applied = apply(model, start_percent=0.25, end_percent=0.75)
+    for percent in (0.0, 0.2, 0.75, 1.0):
+        with pytest.raises(CORE.InputError, match=r"acts from 0\.25 to 0\.75.*at percent"):
+            look(applied, percent=percent)
+    for percent in (0.25, 0.5, 0.74):
+        assert bool(look(applied, percent=percent).isfinite().all())
+    early, late = apply(model, end_percent=0.5), apply(model, start_percent=0.5)
+    assert bool(
+        look(early, percent=0.0).isfinite().all() and look(late, percent=1.0).isfinite().all()
+    )
+
+
 def test_without_a_reference_there_is_nothing_to_look_at(model):
     with pytest.raises(CORE.StateError, match=r"Attention Map needs.*Apply DreamCache"):
         look(model)
