@@ -269,7 +269,7 @@ class AdapterModules(nn.Module):
         return sum(parameter.nbytes for parameter in self.parameters())
 
     def get_ram_usage(self) -> int:
-        """Bytes in main memory, as ComfyUI's output cache asks for them."""
+        """Bytes in main memory, for the output cache of ComfyUI 0.8 (``--cache-ram``); newer ones count bare tensors only."""
         return self.nbytes
 
 

@@ -106,7 +106,7 @@ class ReferenceCache:
         return sum(tensor.nbytes for tensor in (*self.features.values(), *masks.values()))
 
     def get_ram_usage(self) -> int:
-        """Bytes in main memory, as ComfyUI's output cache asks for them."""
+        """Bytes in main memory, for the output cache of ComfyUI 0.8 (``--cache-ram``); newer ones count bare tensors only."""
         return self.nbytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReferenceCache:

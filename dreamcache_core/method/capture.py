@@ -33,7 +33,8 @@ def capture_features(
             the context, as compiled code would ignore the hooks.
         layers: Canonical names; ``None`` takes METHOD.md's rule.
         stop_early: End the forward pass at the last cached layer. The call then does not return: the context is left
-            at that point, and the statements after the call inside it are skipped.
+            at that point, and the statements after the call inside it are skipped. What stands between context and call
+            sees a ``BaseException`` pass: enter the context in the thread of the call, and close to it.
 
     Yields:
         Features by canonical layer name, (batch, channels, height, width), filled while the U-Net runs; those of
