@@ -122,11 +122,7 @@ def clean_clone(model: ModelPatcher, *, keep_sampling: bool = False) -> ModelPat
     remove_references(clone)
     clone.model_options = {"transformer_options": {}}
     clone.wrappers, clone.callbacks, clone.additional_models = {}, {}, {}
-    clone.injections = {
-        key: loras
-        for key, injections in clone.injections.items()
-        if (loras := [i for i in injections if i.inject.__module__ == BYPASS])
-    }
+    clone.injections = bypass_loras(clone)
     clone.is_injected = False  # ComfyUI takes the model's injections out before it loads a clone
     # another sampling (LCM, say) has other sigmas; a compiled U-Net ignores hooks
     for name in list(clone.object_patches):
@@ -134,6 +130,15 @@ def clean_clone(model: ModelPatcher, *, keep_sampling: bool = False) -> ModelPat
         if is_sampling or name.startswith("diffusion_model"):
             clone.object_patches.pop(name)
     return clone
+
+
+def bypass_loras(model: ModelPatcher) -> dict[str, list[Any]]:
+    """Of what a MODEL injects into its U-Net, the LoRAs in bypass mode, as ``injections`` has them."""
+    return {
+        key: loras
+        for key, injections in model.injections.items()
+        if (loras := [i for i in injections if i.inject.__module__ == BYPASS])
+    }
 
 
 def plain_text(

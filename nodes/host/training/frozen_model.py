@@ -18,7 +18,7 @@ from ....dreamcache_core import InputError, StateError, UnsupportedModelError
 from ....dreamcache_core.method.compiling import plain_module
 from ....dreamcache_core.method.layers import Layout
 from ....dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule
-from ..sampling import LoadedModel
+from ..sampling import LoadedModel, bypass_loras
 
 PREDICTION_OF = {
     EPS.calculate_denoised: "epsilon",
@@ -90,7 +90,8 @@ def wholly_loaded(model: ModelPatcher) -> ModelPatcher:
         The MODEL itself where nothing is dynamic; else a clone with weights of its own, read again from its file.
 
     Raises:
-        StateError: What has loaded the MODEL does not say how to read it again.
+        StateError: What has loaded the MODEL does not say how to read it again, or it has LoRAs in bypass mode, which belong to
+            the weights that are there.
     """
     if not getattr(model, "is_dynamic", bool)():  # ComfyUI before 0.16 has none
         return model
@@ -98,6 +99,11 @@ def wholly_loaded(model: ModelPatcher) -> ModelPatcher:
         raise StateError(
             "Training needs all weights of the model in memory, and the node that loaded this one cannot load it so while "
             "dynamic VRAM is on. Load the model with Load Checkpoint or Load Diffusion Model, or start ComfyUI with "
+            "--disable-dynamic-vram."
+        )
+    if bypass_loras(model):
+        raise StateError(
+            "While dynamic VRAM is on, training cannot see LoRAs in bypass mode. Load them with Load LoRA, or start ComfyUI with "
             "--disable-dynamic-vram."
         )
     clone = model.clone(disable_dynamic=True)

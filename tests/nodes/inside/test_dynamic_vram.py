@@ -1,13 +1,13 @@
 """What ComfyUI's dynamic VRAM asks of us; all other tests run in this mode too."""
 
 import comfy.model_management
-import comfy.sample
+import comfy.sd
 import comfy_aimdo.control
 import pytest
 import torch
 from test_company import add_lora
 from test_training_nodes import same, train
-from tiny import CORE, apply, assert_close, encode, make_adapters, make_model, sample
+from tiny import CORE, apply, assert_close, encode, lora_weights, make_adapters, make_model, sample
 
 LIBRARY = comfy_aimdo.control.lib
 FP16, FP32 = torch.float16, torch.float32
@@ -100,6 +100,12 @@ def test_training_on_a_model_that_cannot_be_read_again_is_refused():
     model = make_model()
     model.cached_patcher_init = None
     with pytest.raises(CORE.StateError, match="--disable-dynamic-vram"):
+        train(model)
+
+
+def test_training_with_a_lora_in_bypass_mode_is_refused():
+    model = comfy.sd.load_bypass_lora_for_models(make_model(), None, lora_weights(), 1.0, 0.0)[0]
+    with pytest.raises(CORE.StateError, match="Load LoRA"):
         train(model)
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from tiny import (
     CORE,
+    IS_DYNAMIC,
     FlatVAE,
     apply,
     assert_close,
@@ -77,6 +78,16 @@ def train(model: Any, **inputs: Any) -> tuple[Any, torch.Tensor]:
     }
     lists = {k: v if k in LISTS else [v] for k, v in given.items()}
     return NODE.execute(model=[model], **lists).result
+
+
+def with_unet(model: Any) -> tuple[Any, Any]:
+    """A MODEL and the U-Net that training calls: with dynamic VRAM one of its own, which is read beforehand here."""
+    if not IS_DYNAMIC:
+        return model, model.model.diffusion_model
+    clone = model.clone()
+    loaded = clone.cached_patcher_init[0](disable_dynamic=True)
+    clone.cached_patcher_init = (lambda **_: loaded, ())
+    return clone, loaded.model.diffusion_model
 
 
 @pytest.fixture(scope="module")
@@ -373,9 +384,11 @@ def test_weights_loaded_in_inference_mode_train_as_plain_ones(model, trained):
     assert all(p.is_inference() for p in model.model.diffusion_model.parameters())
     with torch.inference_mode(False):
         plain = make_model()
-    assert not any(p.is_inference() for p in plain.model.diffusion_model.parameters())
+    weights = list(plain.model.diffusion_model.parameters())
+    requires_grad = [weight.requires_grad for weight in weights]
+    assert not any(weight.is_inference() for weight in weights)
     assert same(train(plain)[0], trained)
-    assert all(p.requires_grad for p in plain.model.diffusion_model.parameters())
+    assert [weight.requires_grad for weight in weights] == requires_grad
     assert all(p.is_inference() for p in model.model.diffusion_model.parameters())
 
 
@@ -402,7 +415,7 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(model, trained)
 
 
 def test_the_encoder_builds_no_graph(model):
-    unet, has_graph = model.model.diffusion_model, {"encoder": set(), "decoder": set()}
+    (model, unet), has_graph = with_unet(model), {"encoder": set(), "decoder": set()}
     parts = {"encoder": unet.input_blocks[-1][-1], "decoder": unet.output_blocks[-1][0]}
     hooks = [
         module.register_forward_hook(lambda *a, n=name: has_graph[n].add(a[-1].requires_grad))
@@ -425,7 +438,7 @@ def test_a_lora_on_the_model_counts_and_stays_on_it(model, trained):
     assert torch.equal(comfy.utils.get_attr(model.model, key), before)
 
 
-if hasattr(comfy.sd, "load_bypass_lora_for_models"):
+if hasattr(comfy.sd, "load_bypass_lora_for_models") and not IS_DYNAMIC:
 
     def test_a_lora_in_bypass_mode_trains_as_the_same_lora_on_the_weights(model, trained):
         loads = (comfy.sd.load_lora_for_models, comfy.sd.load_bypass_lora_for_models)
@@ -695,13 +708,14 @@ def test_an_interrupted_training_keeps_what_it_learned(model, trained, monkeypat
 
 def test_an_interruption_in_the_middle_of_a_step_keeps_the_step_before(model, trained):
     before, calls = kept_files(), []
+    model, unet = with_unet(model)
 
     def count(*_):
         calls.append(1)
         if len(calls) == 5:  # each step calls the U-Net twice
             raise Interrupted
 
-    handle = model.model.diffusion_model.register_forward_pre_hook(count)
+    handle = unet.register_forward_pre_hook(count)
     try:
         with pytest.raises(Interrupted):
             train(model, steps=50, reference_variants=2)
@@ -709,7 +723,7 @@ def test_an_interruption_in_the_middle_of_a_step_keeps_the_step_before(model, tr
         handle.remove()
     (path,) = kept_files() - before
     assert same(CORE.load_adapters(path), trained)
-    assert not any(m._forward_hooks for m in model.model.modules())
+    assert not any(m._forward_hooks for m in unet.modules())
 
 
 def test_an_interruption_before_the_first_step_leaves_no_file(model, monkeypatch):
@@ -730,12 +744,13 @@ def test_a_learning_rate_that_explodes_at_once_leaves_no_file(model):
 
 def test_after_nan_the_adapters_of_the_last_finite_loss_are_kept(model):
     before, calls = kept_files(), []
+    model, unet = with_unet(model)
 
     def break_the_third_step(_, args):
         calls.append(1)
         return (args[0] * torch.nan, *args[1:]) if len(calls) == 6 else None  # two calls a step
 
-    handle = model.model.diffusion_model.register_forward_pre_hook(break_the_third_step)
+    handle = unet.register_forward_pre_hook(break_the_third_step)
     try:
         with pytest.raises(CORE.StateError, match=r"step 3 is NaN.* adapters after step 1, "):
             train(model, steps=9)
