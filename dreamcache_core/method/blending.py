@@ -92,7 +92,7 @@ class LayerReference:
         key: (references, reference_tokens, channels); reference r serves the rows r, r + references and so on.
         value: Likewise.
         key_mask: Added to the logits, (references, 1, 1, reference_tokens), or ``None``.
-        scale: Strength.
+        scale: Strength; for compiled code as float32 (1,), so that another number needs no other graph.
         region: Weight of the reference by place, (images, height, width); row r has that of image r % images.
             ``None``: 1 everywhere.
     """
@@ -102,7 +102,7 @@ class LayerReference:
     key: Tensor
     value: Tensor
     key_mask: Tensor | None
-    scale: float
+    scale: float | Tensor
     region: Tensor | None
 
 
@@ -113,6 +113,7 @@ def prepare_layer(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    is_compiled: bool = False,
 ) -> LayerReference:
     """Project a reference to keys and values at one layer.
 
@@ -125,6 +126,7 @@ def prepare_layer(
         adapter: The layer's adapter; ``use.adapters[layer]`` or its copy on another device.
         device: Where to compute.
         dtype: Float type to compute in.
+        is_compiled: Whether code that ``torch.compile`` has made will read it.
 
     Returns:
         Keys and values, everything else as in ``use``.
@@ -143,7 +145,8 @@ def prepare_layer(
         tokens = tokens.flatten(0, 1)[None]
     key, value = adapter.project_reference(tokens)
     region = None if use.regions is None else use.regions.to(device)
-    return LayerReference(adapter, dtype, key, value, key_mask, use.scale, region)
+    scale = torch.tensor([float(use.scale)], device=device) if is_compiled else use.scale
+    return LayerReference(adapter, dtype, key, value, key_mask, scale, region)
 
 
 def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -203,11 +206,15 @@ def blend_references(
             key_mask=key_mask,
         ).to(base.dtype)
         region = _region_weights(ref.region, size, self_attention, rows)
-        if region is None and ref.scale == 1 and len(references) == 1:
+        # alone, everywhere and at scale 1 it is what was trained, to the bit
+        is_alone = region is None and len(references) == 1
+        if is_alone and not isinstance(ref.scale, Tensor) and ref.scale == 1:
             blended = merged
-        else:
-            weight = ref.scale if region is None else ref.scale * region
-            blended = blended + weight * (merged - base)
+            continue
+        weight = ref.scale if region is None else ref.scale * region
+        blended = blended + (weight * (merged - base)).to(base.dtype)
+        if is_alone and isinstance(ref.scale, Tensor):
+            blended = torch.where(ref.scale == 1, merged, blended)
     if rows is None:
         return blended
     return self_attention.index_copy(0, rows, blended)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...dreamcache_core.method.blending import LayerReference, blend_references, prepare_layer
 from .applied import KEY
+from .compiled import compile_settings
 from .model import compute_dtype
 from .run import RunStore
 
@@ -42,8 +43,11 @@ def prepare_use(
     use, fused = applied.uses[index].use, module_of[applied.uses[index].patcher].model
     key = (index, device, dtype)
     if key not in store.prepared:
+        is_compiled = compile_settings(base_model) is not None
         store.prepared[key] = {
-            layer: prepare_layer(use, layer, fused[layer], device=device, dtype=dtype)
+            layer: prepare_layer(
+                use, layer, fused[layer], device=device, dtype=dtype, is_compiled=is_compiled
+            )
             for layer in fused.layers
         }
     return store.prepared[key]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ...dreamcache_core import Guidance, InputError
 from ...dreamcache_core.images.reference import fit_mask
-from ...dreamcache_core.method.compiling import uncompiled
 from ...dreamcache_core.method.guidance import fold_guidance
 from .applied import KEY, Applied, AppliedUse, applied_to
+from .compiled import call_compiled
 from .gates import ADDED, GATE, ON, added_copy, can_tell_rows, mark, sees_reference, without_gates
 from .guider import UNCONDITIONAL, DreamCacheCFGGuider
 from .model import compute_dtype
@@ -218,10 +218,8 @@ class Wrappers:
                 store.warn_once(PART_UNKNOWN)
             references = prepare_references(step.active, store, base_model, x.device, regions)
             add_patches(options, references, store.row_index(is_on, x.device))
-            # TorchCompileModel drops the guards on transformer_options: a graph made without our patches, or with other
-            # scales, would be taken for a call with them, and the reverse
-            with uncompiled:
-                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            executor.wrappers.append(call_compiled)
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     @contextmanager
     def _store(self, model_options: dict[str, Any], base_model: Any) -> Iterator[RunStore]:

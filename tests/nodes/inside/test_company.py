@@ -35,12 +35,6 @@ from tiny import (
 import nodes as comfy_nodes
 
 IMAGE_SCALE = 0.4
-SMALL = {
-    "channel_mult": [1],
-    "num_res_blocks": [1],
-    "transformer_depth": [1],
-    "transformer_depth_output": [1, 1],
-}
 
 
 def run_extra(module, name, model, **inputs):
@@ -273,47 +267,6 @@ def test_a_lora_is_part_of_the_encoding(parts):
     with_lora = encode(add_lora(model))
     layer = reference.layers[1]
     assert differs(with_lora.features[layer], reference.features[layer])
-
-
-# --- torch.compile -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiled():
-    """The real TorchCompileModel; ``SMALL`` is traced in seconds and has few enough blocks to keep all its graphs."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield lambda model: run_extra("torch_compile", "TorchCompileModel", model, backend="eager")
-    torch._dynamo.reset()
-
-
-def num_graphs():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-@pytest.mark.usefixtures("collect_models")
-def test_compiled_models_give_the_results_of_uncompiled_ones(compiled):
-    model = make_model(**SMALL)
-    adapters, reference = make_adapters(model), encode(model)
-    inputs = {"steps": 3, "size": (8, 8)}
-    base = compiled(model)
-    cases = {
-        "full": {},
-        "on in the middle of the run": {"start_percent": 0.3, "end_percent": 0.8},
-        "half": {"scale": 0.5},
-        "off in the middle of the run": {"end_percent": 0.5},
-        "joint": {"guidance": "joint"},
-    }
-    for name, settings in cases.items():
-        expected = sample(apply(model, adapters, reference, **settings), **inputs)
-        before = sample(apply(base, adapters, reference, **settings), **inputs)
-        assert torch.equal(before, expected), name
-        # only calls without a reference are compiled
-        assert (num_graphs() > 0) == (name != "full")
-    assert torch.equal(sample(base, **inputs), sample(model, **inputs))
-    settings = cases["on in the middle of the run"]
-    after = sample(compiled(apply(model, adapters, reference, **settings)), **inputs)
-    assert torch.equal(after, sample(apply(model, adapters, reference, **settings), **inputs))
 
 
 # --- ControlNet and conditionings --------------------------------------------------------------------------------
