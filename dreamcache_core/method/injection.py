@@ -214,6 +214,7 @@ class _LayerUses:
         self.layer, self.injection = layer, injection
         self.uses = [use for use in uses if layer in use.adapters.layers]
         self.known: dict[tuple[Any, ...], list[LayerReference]] = {}
+        self.is_compiled = False
 
     def check_rows(self, count: int) -> None:
         num_rows = self.injection.num_rows
@@ -230,6 +231,7 @@ class _LayerUses:
 
     def prepare_ahead(self, like: Tensor) -> None:
         """Let compiled code find keys and values instead of computing them."""
+        self.is_compiled = True
         self.references(like)
         self.injection.index_on(like.device)
 
@@ -248,5 +250,14 @@ class _LayerUses:
         for use in self.uses:
             adapter = use.adapters[self.layer]
             dtype = x.dtype if is_autocast else next(adapter.parameters()).dtype
-            prepared.append(prepare_layer(use, self.layer, adapter, device=x.device, dtype=dtype))
+            prepared.append(
+                prepare_layer(
+                    use,
+                    self.layer,
+                    adapter,
+                    device=x.device,
+                    dtype=dtype,
+                    is_compiled=self.is_compiled,
+                )
+            )
         return prepared

@@ -109,6 +109,15 @@ def test_other_adapters_of_the_same_shapes_need_no_compiling(compiled, expected)
 
 
 @torch.no_grad()
+def test_other_scales_need_no_compiling(compiled, expected):
+    (use, _), _, _ = expected
+    for scale in (1.0, 0.5, 1.25):
+        with inject(compiled, replace(use, scale=scale), rows=ROWS):
+            call(compiled)
+    assert num_graphs() == 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "change",
     [
