@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dreamcache_core import DreamCacheError
 
-from . import encode, gpu, growth, load, memory, paper, run, step, training
+from . import compiled, encode, gpu, growth, load, memory, paper, run, step, training
 from .arguments import add_common
 from .models import SDXL, UNETS
 from .report import Report, publish
@@ -19,6 +19,7 @@ MEASURES = {
     "growth": growth,
     "load": load,
     "run": run,
+    "compiled": compiled,
     "paper": paper,
 }
 """Modules with ``ROUNDS`` and ``measure(arguments) -> Report``, which raises ``InputError`` on what cannot be measured."""
