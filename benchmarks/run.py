@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +14,7 @@ import torch
 from dreamcache_core.errors import InputError
 
 from .arguments import positive, settings_of
+from .comfyui import add_folder, find_comfyui, measure_inside
 from .inside_comfyui import (
     ENCODE,
     OURS,
@@ -32,7 +29,6 @@ from .models import SIZES
 from .report import Bar, Report, machine, table
 from .timing import Spread, ratios
 
-INSIDE = Path(__file__).with_name("inside_comfyui.py")
 MB = 1e6
 LONGEST_LOADING_S, MOST_PYTHON_MS = 0.3, 1.0
 MOST_READS, MOST_READS_WITH_RANGES = 0.0, 1.0
@@ -45,15 +41,13 @@ ROUNDS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what this benchmark takes besides ``add_common``'s."""
     parser.add_argument("--steps", type=positive, default=20, help="sampling steps of an image")
-    parser.add_argument(
-        "--comfyui", type=Path, help="ComfyUI's folder; else COMFYUI_PATH's first, else ~/ComfyUI"
-    )
+    add_folder(parser)
 
 
 def measure(arguments: argparse.Namespace) -> Report:
     """Measure what ``arguments`` ask for; see ``MEASURES``."""
     settings = settings_of(arguments)
-    comfyui = _find_comfyui(arguments.comfyui)
+    comfyui = find_comfyui(arguments.comfyui)
     if settings.size not in SIZES or min(SIZES[settings.size].unet) < 32:
         raise InputError(f"--size {settings.size} cannot be built in ComfyUI here. Use small.")
     found = _measure(comfyui, arguments, settings.latent)
@@ -144,20 +138,9 @@ def _reads_a_step(reads: Mapping[str, Mapping[str, int]], name: str) -> float:
     return (more[many] - more[few]) / (many - few)
 
 
-def _find_comfyui(given: Path | None) -> Path:
-    named = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)[0]
-    folder = given or Path(named or Path.home() / "ComfyUI")
-    if not (folder / "comfyui_version.py").is_file():
-        raise InputError(
-            f"There is no ComfyUI in {folder}. Give its folder by --comfyui or COMFYUI_PATH."
-        )
-    return folder
-
-
 def _measure(comfyui: Path, arguments: argparse.Namespace, latent: int) -> Mapping[str, Any]:
     size = SIZES[arguments.size]
     request = {
-        "comfyui": str(comfyui),
         "device": arguments.device,
         "size": {
             "widths": size.unet,
@@ -170,12 +153,4 @@ def _measure(comfyui: Path, arguments: argparse.Namespace, latent: int) -> Mappi
         "steps": arguments.steps,
         "rounds": arguments.rounds,
     }
-    own = comfyui / ".venv" / "bin" / "python"
-    python = str(own) if own.exists() else "python3"
-    done = subprocess.run(
-        [python, str(INSIDE), json.dumps(request)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        print(done.stderr[-3000:], file=sys.stderr)
-        raise InputError(f"The measurement inside {comfyui} ended with {done.returncode}.")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return measure_inside(comfyui, "inside_comfyui.py", request)
