@@ -17,9 +17,9 @@ from ..dreamcache_core.method.attention_maps import (
     record_hidden_states,
 )
 from .host.applied import Applied, AppliedUse, require_applied
-from .host.patches import prepare_use
 from .host.run import RunStore
 from .host.sampling import LoadedModel, inside_sampling, plain_text
+from .host.unet.patches import prepare_use
 
 NOWHERE = -1.0
 NAME = "DreamCache Attention Map"

@@ -230,7 +230,7 @@ IN_EVERY_BLOCK = {
         "_covered",
     },
     "dreamcache_core/method/injection.py": {"replace_output", "check_rows", "index_on"},
-    "nodes/host/patches.py": {"add_patches"},
+    "nodes/host/unet/patches.py": {"add_patches"},
 }
 
 

@@ -14,13 +14,13 @@ from ...dreamcache_core import Guidance, InputError
 from ...dreamcache_core.images.reference import fit_mask
 from ...dreamcache_core.method.guidance import fold_guidance
 from .applied import KEY, Applied, AppliedUse, applied_to
-from .compiled import call_compiled
 from .gates import ADDED, GATE, ON, added_copy, can_tell_rows, mark, sees_reference, without_gates
 from .guider import UNCONDITIONAL, DreamCacheCFGGuider
 from .model import compute_dtype
-from .patches import add_patches, prepare_references
 from .report import show
 from .run import PART_UNKNOWN, REGION, RunStore
+from .unet.compiled import call_compiled
+from .unet.patches import add_patches, prepare_references
 
 logger = logging.getLogger(__name__)
 

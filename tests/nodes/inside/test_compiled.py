@@ -19,7 +19,7 @@ from tiny import (
     sample,
 )
 
-COMPILED = pack_module("nodes.host.compiled")
+COMPILED = pack_module("nodes.host.unet.compiled")
 SMALL = {
     "channel_mult": [1],
     "num_res_blocks": [1],

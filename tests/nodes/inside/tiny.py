@@ -29,7 +29,7 @@ def pack_module(name: str) -> Any:
 
 APPLIED, GATES, MODEL, PATCHES, RUN, WRAPPERS = (
     pack_module(f"nodes.host.{file}")
-    for file in ("applied", "gates", "model", "patches", "run", "wrappers")
+    for file in ("applied", "gates", "model", "unet.patches", "run", "wrappers")
 )
 
 SD = {

@@ -8,11 +8,11 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ...dreamcache_core.method.blending import LayerReference, blend_references, prepare_layer
-from .applied import KEY
+from ....dreamcache_core.method.blending import LayerReference, blend_references, prepare_layer
+from ..applied import KEY
+from ..model import compute_dtype
+from ..run import RunStore
 from .compiled import compile_settings
-from .model import compute_dtype
-from .run import RunStore
 
 
 def prepare_references(

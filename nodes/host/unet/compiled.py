@@ -8,7 +8,7 @@ import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch import Tensor, nn
 
-from ...dreamcache_core.method.compiling import uncompiled
+from ....dreamcache_core.method.compiling import uncompiled
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""One call of the U-Net with references in it."""
