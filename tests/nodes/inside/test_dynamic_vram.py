@@ -1,5 +1,8 @@
 """What ComfyUI's dynamic VRAM asks of us; all other tests run in this mode too."""
 
+import gc
+import weakref
+
 import comfy.model_management
 import comfy.sd
 import comfy_aimdo.control
@@ -70,6 +73,21 @@ def test_training_after_a_generation():
     sample(model)
     adapters, _ = train(model)
     assert same(adapters, train(untouched)[0])
+
+
+def test_the_model_that_training_has_read_is_freed():
+    model, read = make_model(), []
+    load = model.cached_patcher_init[0]
+
+    def load_and_note(**options):
+        patcher = load(**options)
+        read.append(weakref.ref(patcher.model))
+        return patcher
+
+    model.cached_patcher_init = (load_and_note, ())
+    train(model)
+    gc.collect()
+    assert [module() for module in read] == [None]
 
 
 def test_training_on_a_float32_file_that_computes_in_float16():
