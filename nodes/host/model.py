@@ -34,8 +34,9 @@ def require_model_fit(model: ModelPatcher, layout: Layout) -> None:
 
 
 def _context_width(model: ModelPatcher) -> int | None:
-    # other nodes replace the modules that it could be read off
-    return model.model.model_config.unet_config.get("context_dim")
+    # other nodes replace the modules that it could be read off, and other packs' models have no settings
+    config = getattr(model.model, "model_config", None)
+    return config and config.unet_config.get("context_dim")
 
 
 def compute_dtype(model: ModelPatcher) -> torch.dtype:
