@@ -1,5 +1,6 @@
 """METHOD.md section 5 next to nodes and guiders that tell rows apart, count, split predictions or ask for them in their own way."""
 
+import importlib.util
 import logging
 import sys
 from types import SimpleNamespace
@@ -111,7 +112,6 @@ def pair_rows(model):
 
 
 def core_nag(model):
-    pytest.importorskip("comfy_extras.nodes_nag", reason="this ComfyUI has no NAGuidance")
     return run_extra("nag", "NAGuidance", model, nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5)
 
 
@@ -119,9 +119,10 @@ READERS = {
     "function wrapper": index_rows,
     "another strength": weaken_uncond,
     "pairs": pair_rows,
-    "NAGuidance": core_nag,
     "image prompt": COMPANIONS["image prompt"],
 }
+if importlib.util.find_spec("comfy_extras.nodes_nag"):
+    READERS["NAGuidance"] = core_nag
 ROWS_THAT_FIT = [1, 2, 3]
 
 
@@ -486,10 +487,7 @@ def test_image_guidance_without_effect_is_said_on_the_node_that_asks_for_it(part
 
 
 def dual_model(model, negative):
-    node = getattr(custom, "Guider_DualModel", None)
-    if node is None:
-        pytest.skip("this ComfyUI has no DualModelGuider")
-    return with_texts(node(model, negative))
+    return with_texts(custom.Guider_DualModel(model, negative))
 
 
 @pytest.mark.parametrize("has_reference", [False, True])
@@ -519,6 +517,11 @@ def test_two_models_of_one_network_are_said_to_take_no_image_guidance(parts, cap
     assert_close(ours, guide(single, steps=2), 1e-4)
     guide(dual_model(apply(*parts, image_guidance=1.0), parts[0]), steps=2)
     assert not warned(caplog)
+
+
+if not hasattr(custom, "Guider_DualModel"):  # as in ComfyUI 0.3.64
+    del test_the_negative_of_another_network_is_that_networks_own
+    del test_two_models_of_one_network_are_said_to_take_no_image_guidance
 
 
 # --- fewer predictions than asked for ------------------------------------------------------------------------------
