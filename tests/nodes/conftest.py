@@ -48,7 +48,7 @@ class ComfyUI(ComfyInstall):
 FOLDERS = oldest_and_newest()
 PLAIN = [ComfyUI(folder) for folder in FOLDERS]
 # the slowest first
-COMFYUIS = [ComfyUI(c.path, 16_000_000) for c in PLAIN[-1:] if c.has_dynamic_vram] + PLAIN
+COMFYUIS = [ComfyUI(c.path, 24_000_000) for c in PLAIN[-1:] if c.has_dynamic_vram] + PLAIN
 
 
 def pytest_generate_tests(metafunc):

@@ -15,16 +15,13 @@ import pytest
 import torch
 from tiny import (
     APPLIED,
-    CPU,
-    SD,
     CallCounter,
-    _weight,
-    allocated,
     apply,
     assert_close,
     encode,
     lora_weights,
     make_adapters,
+    make_controlnet,
     make_image,
     make_model,
     make_text,
@@ -274,23 +271,8 @@ def test_a_lora_is_part_of_the_encoding(parts):
 
 @pytest.fixture(scope="module")
 def controlnet():
-    """A real ControlNet of the tiny U-Net's structure, random weights, zero convolutions included."""
-    config = {k: v for k, v in SD.items() if k not in ("out_channels", "transformer_depth_output")}
-    with allocated():
-        network = comfy.cldm.cldm.ControlNet(
-            **config,
-            hint_channels=3,
-            num_heads=4,
-            use_linear_in_transformer=False,
-            context_dim=768,
-            device=CPU,
-        )
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(_weight(name, parameter, generator))
     device = comfy.model_management.get_torch_device()
-    return comfy.controlnet.ControlNet(network, load_device=device)
+    return comfy.controlnet.ControlNet(make_controlnet(), load_device=device)
 
 
 def control_both(model, texts, controlnet):

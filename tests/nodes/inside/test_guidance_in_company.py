@@ -15,14 +15,12 @@ import pytest
 import torch
 from test_company import COMPANIONS, run_core, run_extra
 from tiny import (
-    CPU,
-    SD,
     CallCounter,
-    _weight,
     apply,
     assert_close,
     encode,
     make_adapters,
+    make_controlnet,
     make_image,
     make_model,
     make_text,
@@ -133,8 +131,7 @@ def fit(monkeypatch, model, rows):
     )
 
 
-@pytest.mark.parametrize("rows", ROWS_THAT_FIT)
-@pytest.mark.parametrize("cfg", [CFG, 1.0])
+@pytest.mark.parametrize(("cfg", "rows"), [*((CFG, rows) for rows in ROWS_THAT_FIT), (1.0, 2)])
 @pytest.mark.parametrize("name", READERS)
 def test_nodes_that_read_cond_or_uncond_take_the_row_without_reference_for_a_negative(
     parts, monkeypatch, name, cfg, rows
@@ -190,26 +187,13 @@ class NegativeStrength(comfy.controlnet.ControlNet):
 
 @pytest.fixture(scope="module")
 def controlnet():
-    config = {k: v for k, v in SD.items() if k not in ("out_channels", "transformer_depth_output")}
-    network = comfy.cldm.cldm.ControlNet(
-        **config,
-        hint_channels=3,
-        num_heads=4,
-        use_linear_in_transformer=False,
-        context_dim=768,
-        device=CPU,
-    )
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(_weight(name, parameter, generator))
-    return network
+    return make_controlnet()
 
 
 def controlled(model, network, kind, nodes=1):
     texts = make_text(model, 1), make_text(model, 2)
     for _ in range(nodes):
-        net = kind(network, load_device=CPU)
+        net = kind(network, load_device=comfy.model_management.get_torch_device())
         texts = run_core("ControlNetApplyAdvanced", *texts, net, make_image(6), 0.5, 0.0, 1.0)
         kind = comfy.controlnet.ControlNet
     return {"positive": texts[0], "negative": texts[1]}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.cldm.cldm
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
@@ -139,7 +140,7 @@ def _config(kind: str, changes: dict[str, Any]) -> Any:
 def _random_weights(kind: str, seed: int, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
     config = _config(kind, changes)
     config.set_inference_dtype(torch.float32, None)
-    with allocated():
+    with _allocated():
         unet = config.get_model({}, "", device=CPU).diffusion_model
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -148,7 +149,7 @@ def _random_weights(kind: str, seed: int, changes: dict[str, Any]) -> dict[str, 
 
 
 @contextmanager
-def allocated() -> Iterator[None]:
+def _allocated() -> Iterator[None]:
     """Let layers have weights before any are loaded: with dynamic VRAM they have none."""
     if not IS_DYNAMIC:
         yield
@@ -165,6 +166,25 @@ def _weight(name: str, parameter: torch.Tensor, generator: torch.Generator) -> t
     if parameter.ndim > 1:
         return normal / parameter[0].numel() ** 0.5
     return 1 + 0.1 * normal if name.endswith("weight") else 0.02 * normal
+
+
+def make_controlnet() -> Any:
+    """A ControlNet of the tiny U-Net's structure, random weights, zero convolutions included."""
+    config = {k: v for k, v in SD.items() if k not in ("out_channels", "transformer_depth_output")}
+    with _allocated():
+        network = comfy.cldm.cldm.ControlNet(
+            **config,
+            hint_channels=3,
+            num_heads=4,
+            use_linear_in_transformer=False,
+            context_dim=768,
+            device=CPU,
+        )
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(_weight(name, parameter, generator))
+    return network
 
 
 def load_weights(model: ModelPatcher, weights: dict[str, torch.Tensor]) -> ModelPatcher:
