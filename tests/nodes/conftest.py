@@ -67,6 +67,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("comfyui", params, ids=str, scope="session")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "ran_inside" in item.fixturenames:  # whichever comes first waits for all
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session")
 def tools_folder() -> Path:
     """Test tools for interpreters that lack them, in a private folder of our own environment."""

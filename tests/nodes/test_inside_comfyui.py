@@ -1,9 +1,6 @@
 """The tests of ``inside/``, one result per file, ComfyUI version and mode."""
 
-import pytest
 
-
-@pytest.mark.timeout(2400)
 def test_inside(inside_file, ran_inside):
     comfyui, name = inside_file
     cases = comfyui.cases.get(name, [])
