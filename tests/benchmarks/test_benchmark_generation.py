@@ -127,7 +127,7 @@ def test_what_cannot_be_measured_leaves_the_others(
     said = capsys.readouterr()
     assert "run (tiny) is not measured: There is no ComfyUI in" in said.err
     assert said.out.splitlines()[-1] == (
-        "All benchmarks: 1 of 1 bars hold; none missed; not measured: run (tiny)."
+        "All benchmarks: 2 of 2 bars hold; none missed; not measured: run (tiny)."
     )
 
 
