@@ -41,12 +41,12 @@ def find_comfyui(given: Path | None) -> Path:
     return folder
 
 
-def measure_inside(comfyui: Path, script: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Execute a script of this folder by ComfyUI's interpreter.
+def measure_inside(comfyui: Path, module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Execute a module of ``inside`` by ComfyUI's interpreter.
 
     Args:
         comfyui: ComfyUI's folder.
-        script: Name of the script, which prints JSON on its last line.
+        module: Its name; it prints JSON on its last line.
         request: What it is to measure; ``comfyui`` is added.
 
     Returns:
@@ -58,8 +58,10 @@ def measure_inside(comfyui: Path, script: str, request: Mapping[str, Any]) -> di
     own = comfyui / ".venv" / "bin" / "python"
     python = str(own) if own.exists() else "python3"
     given = json.dumps({"comfyui": str(comfyui), **request})
-    command = [python, str(Path(__file__).with_name(script)), given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [python, "-m", f"{__package__}.inside.{module}", given]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
         raise InputError(f"The measurement inside {comfyui} ended with {done.returncode}.")

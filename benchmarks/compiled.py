@@ -7,7 +7,7 @@ import torch
 
 from .arguments import positive
 from .comfyui import add_folder, find_comfyui, measure_inside
-from .inside_compiled import COMPILED, OURS, PLAIN
+from .inside.compiled import COMPILED, OURS, PLAIN
 from .report import Bar, Report, machine, table
 from .timing import Spread, ratios
 
@@ -28,7 +28,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     comfyui = find_comfyui(arguments.comfyui)
     names = ("device", "backend", "steps", "rounds")
     request = {name: getattr(arguments, name) for name in names}
-    found = measure_inside(comfyui, "inside_compiled.py", request)
+    found = measure_inside(comfyui, "compiled", request)
     seconds = found["seconds"]
     against = {
         OURS: ratios(seconds[OURS], seconds[PLAIN]),

@@ -15,7 +15,7 @@ from dreamcache_core.errors import InputError
 
 from .arguments import positive, settings_of
 from .comfyui import add_folder, find_comfyui, measure_inside
-from .inside_comfyui import (
+from .inside.run import (
     ENCODE,
     OURS,
     PLAIN,
@@ -153,4 +153,4 @@ def _measure(comfyui: Path, arguments: argparse.Namespace, latent: int) -> Mappi
         "steps": arguments.steps,
         "rounds": arguments.rounds,
     }
-    return measure_inside(comfyui, "inside_comfyui.py", request)
+    return measure_inside(comfyui, "run", request)

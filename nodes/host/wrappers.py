@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ...dreamcache_core import Guidance, InputError
 from ...dreamcache_core.images.reference import fit_mask
-from ...dreamcache_core.method.guidance import fold_guidance
 from .applied import KEY, Applied, AppliedUse, applied_to
-from .gates import ADDED, GATE, ON, added_copy, can_tell_rows, mark, sees_reference, without_gates
+from .gates import ADDED, GATE, ON, without_gates
 from .guider import UNCONDITIONAL, DreamCacheCFGGuider
 from .model import compute_dtype
+from .predictions import Predictions
 from .report import show
 from .run import PART_UNKNOWN, REGION, RunStore
 from .unet.compiled import call_compiled
@@ -143,50 +143,7 @@ class Wrappers:
         with self._store(model_options, model) as store, store.step_at(timestep, x) as step:
             if not step.active:
                 return predict(without_gates(conds))
-            window = model_options["transformer_options"].get("context_window")
-            place = step.place_of(x, window)
-            regions = store.region_conds(step, x, place)
-
-            def marked(cond: Any, is_on: bool = True) -> Any:
-                return cond and [mark(item, is_on, regions) for item in cond]
-
-            def in_window(texts: Any) -> Any:
-                # ComfyUI has cut the texts that it was given itself
-                handler = model_options.get("context_handler")
-                return (
-                    handler.get_resized_cond(texts, step.x, window) if place and handler else texts
-                )
-
-            def predict_three(text: Any, negative: Any) -> list[Tensor]:
-                store.has_unconditional = True
-                plain = in_window(step.unconditional) if step.unconditional else negative
-                without = [added_copy(cond, regions) for cond in plain]
-                return _predict_three(predict, [text, negative, without], store, model_options)
-
-            scale = step.guidance.image_guidance_scale
-            is_pair = len(conds) == 2 and step.needs_unconditional
-            if is_pair and None not in conds:
-                text, reference, plain = predict_three(*map(marked, conds))
-                folded = fold_guidance(plain, reference, text, image_guidance_scale=scale)
-                step.offsets.setdefault(place, folded[1] - reference)
-                return list(folded)
-            negative_is_off = len(conds) == 2 and step.guidance.mode == "joint"
-            lists = [marked(cond, not (negative_is_off and i == 1)) for i, cond in enumerate(conds)]
-            asked = [cond for cond in lists if cond is not None]
-            if len(lists) > 2 or len(asked) != 1 or not sees_reference(asked[0]):
-                return predict(lists)
-            if (
-                is_pair
-                and step.negative
-                and place is not None
-                and not step.offsets.keys() & {(), place}
-            ):
-                _, reference, plain = predict_three(None, marked(in_window(step.negative)))
-                step.offsets[place] = (1 - scale) * (plain - reference)
-            return [
-                prediction if lists[i] is None else store.shift_nested(step, prediction, place)
-                for i, prediction in enumerate(predict(lists))
-            ]
+            return Predictions(predict, store, step, x, model_options).of(conds)
 
     def apply_model(
         self,
@@ -250,28 +207,6 @@ class Wrappers:
         message = f"image_guidance has no effect in this graph: {why}"
         logger.warning(message)
         show(message, self.applied.node_id)
-
-
-def _predict_three(
-    predict: Callable[[list[Any]], list[Tensor]],
-    lists: list[Any],
-    store: RunStore,
-    model_options: dict[str, Any],
-) -> list[Tensor]:
-    """Predict e_ct, e_c and e_u of METHOD.md section 5, in one call where no other node minds a third list."""
-    if not (store.asks_separately or can_tell_rows(model_options, lists)):
-        predictions = predict(lists)
-        if len(predictions) == len(lists):
-            return predictions
-        store.asks_separately = True
-        logger.warning(
-            "Another node answers fewer predictions than the three that image_guidance asks for. The one without the "
-            "reference is asked for in a call of its own, which takes longer and gives the same image."
-        )
-    text, negative, without = lists
-    # first: a node that keeps something of the negative then keeps that of the negative with the reference
-    unconditional = predict([None, without])[-1]
-    return [*predict([text, negative]), unconditional]
 
 
 @contextmanager

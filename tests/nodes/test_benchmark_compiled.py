@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.inside_compiled import COMPILED, OURS, PLAIN
+from benchmarks.inside.compiled import COMPILED, OURS, PLAIN
 
 
 @pytest.mark.slow

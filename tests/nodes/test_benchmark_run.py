@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks.__main__ import main
-from benchmarks.inside_comfyui import (
+from benchmarks.inside.run import (
     ENCODE,
     JOINT,
     OURS,

@@ -1,36 +1,22 @@
-"""What ``run`` measures inside ComfyUI; executed by ComfyUI's interpreter, as ``python inside_comfyui.py '{...}'``.
+"""What ``run`` measures: ``python -m benchmarks.inside.run '{...}'``. Prints one line of JSON."""
 
-Prints one line of JSON. Besides ComfyUI and the pack it imports nothing that ComfyUI lacks.
-"""
-
-import asyncio
 import copy
 import cProfile
 import json
 import pstats
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-PACK = Path(__file__).parents[1]
+from .host import PACK, load_pack, loaded_core, start_comfyui, time_runs
+from .models import SMALLEST, SMALLEST_LATENT, make_adapters, make_model, make_vae, random_text
+
 TEXT_SCALE, IMAGE_SCALE = 7.5, 0.4
 READ_STEPS = (6, 10)
 """Steps of the runs whose reads are compared: what happens once a run cancels out."""
-
-SMALLEST_LATENT = 8
-SMALLEST = {
-    "widths": [32, 64, 128, 128],
-    "heads": [1, 2, 4, 4],
-    "text_width": 32,
-    "linear_projection": True,
-    "vae_width": 32,
-}
-"""Latents and model whose arithmetic takes no time beside the Python that asks for it."""
 
 WATCHED_STEPS = 2
 """Steps of the runs whose predictions are counted."""
@@ -43,138 +29,6 @@ TIMED = (PLAIN, WITHOUT_THIRD, OURS, JOINT, THREE)
 ENCODE = "Encode Reference"
 
 STEP_PLAIN, STEP_OURS = "one step, plain U-Net, three rows", "the same through the core"
-
-
-def start_comfyui(folder: str, base: str, device: str) -> None:
-    """Put ComfyUI first on the path and let it read its command line, as ``main.py`` does."""
-    sys.path.insert(0, folder)
-    sys.argv = ["main.py", "--base-directory", base, *(["--cpu"] if device == "cpu" else [])]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    for name in ("input", "output", "temp", "models", "custom_nodes", "user"):
-        Path(base, name).mkdir()
-
-
-def load_pack() -> float:
-    """Load the pack as ComfyUI does -> seconds, less what ComfyUI imports for whichever pack comes first."""
-    import comfy_config.config_parser  # noqa: F401
-
-    import nodes
-
-    began = time.perf_counter()
-    if not asyncio.run(nodes.load_custom_node(str(PACK))):
-        raise SystemExit("ComfyUI could not load the pack.")
-    return time.perf_counter() - began
-
-
-def make_model(size: dict[str, Any]) -> Any:
-    """A MODEL of Stable Diffusion 2's structure, or without ``linear_projection`` 1's, with random weights."""
-    import comfy.model_management
-    import comfy.supported_models
-    import torch
-    from comfy.model_patcher import ModelPatcher
-
-    widths, heads = size["widths"], size["heads"]
-    if size["linear_projection"]:
-        base = comfy.supported_models.SD20
-        own = {"num_head_channels": widths[0] // heads[0], "num_heads": -1}
-        own["attn_precision"] = torch.float32
-    else:
-        base = comfy.supported_models.SD15
-        own = {"num_head_channels": -1, "num_heads": heads[0]}
-
-    class Config(base):
-        unet_extra_config = own
-
-        def model_type(self, state_dict: Any, prefix: str = "") -> Any:  # noqa: ARG002
-            return comfy.model_base.ModelType.EPS
-
-    config = Config(
-        {
-            "image_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": widths[0],
-            "num_res_blocks": [2, 2, 2, 2],
-            "channel_mult": [width // widths[0] for width in widths],
-            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-            "transformer_depth_middle": 1,
-            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-            "use_spatial_transformer": True,
-            "use_linear_in_transformer": size["linear_projection"],
-            "context_dim": size["text_width"],
-            "legacy": False,
-            "adm_in_channels": None,
-            "use_temporal_attention": False,
-            "use_temporal_resblock": False,
-        }
-    )
-    device = comfy.model_management.get_torch_device()
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    config.set_inference_dtype(dtype, None)
-    model = config.get_model({}, "", device=torch.device("cpu"))
-    fill_weights(model.diffusion_model)
-    return ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
-
-
-def make_vae(width: int) -> Any:
-    """A VAE of Stable Diffusion's structure with random weights; ``width``: channels of its first level."""
-    import comfy.sd
-
-    structure = {
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": width,
-        "ch_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
-    vae = comfy.sd.VAE(sd={}, config={"params": {"ddconfig": structure, "embed_dim": 4}})
-    fill_weights(vae.first_stage_model)
-    return vae
-
-
-def fill_weights(module: Any) -> None:
-    """Give a module random weights, as ComfyUI leaves them unset."""
-    import torch
-
-    with torch.no_grad():
-        for weight in module.parameters():
-            if weight.ndim > 1:
-                torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-            else:
-                weight.zero_()
-
-
-def loaded_core() -> Any:
-    """The core as the pack has loaded it."""
-    return next(module for name, module in sys.modules.items() if name.endswith(".dreamcache_core"))
-
-
-def make_adapters(model: Any) -> Any:
-    """Adapters with random weights."""
-    import torch
-
-    core = loaded_core()
-    layout = sys.modules[f"{core.__name__}.method.backends"].layout_of(model.model.diffusion_model)
-    with torch.inference_mode(False), torch.no_grad():
-        adapters = core.AdapterSet(core.AdapterInfo(layout))
-        for layer in adapters.layers:
-            torch.nn.init.normal_(adapters[layer].merge.weight, std=0.02)
-    return adapters
-
-
-def random_text(model: Any) -> list[Any]:
-    """A CONDITIONING of a prompt's size."""
-    import torch
-
-    width = model.model.model_config.unet_config["context_dim"]
-    return [[torch.randn(1, 77, width), {"pooled_output": None}]]
 
 
 def make_encode(model: Any, vae_width: int, latent: int) -> Callable[[], Any]:
@@ -293,34 +147,6 @@ def core_steps(
             STEP_PLAIN: lambda: unet(latents, timesteps, context=text),
             STEP_OURS: lambda: injected(latents, timesteps, context=text),
         }
-
-
-def time_runs(
-    runs: dict[str, Callable[[], Any]], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Time runs in turn, after one of each.
-
-    On the CPU it is the processor time of this process, all threads together: what other programs take does not count.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for action in runs.values():
-        action()
-    for _ in range(rounds):
-        for name, action in runs.items():
-            began = now(device)
-            action()
-            seconds[name].append(now(device) - began)
-    return seconds
-
-
-def now(device: str) -> float:
-    """Seconds on a clock, once the device has done what it was given."""
-    import torch
-
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def watch_run(model: Any, action: Callable[[], Any]) -> dict[str, int]:

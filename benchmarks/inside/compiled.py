@@ -1,14 +1,12 @@
-"""What ``compiled`` measures inside ComfyUI; executed by ComfyUI's interpreter, as ``python inside_compiled.py '{...}'``.
-
-Prints one line of JSON.
-"""
+"""What ``compiled`` measures: ``python -m benchmarks.inside.compiled '{...}'``. Prints one line of JSON."""
 
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
+
+from .host import load_pack, start_comfyui, time_runs
 
 PLAIN, OURS = "three plain rows", "DreamCache, three rows"
 COMPILED = ", compiled"
@@ -74,25 +72,8 @@ def sampling(model: Any, texts: list[Any], steps: int, *, is_plain: bool) -> Cal
     return sample
 
 
-def time_runs(
-    runs: dict[str, Callable[[], Any]], rounds: int, now: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Time runs in turn, after one of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for action in runs.values():
-        action()
-    for _ in range(rounds):
-        for name, action in runs.items():
-            began = now()
-            action()
-            seconds[name].append(now() - began)
-    return seconds
-
-
 def main() -> None:
     """Measure what the JSON on the command line asks for."""
-    from inside_comfyui import load_pack, start_comfyui
-
     given = json.loads(sys.argv[1])
     with tempfile.TemporaryDirectory() as base:
         start_comfyui(given["comfyui"], base, given["device"])
@@ -108,12 +89,6 @@ def main() -> None:
 
         load_pack()
 
-        def now() -> float:
-            if given["device"] == "cpu":  # of this process: what other programs take does not count
-                return time.process_time()
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
         with torch.inference_mode():
             parts, runs = make_parts(), {}
             compiled = TorchCompileModel.execute(parts["model"], backend=given["backend"]).result[0]
@@ -123,7 +98,7 @@ def main() -> None:
                     runs[name + suffix] = sampling(
                         patched, parts["texts"], given["steps"], is_plain=patched is model
                     )
-            seconds = time_runs(runs, given["rounds"], now)
+            seconds = time_runs(runs, given["rounds"], given["device"])
             graphs = counters["stats"]["unique_graphs"]
             other = apply(compiled, parts, 1, 0.7)
             sampling(other, parts["texts"], given["steps"], is_plain=False)()

@@ -1,0 +1,1 @@
+"""What is measured inside ComfyUI, by its own interpreter; imports nothing that ComfyUI lacks."""
