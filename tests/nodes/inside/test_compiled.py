@@ -51,7 +51,6 @@ def fresh_compiler():
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
-    gc.collect()  # ComfyUI stumbles over a model that is collected while it unloads others
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def parts():
 
 
 @pytest.mark.usefixtures("traceable_attention")
-def test_steps_with_references_are_one_graph_that_serves_others_of_the_same_shapes(parts):
+def test_steps_with_references_are_one_graph_that_serves_others_of_the_same_shapes(parts, caplog):
     model, adapters, reference = parts
     base = compiled(model)
     assert torch.equal(sample(base, **INPUTS), sample(model, **INPUTS))
@@ -96,6 +95,7 @@ def test_steps_with_references_are_one_graph_that_serves_others_of_the_same_shap
     assert torch.equal(sample(base, **INPUTS), sample(model, **INPUTS))
     # the plain graph of ComfyUI before 0.8.0 knows how many wrappers of others there are
     assert num_graphs() <= 3
+    assert UNCOMPILED not in caplog.text
 
 
 @pytest.mark.usefixtures("traceable_attention")
@@ -114,7 +114,7 @@ def test_regions_and_further_references_give_what_they_give_uncompiled(parts, sc
 
 
 @pytest.mark.usefixtures("traceable_attention")
-def test_compiled_half_precision_keeps_the_scale_exact():
+def test_compiled_half_precision_keeps_the_scale_exact(caplog):
     model = make_model(dtype=torch.bfloat16, **SMALL)
     adapters, reference = make_adapters(model), encode(model)
     uncompiled, ours = (
@@ -122,6 +122,8 @@ def test_compiled_half_precision_keeps_the_scale_exact():
         for each in (model, compiled(model))
     )
     assert torch.equal(ours, uncompiled)
+    assert num_graphs() == 1
+    assert UNCOMPILED not in caplog.text
 
 
 def test_what_cannot_be_one_graph_runs_uncompiled_and_says_so_once(parts, caplog):
@@ -160,7 +162,7 @@ def test_references_act_where_blocks_of_the_unet_are_compiled(parts):
 
 
 @pytest.mark.usefixtures("traceable_attention")
-def test_compiled_code_keeps_no_keys_and_values(parts, monkeypatch):
+def test_compiled_code_keeps_no_keys_and_values(parts, monkeypatch, caplog):
     model, adapters, reference = parts
     known = []
 
@@ -175,3 +177,5 @@ def test_compiled_code_keeps_no_keys_and_values(parts, monkeypatch):
     gc.collect()
     assert known
     assert all(key() is None for key in known)
+    assert num_graphs() == 1
+    assert UNCOMPILED not in caplog.text
