@@ -34,6 +34,15 @@ class NativeLibrary:
         capacity: Bytes of the pool. Pages that a model has lost read as NaN, in every float type.
     """
 
+    IDLE = (
+        "hostbuf_allocate",  # nothing is pinned
+        "hostbuf_free",
+        "vbar_prioritize",
+        "vbar_unpin",
+        "vbars_analyze",
+        "vrambuf_grow",
+    )
+
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.blocks: dict[int, np.ndarray] = {}
@@ -42,8 +51,8 @@ class NativeLibrary:
         self.used = 0
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else ComfyUI asks for has nothing to do here."""
-        if name.startswith(("vbar", "hostbuf", "vrambuf")):
+        """Answer 1, for done, to what has nothing to do here."""
+        if name in self.IDLE:
             return lambda *_: 1
         raise AttributeError(name)
 
@@ -129,7 +138,7 @@ class Stream:
         """Nothing to wait for."""
 
 
-def enable(capacity: int) -> NativeLibrary:
+def enable(capacity: int) -> None:
     """Switch it on, for models that are loaded from now on.
 
     Args:
@@ -158,7 +167,6 @@ def enable(capacity: int) -> NativeLibrary:
         return cast(layer, input, *args, **kwargs)
 
     comfy.ops.cast_bias_weight = cast_bias_weight
-    return library
 
 
 def _to_tensor(allocation: tuple[Any, int, int], _: torch.device) -> torch.Tensor:

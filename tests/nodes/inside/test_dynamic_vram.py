@@ -53,6 +53,8 @@ def test_adapters_leave_the_run_to_dynamic_memory(caplog):
     caplog.set_level("DETAIL")
     sample(applied)
     assert "Non dynamic memory free" not in caplog.text
+    comfy.model_management.unload_all_models()
+    assert "Non dynamic memory free" in caplog.text
 
 
 def test_adapters_can_be_copied_without_dynamic_memory():
