@@ -150,18 +150,6 @@ def test_joint_guidance_is_plain_cfg_between_reference_with_text_and_neither(set
     assert_close(predict(cfg_guider(applied)), e_u + CFG * (e_ct - e_u))
 
 
-def test_the_last_apply_that_sets_guidance_sets_that_of_the_whole_set(setup):
-    model, adapters, reference = setup
-    other = encode(model, seed=4)
-    first = apply(
-        apply(model, adapters, reference, image_guidance=9.0), adapters, other, image_guidance=0.7
-    )
-    second = apply(
-        apply(model, adapters, reference, guidance="joint"), adapters, other, image_guidance=0.7
-    )
-    assert torch.equal(predict(cfg_guider(first)), predict(cfg_guider(second)))
-
-
 def test_two_applies_add_their_shares_of_the_block_formula(setup):
     model, adapters, reference = setup
     other = encode(model, seed=4)
