@@ -149,27 +149,6 @@ def test_a_range_that_never_acts_is_said(parts, caplog):
     assert "never" in shown
 
 
-def split_predictions(model):
-    """A node that asks for the two predictions one by one."""
-    patched = model.clone()
-
-    def one_by_one(args):
-        rest = (args["input"], args["sigma"], args["model_options"])
-        cond, uncond = args["conds"]
-        calls = ([cond, None], [None, uncond])
-        return [
-            comfy.samplers.calc_cond_batch(args["model"], c, *rest)[i] for i, c in enumerate(calls)
-        ]
-
-    patched.model_options["sampler_calc_cond_batch_function"] = one_by_one
-    return patched
-
-
-def test_a_node_that_splits_the_predictions_keeps_joint_guidance(parts):
-    applied = apply(*parts, guidance="joint")
-    assert_close(sample(split_predictions(applied), steps=2), sample(applied, steps=2), 1e-4)
-
-
 def test_perp_neg_is_said_to_take_no_image_guidance(parts, caplog):
     model = parts[0]
     guider = perpneg.Guider_PerpNeg(apply(*parts))
