@@ -3,13 +3,10 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from benchmarks.__main__ import main
 from benchmarks.inside.compiled import COMPILED, OURS, PLAIN
 
 
-@pytest.mark.slow
 def test_compiled_steps_are_measured_and_need_one_graph_each(comfyui, tmp_path: Path, capsys):
     flags = ["--backend", "eager", "--steps", "1", "--rounds", "1", "--out", str(tmp_path)]
     status = main(["compiled", *flags, "--comfyui", str(comfyui.path)])

@@ -65,7 +65,6 @@ def in_worker_thread(function, *args):
     return result
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_no_frame_of_comfyuis_sees_that_the_pass_ends_early(model, monkeypatch):
     plain, predict = encode(model), comfy.samplers.calc_cond_batch
     monkeypatch.setattr(
@@ -84,7 +83,6 @@ if importlib.util.find_spec("comfy.multigpu"):
         management = comfy.model_management
         monkeypatch.setattr(management, "get_all_torch_devices", lambda **_: devices)
         monkeypatch.setattr(management, "set_torch_device", lambda _: None)
-        model.cached_patcher_init = (make_model, ("sd15",))
         return comfy.multigpu.create_multigpu_deepclones(model, 2)
 
     def test_encoding_uses_one_device_of_a_model_that_is_split_over_several(model, split):

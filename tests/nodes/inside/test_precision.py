@@ -1,7 +1,6 @@
 """Float types of base weights, computation and adapters; overflow in Stable Diffusion 2.x's attention."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -25,13 +24,6 @@ SMALL = {
     "transformer_depth_output": [1, 1, 1, 1],
 }
 FP32, FP16, BF16, FP8 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
-
-
-@pytest.fixture(autouse=True)
-def collect_models():
-    """ComfyUI stumbles over a model that is collected while it unloads others: have it done before."""
-    yield
-    gc.collect()
 
 
 def make_model(kind="sd15", **inputs):
