@@ -32,8 +32,23 @@ class Spread:
         return f"{self.median:{spec}} ({self.low:{spec}} - {self.high:{spec}})"
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def processor_time(device: torch.device) -> float:
+    """On the CPU, seconds of this process, all threads together: what other programs take does not count; else ``now``."""
+    return time.process_time() if device.type == "cpu" else now(device)
+
+
 def alternate(
-    actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+    actions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[torch.device], float] = now,
 ) -> dict[str, list[float]]:
     """Time actions in turn, A B A B, so that a machine that slows down slows all of them.
 
@@ -41,6 +56,7 @@ def alternate(
         actions: What to time, by name; each is called once more beforehand, untimed.
         rounds: Times that each is timed.
         device: Where they compute; its queue is empty before and after each.
+        clock: Seconds, once the device has done what it was given: ``now`` or ``processor_time``.
 
     Returns:
         Seconds by name, one entry a round: entry i of all names was measured in the same round.
@@ -50,9 +66,9 @@ def alternate(
         action()
     for _ in range(rounds):
         for name, action in actions.items():
-            start = now(device)
+            start = clock(device)
             action()
-            seconds[name].append(now(device) - start)
+            seconds[name].append(clock(device) - start)
     return seconds
 
 
@@ -76,13 +92,6 @@ def noise_warning(again: Spread) -> list[str]:
         f"THIS MACHINE IS NOT IDLE: what was timed twice in each round took {again.low:.2f} to {again.high:.2f} times as long "
         "the second time. Bars on times that are kept or missed here say little."
     ]
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class Stopwatch:

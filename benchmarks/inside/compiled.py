@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from .host import load_pack, start_comfyui, time_runs
+from .host import load_pack, start_comfyui
 
 PLAIN, OURS = "three plain rows", "DreamCache, three rows"
 COMPILED = ", compiled"
@@ -85,10 +85,9 @@ def main() -> None:
         from comfy_extras.nodes_torch_compile import TorchCompileModel
         from torch._dynamo.utils import counters
 
-        import nodes  # noqa: F401
+        from ..timing import alternate, processor_time
 
         load_pack()
-
         with torch.inference_mode():
             parts, runs = make_parts(), {}
             compiled = TorchCompileModel.execute(parts["model"], backend=given["backend"]).result[0]
@@ -98,7 +97,8 @@ def main() -> None:
                     runs[name + suffix] = sampling(
                         patched, parts["texts"], given["steps"], is_plain=patched is model
                     )
-            seconds = time_runs(runs, given["rounds"], given["device"])
+            device = torch.device(given["device"])
+            seconds = alternate(runs, given["rounds"], device, processor_time)
             graphs = counters["stats"]["unique_graphs"]
             other = apply(compiled, parts, 1, 0.7)
             sampling(other, parts["texts"], given["steps"], is_plain=False)()

@@ -1,9 +1,8 @@
-"""ComfyUI and the pack, loaded in this process, and runs in them timed."""
+"""ComfyUI and the pack, loaded in this process."""
 
 import asyncio
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +35,3 @@ def load_pack() -> float:
 def loaded_core() -> Any:
     """The core as the pack has loaded it."""
     return next(module for name, module in sys.modules.items() if name.endswith(".dreamcache_core"))
-
-
-def time_runs(
-    runs: dict[str, Callable[[], Any]], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Time runs in turn, after one of each.
-
-    On the CPU it is the processor time of this process, all threads together: what other programs take does not count.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for action in runs.values():
-        action()
-    for _ in range(rounds):
-        for name, action in runs.items():
-            began = now(device)
-            action()
-            seconds[name].append(now(device) - began)
-    return seconds
-
-
-def now(device: str) -> float:
-    """Seconds on a clock, once the device has done what it was given."""
-    import torch
-
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()

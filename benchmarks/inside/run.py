@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from .host import PACK, load_pack, loaded_core, start_comfyui, time_runs
+from .host import PACK, load_pack, loaded_core, start_comfyui
 from .models import SMALLEST, SMALLEST_LATENT, make_adapters, make_model, make_vae, random_text
 
 TEXT_SCALE, IMAGE_SCALE = 7.5, 0.4
@@ -235,6 +235,12 @@ def count_reads(action: Callable[[], Any]) -> int:
     return count
 
 
+def reads_by_name(models: dict[str, Any], steps: int) -> dict[str, int]:
+    """Reads of the runs that are compared in them."""
+    runs = make_runs(models, SMALLEST_LATENT, steps)
+    return {name: count_reads(runs[name]) for name in (PLAIN, OURS, RANGED)}
+
+
 def main() -> None:
     """Measure what the JSON on the command line asks for."""
     given = json.loads(sys.argv[1])
@@ -242,9 +248,9 @@ def main() -> None:
         start_comfyui(given["comfyui"], base, given["device"])
         import torch
 
-        import nodes  # noqa: F401
+        from ..timing import alternate, processor_time
 
-        loading = load_pack()
+        loading, device = load_pack(), torch.device(given["device"])
         torch.manual_seed(0)
         with torch.inference_mode():
             latent, rounds = given["latent"], given["rounds"]
@@ -252,10 +258,10 @@ def main() -> None:
             model, reference = models[PLAIN], encode()
             runs = make_runs(models, latent, given["steps"])
             timed = {name: runs[name] for name in TIMED}
-            seconds = time_runs({**timed, ENCODE: encode}, rounds, given["device"])
+            seconds = alternate({**timed, ENCODE: encode}, rounds, device, processor_time)
             with core_steps(model, adapters, reference, latent) as steps:
-                step_seconds = time_runs(steps, rounds, given["device"])
-            on_gpu = given["device"] != "cpu"
+                step_seconds = alternate(steps, rounds, device, processor_time)
+            on_gpu = device.type != "cpu"
             peaks = {name: peak_bytes(action) for name, action in timed.items()} if on_gpu else {}
             watched = make_runs(models, SMALLEST_LATENT, WATCHED_STEPS)
             smallest, *_ = make_models(SMALLEST, SMALLEST_LATENT)
@@ -268,13 +274,7 @@ def main() -> None:
                 "watched": {name: watch_run(model, watched[name]) for name in TIMED},
                 "cached_values": sum(maps.numel() for maps in reference.features.values()),
                 "own_python_s": [own_python_seconds(quick) for _ in range(rounds)],
-                "reads": {
-                    str(count): {
-                        name: count_reads(action)
-                        for name, action in make_runs(smallest, SMALLEST_LATENT, count).items()
-                    }
-                    for count in READ_STEPS
-                },
+                "reads": {str(count): reads_by_name(smallest, count) for count in READ_STEPS},
                 "loading_s": loading,
                 "torch": torch.__version__,
             }

@@ -142,6 +142,11 @@ def test_actions_are_timed_in_turn_after_one_call_each():
     assert [len(values) for values in seconds.values()] == [2, 2]
 
 
+def test_actions_are_timed_by_the_clock_that_is_given():
+    ticks = iter([0.0, 3.0, 10.0, 14.0])
+    assert alternate({"a": list}, 2, CPU, lambda _: next(ticks)) == {"a": [3.0, 4.0]}
+
+
 def test_ratios_are_taken_round_by_round():
     assert ratios([4.0, 9.0, 1.0], [2.0, 3.0, 1.0]) == Spread(2.0, 1.0, 3.0)
     assert f"{Spread(2.0, 1.0, 3.0):.1f}" == "2.0 (1.0 - 3.0)"
