@@ -8,7 +8,7 @@ from pathlib import Path
 from dreamcache_core import DreamCacheError
 
 from . import compiled, encode, gpu, growth, load, memory, paper, run, step, training
-from .arguments import add_common
+from .arguments import add_common, add_model
 from .models import SDXL, UNETS
 from .report import Report, publish
 
@@ -29,6 +29,9 @@ OWN_COMMANDS = {"training": training, "gpu": gpu}
 
 FULL_SIZE = ("step", "encode", "memory")
 """What ``all`` also measures at SD 2.1 size on the CPU; the others take a GPU there."""
+
+DEMO_MODEL = ("compiled",)
+"""What measures the demo model, which has one size and float type."""
 
 ON_PAPER = ("paper",)
 """What ``all`` counts at SDXL's size, as it computes nothing."""
@@ -61,8 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in {**MEASURES, **OWN_COMMANDS}.items():
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(name, help=summary, description=summary)
-        if hasattr(module, "ROUNDS"):
+        if name in MEASURES:
             add_common(command, module.ROUNDS)
+            if name not in DEMO_MODEL:
+                add_model(command)
         if hasattr(module, "add_arguments"):
             module.add_arguments(command)
     summary = "All of them but training and gpu, small; step, encode and memory at SD 2.1 size too; on paper SDXL's."
@@ -84,14 +89,17 @@ def _run_all(arguments: argparse.Namespace) -> int:
     reports: list[tuple[str, Report]] = []
     unmeasured: list[str] = []
     for name, size, dtype in parts:
-        flags = ["--out", str(arguments.out / size)] if arguments.out else []
-        chosen = _parser().parse_args([name, "--size", size, "--dtype", dtype, *flags])
+        has_size = name not in DEMO_MODEL
+        label = f"{name} ({size})" if has_size else name
+        flags = ["--size", size, "--dtype", dtype] if has_size else []
+        flags += ["--out", str(arguments.out / size)] if arguments.out else []
+        chosen = _parser().parse_args([name, *flags])
         try:
-            reports.append((f"{name} ({size})", MEASURES[name].measure(chosen)))
+            reports.append((label, MEASURES[name].measure(chosen)))
         except DreamCacheError as error:
             # the others need none of what this one lacks
-            unmeasured.append(f"{name} ({size})")
-            print(f"{unmeasured[-1]} is not measured: {error}\n", file=sys.stderr)
+            unmeasured.append(label)
+            print(f"{label} is not measured: {error}\n", file=sys.stderr)
             continue
         publish(reports[-1][1], chosen.out)
         print()

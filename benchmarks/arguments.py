@@ -23,24 +23,28 @@ def positive(text: str) -> int:
 
 
 def add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Declare size, latents, float type, device, rounds and output.
+    """Declare device, rounds and output.
 
     Args:
         parser: Where.
         rounds: Default number of timed rounds.
     """
-    parser.add_argument("--size", choices=UNETS, default="small", help="size of the U-Net")
-    parser.add_argument(
-        "--latent", type=positive, help="height and width of the latents; else the size's own"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=positive, default=rounds, help="timed rounds")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for JSON and plot")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Declare size, latents and float type of the model."""
+    parser.add_argument("--size", choices=UNETS, default="small", help="size of the U-Net")
+    parser.add_argument(
+        "--latent", type=positive, help="height and width of the latents; else the size's own"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+
+
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """What the arguments ask for.
+    """What the arguments of ``add_common`` and ``add_model`` ask for.
 
     Raises:
         InputError: The device is not there.

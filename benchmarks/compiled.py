@@ -17,7 +17,7 @@ ROUNDS = 7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what this benchmark takes besides ``add_common``'s, of which it heeds ``--device`` and ``--rounds``."""
+    """Declare what this benchmark takes besides ``add_common``'s."""
     parser.add_argument("--steps", type=positive, default=4, help="sampling steps of a run")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     add_folder(parser)

@@ -39,7 +39,7 @@ ROUNDS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what this benchmark takes besides ``add_common``'s."""
+    """Declare what this benchmark takes besides ``add_common``'s and ``add_model``'s."""
     parser.add_argument("--steps", type=positive, default=20, help="sampling steps of an image")
     add_folder(parser)
 

@@ -39,7 +39,7 @@ ROUNDS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what this benchmark takes besides ``add_common``'s."""
+    """Declare what this benchmark takes besides ``add_common``'s and ``add_model``'s."""
     parser.add_argument(
         "--compile",
         choices=("inductor", "eager"),

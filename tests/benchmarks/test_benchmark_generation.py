@@ -3,12 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import gpu, guided, memory, run, step
+from benchmarks import compiled, gpu, guided, memory, run, step
 from benchmarks.__main__ import main
 from benchmarks.flops import count_flops
 from benchmarks.gpu import Part
@@ -121,13 +122,13 @@ def test_all_of_them_end_with_what_was_missed(
 def test_what_cannot_be_measured_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
-    monkeypatch.setattr(command, "MEASURES", {"run": run, "memory": memory})
+    monkeypatch.setattr(command, "MEASURES", {"run": run, "compiled": compiled, "memory": memory})
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     assert main(["all", "--size", "tiny", "--full", ""]) == 1
     said = capsys.readouterr()
     assert "run (tiny) is not measured: There is no ComfyUI in" in said.err
     assert said.out.splitlines()[-1] == (
-        "All benchmarks: 2 of 2 bars hold; none missed; not measured: run (tiny)."
+        "All benchmarks: 2 of 2 bars hold; none missed; not measured: run (tiny), compiled."
     )
 
 
@@ -258,7 +259,7 @@ def test_gpu_day_keeps_each_part_and_says_what_was_not_measured(
 
 def test_gpu_day_skips_what_has_no_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     clock = iter([0.0, 600.0])
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(gpu, "PARTS", (Part("step", "sd21", "float16"),))
     assert main(["gpu", "--device", "cpu", "--limit", "500", "--out", str(tmp_path)]) == 1
     assert "skipped: no time left" in (tmp_path / "summary.md").read_text(encoding="utf-8")
