@@ -23,6 +23,7 @@ from .method.layers import Layout, family_of
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .pipeline.fitting import adapters_from_model
     from .pipeline.pipeline import DreamCachePipeline
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "StateError",
     "UnsupportedModelError",
     "__version__",
+    "adapters_from_model",
     "capture_features",
     "capture_reference",
     "combine_guidance",
@@ -55,9 +57,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # the pipeline needs diffusers, which is optional: it loads on first use
+    # these need diffusers, which is optional: it loads on first use
     if name == "DreamCachePipeline":
         from .pipeline.pipeline import DreamCachePipeline
 
         return DreamCachePipeline
+    if name == "adapters_from_model":
+        from .pipeline.fitting import adapters_from_model
+
+        return adapters_from_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

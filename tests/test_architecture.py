@@ -94,7 +94,18 @@ def imported_modules(path: Path) -> set[Path]:
     return found
 
 
-FOLDERS = ["files", "images", "method", "pipeline", "data", "training", "demo", "evaluation", "cli"]
+FOLDERS = [
+    "files",
+    "images",
+    "method",
+    "fitting",
+    "pipeline",
+    "data",
+    "training",
+    "demo",
+    "evaluation",
+    "cli",
+]
 """Of the core, in the order of imports: a folder imports from those before it, the modules beside them from none."""
 
 

@@ -19,6 +19,7 @@ from . import (
     dataset_check,
     demo,
     evaluate,
+    fit,
     generate,
     inspect,
     train,
@@ -56,6 +57,7 @@ PROGRAM = Group(
         "generate": Command(GenerateOptions, generate.run),
         "inspect": Command(inspect.InspectOptions, inspect.run, is_positional=True),
         "convert": Command(convert.ConvertOptions, convert.run, is_positional=True),
+        "fit": Command(fit.FitOptions, fit.run),
         "train": Command(TrainConfig, train.run),
         "dataset": Group(
             "Build, check, precompute or pack a training set.",

@@ -44,12 +44,7 @@ def run(options: ConvertOptions) -> None:
         DreamCacheError: Bad input; the message says what and what to do.
     """
     source, target = Path(options.source), Path(options.target)
-    if target.suffix != ".safetensors":
-        raise InputError(f"The target must end in .safetensors; given {target}.")
-    if target.exists() and not options.force:
-        raise InputError(f"{target} exists. Give another name, or --force to replace it.")
-    if not target.parent.is_dir():
-        raise InputError(f"There is no folder {target.parent}. Create it, or give another one.")
+    check_target(target, options.force)
     dtypes, metadata = read_header(source)
     adapters = load_adapters(source, family=options.family)
     if FORMAT_KEY in metadata and options.family not in (None, adapters.family):
@@ -61,6 +56,24 @@ def run(options: ConvertOptions) -> None:
     _refuse_overflow(adapters, dtype)
     save_adapters(adapters, target, dtype=dtype)
     print(target)
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Refuse a file that adapters cannot be written to.
+
+    Args:
+        target: The file.
+        force: Whether it may be replaced.
+
+    Raises:
+        InputError: It has another ending, exists, or its folder does not.
+    """
+    if target.suffix != ".safetensors":
+        raise InputError(f"The target must end in .safetensors; given {target}.")
+    if target.exists() and not force:
+        raise InputError(f"{target} exists. Give another name, or --force to replace it.")
+    if not target.parent.is_dir():
+        raise InputError(f"There is no folder {target.parent}. Create it, or give another one.")
 
 
 def _common_dtype(dtypes: Mapping[str, str]) -> str:

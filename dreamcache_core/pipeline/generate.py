@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +11,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..config import Config
 from ..errors import InputError
+from ..fitting.fit import NUM_PASSES
 from ..images.reference import check_placement
+from ..method.adapter import AdapterSet
 from ..method.blending import ReferenceUse
 from ..method.guidance import Guidance, GuidanceMode
 from ..version import __version__
-from .loading import require_diffusers
+from .fingerprint import FINGERPRINT, UNET_PARTS, model_fingerprint
+from .fitting import adapters_from_model
+from .loading import load_pipeline, require_diffusers
 from .pipeline import DreamCachePipeline
+
+logger = logging.getLogger(__name__)
 
 MAX_STEPS = 1000
 """Training timesteps of Stable Diffusion; a sampler cannot take more steps."""
@@ -33,10 +41,11 @@ class GenerateOptions(Config):
 
     Attributes:
         model: Diffusers folder or single-file checkpoint, local.
-        adapters: Adapter file (.safetensors or released .pt).
         reference: Images of the subject; the flag may be repeated.
         prompt: What to show.
         out: Folder for the images.
+        adapters: Adapter file (.safetensors or released .pt); without one, adapters are fitted to the
+            model.
         config: For a single file: a local diffusers folder of the same family.
         mask: Mask of each reference, white = subject; without it, the image's alpha channel.
         negative: What to avoid.
@@ -57,10 +66,10 @@ class GenerateOptions(Config):
     """
 
     model: str
-    adapters: str
     reference: Sequence[str]
     prompt: str
     out: str
+    adapters: str | None = None
     config: str | None = None
     mask: Sequence[str] = ()
     negative: str = ""
@@ -132,15 +141,43 @@ def make_folder(out: Path) -> None:
 
 
 def open_pipeline(options: GenerateOptions) -> DreamCachePipeline:
-    """Load model and adapters; see ``DreamCachePipeline.from_files``."""
-    return DreamCachePipeline.from_files(
-        options.model,
-        options.adapters,
-        config=options.config,
-        device=options.device,
-        dtype=options.dtype,
-        scheduler=options.scheduler,
+    """Load model and adapters, or fit adapters to the model; see ``DreamCachePipeline.from_files``."""
+    loading: dict[str, Any] = {
+        "config": options.config,
+        "device": options.device,
+        "dtype": options.dtype,
+        "scheduler": options.scheduler,
+    }
+    if options.adapters is not None:
+        return DreamCachePipeline.from_files(options.model, options.adapters, **loading)
+    pipeline = DreamCachePipeline(load_pipeline(options.model, **loading))
+    logger.info(
+        "No adapter file was given: adapters are fitted to the model, not trained. dreamcache fit keeps them in a file."
     )
+    pipeline.adapters = fit_to_model(pipeline, options.model)
+    return pipeline
+
+
+def fit_to_model(pipeline: DreamCachePipeline, model: str, **settings: Any) -> AdapterSet:
+    """Fit adapters with a progress bar.
+
+    Args:
+        pipeline: The model, loaded.
+        model: Its file or folder.
+        settings: Of ``adapters_from_model``.
+
+    Returns:
+        The adapters, marked with the model's name and fingerprint.
+    """
+    extra = {FINGERPRINT: model_fingerprint(model, UNET_PARTS)}
+    with tqdm(total=NUM_PASSES, desc="fitting", unit="pass") as bar:
+        return adapters_from_model(
+            pipeline,
+            base_model=Path(model).resolve().name,
+            extra=extra,
+            on_pass=bar.update,
+            **settings,
+        )
 
 
 def sample_image(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import check_range
 from ..errors import InputError, StateError, UnsupportedModelError
+from ..fitting.fit import FITTED
 from ..images.files import ImageFile
 from ..images.reference_files import prepare_references, read_references
 from ..method.adapter import AdapterModules, AdapterSet
@@ -32,6 +33,7 @@ from .arguments import (
     list_of_prompts,
     list_of_uses,
 )
+from .fingerprint import FINGERPRINT, UNET_PARTS, model_fingerprint
 from .fused import FusedAdapters
 from .latents import LatentCodec
 from .loading import is_sdxl, load_pipeline, require_diffusers
@@ -101,6 +103,14 @@ class DreamCachePipeline:
         pipeline = load_pipeline(
             model, config=config, device=device, dtype=dtype, scheduler=scheduler
         )
+        fitted_to = loaded.info.extra.get(FINGERPRINT, "")
+        if FITTED in loaded.info.extra and fitted_to != model_fingerprint(model, UNET_PARTS):
+            logger.warning(
+                "The adapters were fitted to another model (%s): expect a weaker likeness. Fit them to this one: "
+                "dreamcache fit --model %s --out FILE.",
+                loaded.info.base_model,
+                model,
+            )
         return cls(pipeline, loaded)
 
     @property
@@ -411,17 +421,27 @@ class DreamCachePipeline:
                 adapters.info.prediction,
             )
 
-    def _alpha(self, timestep: int) -> Tensor:
-        """Cumulated signal power at a training index, a float32 scalar on the CPU."""
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """Cumulated signal power at every training index, float32 on the CPU.
+
+        Raises:
+            UnsupportedModelError: The scheduler has no table of noise levels (flow matching).
+        """
         alphas = getattr(self.pipeline.scheduler, "alphas_cumprod", None)
         if alphas is None:
             raise UnsupportedModelError(
                 f"Expected a scheduler with alphas_cumprod; {type(self.pipeline.scheduler).__name__} has none. Use one "
                 "of Stable Diffusion's, DDIMScheduler say."
             )
+        return alphas.float().cpu()
+
+    def _alpha(self, timestep: int) -> Tensor:
+        """Cumulated signal power at a training index, a float32 scalar on the CPU."""
+        alphas = self.alphas_cumprod
         if not 0 <= timestep < len(alphas):
             raise InputError(f"timestep must be in 0 ... {len(alphas) - 1}; given {timestep}.")
-        return alphas[timestep].float().cpu()
+        return alphas[timestep]
 
     def _finish(self, latents: Tensor, output_type: OutputType) -> Any:
         if not bool(latents.isfinite().all()):

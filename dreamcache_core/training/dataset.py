@@ -20,11 +20,12 @@ from ..data.precomputed.encoded import ALTERATION_FIELDS, EncodedSet, require_sa
 from ..data.sources.opening import open_source
 from ..data.sources.source import PairSource, fingerprint
 from ..errors import DreamCacheError, InputError
-from ..pipeline.base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
+from ..fitting.noise_schedule import NUM_TIMESTEPS
+from ..pipeline.base_model import MAX_CHECKED_CAPTIONS, BaseModel
+from ..pipeline.fingerprint import ENCODER_PARTS, model_fingerprint
 from ..pipeline.latents import LATENT_FACTOR
 from ..processes import ignore_signals
 from .config import TrainConfig
-from .objective import NUM_TIMESTEPS
 
 FAILURE = "failure"
 """Key of a sample that could not be read; its value says why."""

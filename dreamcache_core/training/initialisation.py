@@ -1,23 +1,16 @@
 """Adapters before their first training step: as PyTorch initialises them, or from the base model's self-attention."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import InputError, StateError
+from ..errors import InputError
 from ..method.adapter import AdapterInfo, AdapterSet, ReferenceAdapter
-from ..method.backends import layout_of, select_sites
+from ..method.backends import layout_of
 
 Init = Literal["identity", "paper", "sum", "self_attention"]
-
-NUM_IMAGES = 256
-"""References that are looked at; their tokens number thousands at the smallest layer."""
-
-RIDGE = 1e-4
-"""Added to the diagonal, in shares of its mean, for channels that hardly vary."""
 
 
 def new_adapters(
@@ -85,81 +78,3 @@ def _initialise_merge(adapter: ReferenceAdapter, *, is_sum: bool) -> None:
         merge.requires_grad_(False)
         adapter.to_out.weight.zero_()
         adapter.to_out.bias.zero_()
-
-
-class LinearGuess:
-    """The best linear guess, by least squares, of what a layer's self-attention reads from the map that enters the layer.
-
-    Adapters read the map itself (METHOD.md section 4); self-attention reads it after GroupNorm, ``proj_in`` and LayerNorm.
-
-    Args:
-        channels: Width of the layer.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self.of_maps = torch.zeros(channels, channels, dtype=torch.float64)
-        self.of_both = torch.zeros(channels, channels, dtype=torch.float64)
-        self._tokens: Tensor | None = None
-
-    def read_map(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take what enters the layer, (batch, channels, height, width)."""
-        maps = args[0] if args else kwargs["hidden_states"]
-        self._tokens = maps.detach().flatten(2).transpose(1, 2).flatten(0, 1).double().cpu()
-
-    def read_states(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take what enters its self-attention, (batch, tokens, channels)."""
-        assert self._tokens is not None
-        states = (args[0] if args else kwargs["hidden_states"]).detach().flatten(0, 1)
-        self.of_maps += self._tokens.T @ self._tokens
-        self.of_both += self._tokens.T @ states.double().cpu()
-        self._tokens = None
-
-    def solve(self) -> Tensor:
-        """The guess as a matrix, float64 (channels, channels): states are about ``map @ matrix``."""
-        strength = RIDGE * self.of_maps.diagonal().mean()
-        if strength == 0:
-            raise StateError("No reference was looked at: the U-Net was not called.")
-        ridge = strength * torch.eye(len(self.of_maps), dtype=torch.float64)
-        return torch.linalg.solve(self.of_maps + ridge, self.of_both)
-
-
-@contextmanager
-def observe_self_attention(
-    unet: nn.Module, layers: Sequence[str]
-) -> Iterator[Mapping[str, LinearGuess]]:
-    """Watch whole forward passes of a U-Net over noised references; hooks are gone at exit.
-
-    Yields:
-        What is learnt of each layer, by canonical name.
-    """
-    sites = select_sites(unet, tuple(layers))
-    guesses = {name: LinearGuess(site.channels) for name, site in sites.items()}
-    hooks: list[Any] = []
-    try:
-        for name, site in sites.items():
-            guess, block = guesses[name], site.block
-            hooks.append(site.module.register_forward_pre_hook(guess.read_map, with_kwargs=True))
-            hooks.append(block.attn1.register_forward_pre_hook(guess.read_states, with_kwargs=True))
-        yield guesses
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@torch.no_grad()
-def start_from_self_attention(
-    unet: nn.Module, adapters: AdapterSet, guesses: Mapping[str, LinearGuess]
-) -> None:
-    """Give adapters the weights of the self-attention at their layers; ``merge`` stays as it is.
-
-    Queries read what self-attention reads; keys and values read the guess of it, from ``observe_self_attention``.
-    """
-    for name, site in select_sites(unet, adapters.layers).items():
-        adapter: Any = adapters[name]
-        block = site.block
-        adapter.norm.load_state_dict(block.norm1.state_dict())
-        adapter.to_out.load_state_dict(block.attn1.to_out[0].state_dict())
-        adapter.to_q.weight.copy_(block.attn1.to_q.weight)
-        guess = guesses[name].solve()
-        for ours, theirs in ((adapter.to_k, block.attn1.to_k), (adapter.to_v, block.attn1.to_v)):
-            ours.weight.copy_(theirs.weight.double().cpu() @ guess.T)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fitting.noise_schedule import NoiseSchedule
 from ..method.adapter import AdapterSet
 from ..method.backends import backend_for, layout_of, require_fit
 from ..method.blending import ReferenceUse
@@ -20,7 +21,7 @@ from ..pipeline.base_model import BaseModel
 from ..pipeline.latents import LATENT_FACTOR
 from ..pipeline.sampling import Text
 from .config import TrainConfig
-from .objective import NoiseSchedule, denoising_loss
+from .objective import denoising_loss
 
 
 class InjectedUNet(nn.Module):

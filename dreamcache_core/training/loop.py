@@ -18,13 +18,15 @@ from tqdm import tqdm
 
 from ..errors import InputError, StateError
 from ..files.jsonl import append_lines
+from ..fitting.fit import FITTED
+from ..fitting.self_attention import NUM_IMAGES, observe_self_attention, start_from_self_attention
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import save_adapters
+from ..pipeline.fingerprint import FINGERPRINT
 from ..processes import Interruption, catch_signals
 from ..version import __version__
 from .checkpoints import ADAPTERS_FILE, Checkpoint, cut_log
 from .dataset import FAILURE
-from .initialisation import NUM_IMAGES, observe_self_attention, start_from_self_attention
 from .injected_unet import Objective
 from .optimization import MovingAverage
 from .run import Run
@@ -253,9 +255,9 @@ class Loop:
             base_model=run.base.name,
             prediction=run.schedule.prediction,
             extra={
-                **trained.info.extra,
+                **{k: v for k, v in trained.info.extra.items() if k != FITTED},
                 "training": json.dumps(training),
-                "base_model_fingerprint": run.identity["base model"],
+                FINGERPRINT: run.identity["base model"],
                 "dreamcache_version": __version__,
             },
         )

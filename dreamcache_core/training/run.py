@@ -13,18 +13,19 @@ from typing import Any
 import torch
 
 from ..errors import InputError, MissingPackageError, StateError
+from ..fitting.noise_schedule import NoiseSchedule
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import load_adapters
 from ..method.backends import require_fit
 from ..packages import require
-from ..pipeline.base_model import UNET_PARTS, BaseModel, model_fingerprint
+from ..pipeline.base_model import BaseModel
+from ..pipeline.fingerprint import UNET_PARTS, model_fingerprint
 from ..processes import MAX_WAIT, require_all_processes
 from .checkpoints import Checkpoint, Checkpoints
 from .config import TrainConfig
 from .dataset import TrainingData, open_training_data
 from .initialisation import new_adapters
 from .injected_unet import InjectedUNet
-from .objective import NoiseSchedule
 from .optimization import make_optimizer
 from .plan import Plan, estimate_saved_bytes
 from .validation import Validation

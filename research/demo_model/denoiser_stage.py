@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule
+from dreamcache_core.fitting.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
 
 
 class DenoiserStage:

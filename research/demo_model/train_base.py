@@ -17,8 +17,8 @@ from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.config import Config
 from dreamcache_core.demo.files import PREVIEW_FILE
 from dreamcache_core.errors import StateError
+from dreamcache_core.fitting.noise_schedule import NoiseSchedule
 from dreamcache_core.pipeline.loading import load_diffusers_pipeline, require_diffusers
-from dreamcache_core.training.objective import NoiseSchedule
 
 from .architecture import (
     SCALING_FACTOR,

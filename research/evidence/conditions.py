@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dreamcache_core.demo.gallery import GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE, IMAGE_RANGE
+from dreamcache_core.fitting.noise_schedule import NUM_TIMESTEPS
 from dreamcache_core.method.guidance import Guidance, GuidanceMode, needed_predictions
-from dreamcache_core.training.objective import NUM_TIMESTEPS
 
 SHIPPED = "adapters"
 """Variant that comes with the package."""

@@ -16,7 +16,7 @@ from dreamcache_core.errors import InputError
 from dreamcache_core.files.jsonl import append_lines
 from dreamcache_core.method.adapter import AdapterSet
 from dreamcache_core.method.adapter_files import load_adapters
-from dreamcache_core.pipeline.base_model import model_fingerprint
+from dreamcache_core.pipeline.fingerprint import model_fingerprint
 from dreamcache_core.pipeline.loading import DTYPES, choose_device, load_diffusers_pipeline
 from dreamcache_core.pipeline.pipeline import DreamCachePipeline
 

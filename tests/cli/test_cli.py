@@ -13,7 +13,7 @@ import torch
 from golden import load_case
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_diffusers import golden_unet, random_adapters
+from tiny_diffusers import golden_unet, random_adapters, random_unet
 from tiny_pipeline import ddim, single_file_weights, tiny_pipeline, tiny_sdxl_pipeline, wrap
 
 import dreamcache_core
@@ -183,6 +183,62 @@ def test_v_prediction_model_is_a_warning(files, tmp_path, capsys):
     ddim(prediction_type="v_prediction").save_pretrained(tmp_path / "v" / "scheduler")
     assert main(arguments(files, tmp_path / "out", model=tmp_path / "v", count=2)) == 0
     assert capsys.readouterr().err.count("warning: This model predicts v_prediction") == 1
+
+
+# --- adapters from the model itself
+
+
+def test_without_a_file_adapters_are_fitted_and_it_is_said(files, tmp_path, capsys):
+    cutout = files / "cutout.png"
+    assert main(arguments(files, tmp_path / "a", adapters=[], reference=cutout)) == 0
+    err = capsys.readouterr().err
+    assert "fitted to the model, not trained" in err
+    assert "timestep" not in err  # the reference is cached at theirs
+    assert text_of(tmp_path / "a" / "0001_seed_0.png")["adapters"] is None
+    target = tmp_path / "fitted.safetensors"
+    assert main(["fit", f"--model={files / 'sd'}", f"--out={target}", "--device=cpu"]) == 0
+    assert str(target) in capsys.readouterr().out
+    assert main(arguments(files, tmp_path / "b", adapters=target, reference=cutout)) == 0
+    assert "warning" not in capsys.readouterr().err
+    first, second = (read_image(tmp_path / d / "0001_seed_0.png")[0] for d in "ab")
+    assert torch.equal(first, second)
+    assert main(["inspect", str(target)]) == 0
+    assert "fitted" in capsys.readouterr().out
+
+
+def test_fitted_adapters_on_another_checkpoint_are_a_warning(files, tmp_path, capsys):
+    target = tmp_path / "fitted.safetensors"
+    assert main(["fit", f"--model={files / 'sd'}", f"--out={target}", "--device=cpu"]) == 0
+    other = tmp_path / "other"
+    shutil.copytree(files / "sd", other)
+    random_unet(64, seed=9, sample_size=8).save_pretrained(other / "unet")
+    capsys.readouterr()
+    assert main(arguments(files, tmp_path / "out", model=other, adapters=target)) == 0
+    assert capsys.readouterr().err.count("fitted to another model (sd)") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": "{t}/a.pt"}, ".safetensors"),
+        ({"out": "{f}/sd.safetensors"}, "--force"),
+        ({"out": "{t}/none/a.safetensors"}, "no folder"),
+        ({"size": 60}, "multiple of 8"),
+        ({"seed": -1}, "seed"),
+        ({"model": "{t}/nowhere"}, "Nothing is downloaded"),
+    ],
+    ids=str,
+)
+def test_fit_refuses_bad_input_and_writes_nothing(change, message, files, tmp_path, capsys):
+    given = {"model": "{f}/sd", "out": "{t}/a.safetensors", "device": "cpu", **change}
+    words = [f"--{k}={str(v).format(f=files, t=tmp_path)}" for k, v in given.items()]
+    before = (files / "sd.safetensors").read_bytes()
+    assert main(["fit", *words]) != 0
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+    assert (files / "sd.safetensors").read_bytes() == before
 
 
 # --- bad input

@@ -16,8 +16,8 @@ from dreamcache_core.demo.world.backgrounds import BACKGROUNDS
 from dreamcache_core.demo.world.patterns import PATTERNS
 from dreamcache_core.demo.world.world import PAPER
 from dreamcache_core.errors import StateError
+from dreamcache_core.fitting.noise_schedule import NoiseSchedule
 from dreamcache_core.pipeline.loading import load_diffusers_pipeline
-from dreamcache_core.training.objective import NoiseSchedule
 from research.demo_model.architecture import (
     SCALING_FACTOR,
     UNET_CHANNELS,

@@ -11,8 +11,9 @@ from safetensors.torch import save
 from tiny_world import CAPTION, UNET_FILE, draw, world_pipeline, world_unet
 from tqdm import tqdm
 
+from dreamcache_core.fitting.noise_schedule import NoiseSchedule
 from dreamcache_core.pipeline.pipeline import DreamCachePipeline
-from dreamcache_core.training.objective import NoiseSchedule, denoising_loss
+from dreamcache_core.training.objective import denoising_loss
 
 STEPS, BATCH, LEARNING_RATE = 9000, 16, 2e-3
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dreamcache_core import InputError
-from dreamcache_core.training.objective import NoiseSchedule, denoising_loss
+from dreamcache_core.fitting.noise_schedule import NoiseSchedule
+from dreamcache_core.training.objective import denoising_loss
 
 ALPHAS = torch.tensor([0.64, 0.36, 0.0])
 LATENT = torch.tensor([2.0, 3.0, 5.0])[:, None, None, None].expand(3, 2, 1, 4)

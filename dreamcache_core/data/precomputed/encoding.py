@@ -18,7 +18,8 @@ from ...config import Config, check_range
 from ...errors import DreamCacheError, InputError
 from ...files.whole_files import whole_file
 from ...images.reference import check_placement
-from ...pipeline.base_model import ENCODER_PARTS, MAX_CHECKED_CAPTIONS, BaseModel, model_fingerprint
+from ...pipeline.base_model import MAX_CHECKED_CAPTIONS, BaseModel
+from ...pipeline.fingerprint import ENCODER_PARTS, model_fingerprint
 from ...pipeline.loading import DTYPES, require_diffusers
 from ...processes import join
 from ..augmentation import Alterations, augment_reference

@@ -25,7 +25,7 @@ class DreamBenchOptions(Config):
         dino: Folder of DINO ViT-S/16, local.
         clip: Folder of CLIP ViT-B/32, local.
         images: Folder of images to judge: SUBJECT/PROMPT_IMAGE.png, from 0.
-        generate: Generate the images, into --out, with --model and --adapters.
+        generate: Generate the images, into --out, with --model.
         subjects: Names of subjects; else all.
         subject_list: CSV: subject,class,kind[,reference]; else that of DreamBench.
         object_prompts: Text file, a prompt with {} for the class word per line.
@@ -36,7 +36,8 @@ class DreamBenchOptions(Config):
         cpu: Use the CPU even where there is a GPU.
         model: With --generate: diffusers folder or single-file checkpoint, local.
         model_config: With --generate, for a single file: diffusers folder of its family.
-        adapters: With --generate: adapter file (.safetensors or released .pt).
+        adapters: With --generate: adapter file (.safetensors or released .pt); without one, adapters
+            are fitted to the model.
         negative: With --generate: what to avoid.
         image_guidance: With --generate: pull of the reference.
         cfg: With --generate: pull of the prompt; 1 = off.
@@ -66,7 +67,7 @@ class DreamBenchOptions(Config):
     cpu: bool = False
     model: str | None = None
     model_config: str | None = None
-    adapters: str | None = None
+    adapters: str | None = GenerateOptions.adapters
     negative: str = GenerateOptions.negative
     image_guidance: float = GenerateOptions.image_guidance
     cfg: float = GenerateOptions.cfg
@@ -96,8 +97,8 @@ class DreamBenchOptions(Config):
                     f"Expected {name} to be at least {least}, got {getattr(self, name)}."
                 )
         if self.generate:
-            if self.model is None or self.adapters is None:
-                raise InputError("--generate needs --model and --adapters. Give both.")
+            if self.model is None:
+                raise InputError("--generate needs --model.")
             _ = self.generation(reference="reference", mask=None, prompt="prompt", seed=self.seed)
 
     @property

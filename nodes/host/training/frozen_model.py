@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ....dreamcache_core import InputError, StateError, UnsupportedModelError
+from ....dreamcache_core.fitting.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
 from ....dreamcache_core.method.compiling import plain_module
 from ....dreamcache_core.method.layers import Layout
-from ....dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule
 from ..sampling import LoadedModel, bypass_loras
 
 PREDICTION_OF = {

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ....dreamcache_core import AdapterSet, ReferenceCache, ReferenceUse, capture_features, inject
 from ....dreamcache_core.data.order import SampleOrder, sample_seed
-from ....dreamcache_core.training.initialisation import (
+from ....dreamcache_core.fitting.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
+from ....dreamcache_core.fitting.self_attention import (
     NUM_IMAGES,
     observe_self_attention,
     start_from_self_attention,
 )
-from ....dreamcache_core.training.objective import NUM_TIMESTEPS, NoiseSchedule, denoising_loss
+from ....dreamcache_core.training.objective import denoising_loss
 from ..model import compute_dtype
 from ..sampling import LoadedModel, clean_clone, inside_sampling
 from .frozen_model import (

@@ -5,13 +5,13 @@ import torch
 from tiny_diffusers import random_unet
 
 from dreamcache_core import StateError, capture_features
-from dreamcache_core.method.backends import select_sites
-from dreamcache_core.training.initialisation import (
+from dreamcache_core.fitting.self_attention import (
     LinearGuess,
-    new_adapters,
     observe_self_attention,
     start_from_self_attention,
 )
+from dreamcache_core.method.backends import select_sites
+from dreamcache_core.training.initialisation import new_adapters
 
 pytestmark = pytest.mark.diffusers
 
