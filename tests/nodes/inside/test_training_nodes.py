@@ -357,7 +357,7 @@ def test_a_start_from_self_attention_has_its_weights_and_is_the_plain_model(mode
     for name, site in SITES(model.model.diffusion_model, twos.layers).items():
         own, keys = site.block.attn1, twos[name].to_k.weight
         assert torch.equal(twos[name].to_q.weight, own.to_q.weight)
-        assert torch.equal(twos[name].to_out.weight, own.to_out[0].weight)
+        assert_close(twos[name].to_out.weight, own.to_out[0].weight, 1e-6)
         assert not torch.allclose(keys, random[name].to_k.weight, atol=1e-2)
         assert not any(m._forward_pre_hooks for m in (site.module, own))
     assert_close(sample(apply(model, twos, encode(model))), sample(model), 1e-4)
@@ -446,8 +446,13 @@ if hasattr(comfy.sd, "load_bypass_lora_for_models") and not IS_DYNAMIC:
         loads = (comfy.sd.load_lora_for_models, comfy.sd.load_bypass_lora_for_models)
         usual, bypassing = (load(model, None, lora_weights(), 1.0, 0.0)[0] for load in loads)
         before = sample(bypassing)
-        assert same(train(bypassing)[0], train(usual)[0], atol=1e-4)
-        assert not same(train(bypassing)[0], trained, atol=1e-4)
+        first, second = (weights(train(model)[0]) for model in (bypassing, usual))
+        # Adam makes whole steps of gradients that are nothing but rounding
+        apart, from_plain = (
+            sum((first[name] - other[name]).abs().sum() for name in first)
+            for other in (second, weights(trained))
+        )
+        assert apart < 1e-3 * from_plain
         assert torch.equal(sample(bypassing), before)
         assert same(train(model)[0], trained)
 
