@@ -11,7 +11,7 @@ from .host.folders import (
     list_adapter_files,
     new_adapter_path,
 )
-from .host.report import report
+from .host.report import describe_adapters, report
 from .types import Adapters
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -55,10 +55,7 @@ class LoadAdapters(io.ComfyNode):
     def execute(cls, adapters: str) -> io.NodeOutput:
         """Load the file."""
         loaded = load_adapters(adapter_path(adapters))
-        layout = loaded.info.layout
-        count = f"{loaded.num_parameters / 1e6:.1f} M parameters, {len(loaded)} layers"
-        text = f"{count}, {layout.describe()}"
-        return io.NodeOutput(loaded, ui=report(cls, text))
+        return io.NodeOutput(loaded, ui=report(cls, describe_adapters(loaded)))
 
 
 class SaveAdapters(io.ComfyNode):

@@ -1,17 +1,78 @@
-"""The node that trains adapters."""
+"""The nodes that make adapters: by training, and fitted to a model."""
 
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..dreamcache_core import InputError
 from ..dreamcache_core.images.loss_curve import draw_loss_curve
-from .host.report import report
+from ..dreamcache_core.pipeline.latents import LATENT_FACTOR
+from .host.report import describe_adapters, node_id, report
+from .host.training.fit import fit_to_model
 from .host.training.loop import DivergedError, train
-from .host.training.run import TrainingRun
+from .host.training.run import MAX_PX, MIN_PX, TrainingRun, default_side_px
 from .types import Adapters
 
 LISTS = ("images", "masks", "captions", "conditioning")
 """Inputs that may hold several things; of the others the first counts."""
+
+
+class ModelAdapters(io.ComfyNode):
+    """Fit adapters to a model, without training."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheModelAdapters",
+            display_name="Adapters from Model (DreamCache)",
+            category="DreamCache",
+            description="Makes adapters of the model's own self-attention: for any Stable Diffusion 1.5, 2.1 or SDXL model, "
+            "without a file and without training. Trained adapters keep more of the subject.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that will generate; LoRAs on it count. It stays as it is.",
+                ),
+                io.Clip.Input("clip", tooltip="The model's CLIP, for the empty prompt."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=False,
+                    tooltip="The same model and seed give the same adapters. The choice matters little.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=MAX_PX,
+                    step=8,
+                    optional=True,
+                    tooltip="Side in pixels of the images that the model draws for it. 0: 512, for SDXL 1024.",
+                ),
+            ],
+            outputs=[
+                Adapters.Output(
+                    display_name="adapters",
+                    tooltip="For Apply DreamCache, Save DreamCache Adapters, or to train on from. Encode Reference must have "
+                    "their timestep.",
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, seed: int, size: int = 0) -> io.NodeOutput:
+        """Fit."""
+        size_px = size or default_side_px(model)
+        if size_px < MIN_PX or size_px % LATENT_FACTOR:
+            raise InputError(
+                f"size must be 0 or a multiple of {LATENT_FACTOR} from {MIN_PX} on; given {size}."
+            )
+        adapters = fit_to_model(model, clip, size_px=size_px, seed=seed, node_id=node_id(cls))
+        return io.NodeOutput(adapters, ui=report(cls, describe_adapters(adapters)))
 
 
 class TrainAdapters(io.ComfyNode):
@@ -198,4 +259,4 @@ def _inputs() -> list[io.Input]:
     ]
 
 
-NODES: list[type[io.ComfyNode]] = [TrainAdapters]
+NODES: list[type[io.ComfyNode]] = [ModelAdapters, TrainAdapters]

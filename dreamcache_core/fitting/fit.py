@@ -1,7 +1,7 @@
 """Adapters without training: the model's own self-attention, read from a reference, its weights set by measurement."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.adapter import AdapterInfo, AdapterSet
-from ..method.backends import layout_of
+from ..method.layers import Layout
 from .noise_schedule import NUM_TIMESTEPS, NoiseSchedule
 from .self_attention import observe_self_attention, start_from_self_attention
 
@@ -19,6 +19,11 @@ FITTED = "fitted"
 NUM_LATENTS, NUM_STEPS, NUM_LOOKS = 8, 12, 4
 NUM_PASSES = NUM_LATENTS * (NUM_STEPS + NUM_LOOKS)
 """Calls of the U-Net, one row each."""
+
+
+def without_fit(extra: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of fitted adapters once they have been trained."""
+    return {key: value for key, value in extra.items() if key != FITTED}
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def fit_adapters(
     unet: nn.Module,
     predict: Predict,
     schedule: NoiseSchedule,
+    layout: Layout,
     shape: tuple[int, int, int],
     *,
     settings: FitSettings = DEFAULTS,
@@ -79,6 +85,7 @@ def fit_adapters(
         unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``.
         predict: Calls it.
         schedule: Its noise levels.
+        layout: Layers to adapt, and its other widths.
         shape: Channels, height and width of the latents to draw.
         settings: Numbers of the adapters.
         base_model: Name of the model, for people.
@@ -104,10 +111,11 @@ def fit_adapters(
         return prediction
 
     metadata = {**(extra or {}), FITTED: json.dumps({**asdict(settings), "seed": seed})}
-    layout, timestep = layout_of(unet), settings.timestep
+    timestep = settings.timestep
     info = AdapterInfo(layout, timestep, base_model, schedule.prediction, metadata)
     latents = [draw_latent(call, schedule, draw_noise()) for _ in range(NUM_LATENTS)]
-    with torch.random.fork_rng(devices=[]):
+    # ComfyUI calls this in inference mode, whose tensors could never be trained
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         adapters = AdapterSet(info)
     with observe_self_attention(unet, adapters.layers) as guesses:
         for latent in latents:

@@ -68,6 +68,7 @@ def adapters_from_model(
         unet,
         predict,
         schedule,
+        pipeline.layout,
         (unet.config.in_channels, height // factor, width // factor),
         settings=settings,
         base_model=base_model,

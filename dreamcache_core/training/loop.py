@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..errors import InputError, StateError
 from ..files.jsonl import append_lines
-from ..fitting.fit import FITTED
+from ..fitting.fit import without_fit
 from ..fitting.self_attention import NUM_IMAGES, observe_self_attention, start_from_self_attention
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import save_adapters
@@ -255,7 +255,7 @@ class Loop:
             base_model=run.base.name,
             prediction=run.schedule.prediction,
             extra={
-                **{k: v for k, v in trained.info.extra.items() if k != FITTED},
+                **without_fit(trained.info.extra),
                 "training": json.dumps(training),
                 FINGERPRINT: run.identity["base model"],
                 "dreamcache_version": __version__,

@@ -4,6 +4,9 @@ import sys
 
 from comfy_api.latest import io, ui
 
+from ...dreamcache_core import AdapterSet
+from ...dreamcache_core.fitting.fit import FITTED
+
 
 def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
     """Show a line of text on a node, and keep it in the run's history.
@@ -17,6 +20,16 @@ def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
     """
     show(text, node_id(node))
     return ui.PreviewText(text)
+
+
+def describe_adapters(adapters: AdapterSet) -> str:
+    """One line on adapters: how large, for which models, and whether they were trained at all."""
+    info = adapters.info
+    size = f"{adapters.num_parameters / 1e6:.1f} M parameters, {len(adapters)} layers, {info.layout.describe()}"
+    if FITTED not in info.extra:
+        return size
+    name = info.base_model or "a model"
+    return f"fitted to {name}, not trained: set timestep of Encode Reference to {info.timestep}. {size}"
 
 
 def show(text: str, node: str | None) -> None:

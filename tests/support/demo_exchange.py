@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from tiny_pipeline import ddim
 from torch import Tensor
 
-from dreamcache_core import ReferenceUse, capture_reference, inject, save_adapters
+from dreamcache_core import (
+    DreamCachePipeline,
+    ReferenceUse,
+    adapters_from_model,
+    capture_reference,
+    inject,
+    save_adapters,
+)
 from dreamcache_core.demo.files import PREVIEW_FILE
 from dreamcache_core.demo.world.world import SCENE_BACKGROUNDS, Scene, draw_subject, write_caption
 from dreamcache_core.training.initialisation import new_adapters
@@ -34,6 +41,8 @@ def write_demo_model(folder: Path) -> None:
     adapters = new_adapters(pipeline.unet, init="paper", prediction="v_prediction")
     adapters.requires_grad_(False)
     expected = _run(pipeline, adapters)
+    fitted = adapters_from_model(DreamCachePipeline(pipeline), size=64)
+    save_adapters(fitted, folder / "fitted.safetensors")
     files = folder / "demo" / "model"
     pipeline.to(dtype=torch.float16).save_pretrained(files)
     pipeline.tokenizer.backend_tokenizer.model.save(str(files / "tokenizer"))

@@ -21,6 +21,7 @@ from ....dreamcache_core import (
     save_adapters,
 )
 from ....dreamcache_core.data.augmentation import Alterations
+from ....dreamcache_core.fitting.fit import without_fit
 from ....dreamcache_core.images.files import contact_sheet
 from ....dreamcache_core.images.loss_curve import draw_loss_curve, moving_average
 from ....dreamcache_core.pipeline.latents import LATENT_FACTOR
@@ -76,8 +77,7 @@ class TrainingRun:
     def __post_init__(self) -> None:
         self.masks = [mask for mask in self.masks if mask is not None]
         self.conditioning = [texts for texts in self.conditioning if texts is not None]
-        is_sdxl = model_layout(self.model).family == "sdxl"
-        self.resolution = self.resolution or (SDXL_SIDE_PX if is_sdxl else SIDE_PX)
+        self.resolution = self.resolution or default_side_px(self.model)
         if self.resolution % LATENT_FACTOR or not MIN_PX <= self.resolution <= MAX_PX:
             raise InputError(
                 f"Expected resolution to be a multiple of {LATENT_FACTOR} in {MIN_PX} ... {MAX_PX} pixels, or 0 for the "
@@ -194,7 +194,7 @@ class TrainingRun:
         if self.adapters is not None and before is not None:
             record["before"] = before
         extra = {
-            **adapters.info.extra,
+            **without_fit(adapters.info.extra),
             "training": json.dumps(record),
             "dreamcache_version": __version__,
         }
@@ -250,6 +250,11 @@ class TrainingRun:
             f"{len(self.losses)} steps on {self.num_images} images ({self.num_masks} with mask), loss {first:.4g} -> "
             f"{last:.4g}; {adapters.num_parameters / 1e6:.1f} M parameters, {adapters.info.layout.describe()}"
         )
+
+
+def default_side_px(model: Any) -> int:
+    """Side of the images that a MODEL of this family was trained on, pixels."""
+    return SDXL_SIDE_PX if model_layout(model).family == "sdxl" else SIDE_PX
 
 
 def _preview(image: Tensor) -> tuple[str, Image.Image, int]:

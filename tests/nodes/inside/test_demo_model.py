@@ -178,6 +178,16 @@ def test_its_adapters_are_trained_on_here(loaded, adapters):
     assert trained.info.layout == adapters.info.layout
 
 
+def test_adapters_fitted_here_are_those_fitted_in_diffusers(loaded):
+    model, clip, _ = loaded
+    fitted = run("DreamCacheModelAdapters", model=model, clip=clip, seed=0, size=64)[0]
+    expected = CORE.load_adapters(FOLDER / "fitted.safetensors")
+    assert fitted.info.prediction == expected.info.prediction
+    for name, weight in expected.state_dict().items():
+        error = (fitted.state_dict()[name] - weight).norm()
+        assert error <= TOLERANCE * weight.norm(), name
+
+
 def test_nobody_elses_checkpoints_are_taken_for_it(files):
     known = comfy.supported_models.models
     assert not any(issubclass(config, DEMO.DemoConfig) for config in known)
