@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..config import check_range
 from ..method.adapter import AdapterInfo, AdapterSet
 from ..method.layers import Layout
 from .noise_schedule import NUM_TIMESTEPS, NoiseSchedule
@@ -39,6 +40,16 @@ class FitSettings:
     timestep: int = 300
     reference_share: float = 0.6
     query_scale: float = 1.25
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: One is out of range.
+        """
+        check_range("timestep", self.timestep, 0, NUM_TIMESTEPS - 1)
+        check_range("reference_share", self.reference_share, 0, 1)
+        check_range("query_scale", self.query_scale, 0)
 
 
 DEFAULTS = FitSettings()

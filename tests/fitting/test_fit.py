@@ -159,3 +159,11 @@ def test_a_model_that_computes_nan_is_refused(tmp_path):
 def test_an_odd_size_is_refused(pipeline):
     with pytest.raises(InputError, match="multiple of 8; given 60"):
         adapters_from_model(pipeline, size=60)
+
+
+@pytest.mark.parametrize(
+    "given", [{"timestep": 1000}, {"reference_share": 1.1}, {"query_scale": float("nan")}], ids=str
+)
+def test_settings_out_of_range_are_refused(given):
+    with pytest.raises(InputError, match=f"{next(iter(given))} must be"):
+        FitSettings(**given)
