@@ -81,8 +81,6 @@ def fit_adapters(
     shape: tuple[int, int, int],
     *,
     settings: FitSettings = DEFAULTS,
-    base_model: str = "",
-    extra: dict[str, str] | None = None,
     seed: int = 0,
     on_pass: Callable[[], Any] = lambda: None,
 ) -> AdapterSet:
@@ -99,8 +97,6 @@ def fit_adapters(
         layout: Layers to adapt, and its other widths.
         shape: Channels, height and width of the latents to draw.
         settings: Numbers of the adapters.
-        base_model: Name of the model, for people.
-        extra: Further metadata of the adapters.
         seed: Decides everything; the global random state is left alone.
         on_pass: Called after each of the ``NUM_PASSES`` calls.
 
@@ -121,9 +117,9 @@ def fit_adapters(
         on_pass()
         return prediction
 
-    metadata = {**(extra or {}), FITTED: json.dumps({**asdict(settings), "seed": seed})}
+    metadata = {FITTED: json.dumps({**asdict(settings), "seed": seed})}
     timestep = settings.timestep
-    info = AdapterInfo(layout, timestep, base_model, schedule.prediction, metadata)
+    info = AdapterInfo(layout, timestep, prediction=schedule.prediction, extra=metadata)
     latents = [draw_latent(call, schedule, draw_noise()) for _ in range(NUM_LATENTS)]
     # ComfyUI calls this in inference mode, whose tensors could never be trained
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):

@@ -21,8 +21,6 @@ def adapters_from_model(
     settings: FitSettings = DEFAULTS,
     size: int | None = None,
     seed: int = 0,
-    base_model: str = "",
-    extra: dict[str, str] | None = None,
     on_pass: Callable[[], Any] = lambda: None,
 ) -> AdapterSet:
     """Make adapters of a model's own self-attention: seconds on a GPU, nothing is trained; see ``fit_adapters``.
@@ -32,8 +30,6 @@ def adapters_from_model(
         settings: Numbers of the adapters.
         size: Side in pixels of the images that it draws, a multiple of 8; ``None``: the model's own.
         seed: Decides everything; the global random state is left alone.
-        base_model: Name of the model, for people.
-        extra: Further metadata of the adapters.
         on_pass: Called after each of ``fitting.fit.NUM_PASSES`` calls of the U-Net.
 
     Returns:
@@ -44,7 +40,7 @@ def adapters_from_model(
         StateError: The model predicts NaN or infinity.
         UnsupportedModelError: The scheduler has no table of noise levels, or the model's self-attention was replaced.
     """
-    height, width = (size, size) if size else pipeline.default_size_px
+    height, width = (size, size) if size is not None else pipeline.default_size_px
     factor = pipeline.pipeline.vae_scale_factor
     if height % factor or width % factor or min(height, width) < factor:
         raise InputError(f"size must be a multiple of {factor}; given {size}.")
@@ -71,8 +67,6 @@ def adapters_from_model(
         pipeline.layout,
         (unet.config.in_channels, height // factor, width // factor),
         settings=settings,
-        base_model=base_model,
-        extra=extra,
         seed=seed,
         on_pass=on_pass,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,15 +169,14 @@ def fit_to_model(pipeline: DreamCachePipeline, model: str, **settings: Any) -> A
     Returns:
         The adapters, marked with the model's name and fingerprint.
     """
-    extra = {FINGERPRINT: model_fingerprint(model, UNET_PARTS)}
     with tqdm(total=NUM_PASSES, desc="fitting", unit="pass") as bar:
-        return adapters_from_model(
-            pipeline,
-            base_model=Path(model).resolve().name,
-            extra=extra,
-            on_pass=bar.update,
-            **settings,
-        )
+        adapters = adapters_from_model(pipeline, on_pass=bar.update, **settings)
+    adapters.info = replace(
+        adapters.info,
+        base_model=Path(model).resolve().name,
+        extra={**adapters.info.extra, FINGERPRINT: model_fingerprint(model, UNET_PARTS)},
+    )
+    return adapters
 
 
 def sample_image(

@@ -204,6 +204,7 @@ def test_without_a_file_adapters_are_fitted_and_it_is_said(files, tmp_path, caps
     assert torch.equal(first, second)
     assert main(["inspect", str(target)]) == 0
     assert "fitted" in capsys.readouterr().out
+    assert load_adapters(target).info.base_model == "sd"
 
 
 def test_fitted_adapters_on_another_checkpoint_are_a_warning(files, tmp_path, capsys):

@@ -58,9 +58,8 @@ def test_the_one_latent_that_a_model_knows_is_drawn(prediction):
 
 def test_adapters_mix_self_attention_of_image_and_reference(pipeline):
     settings = FitSettings(timestep=50, reference_share=0.3, query_scale=2.0)
-    adapters = adapters_from_model(pipeline, settings=settings, base_model="tiny")
+    adapters = adapters_from_model(pipeline, settings=settings)
     assert adapters.info.timestep == 50
-    assert adapters.info.base_model == "tiny"
     assert adapters.info.prediction == "epsilon"
     for name, site in sites(pipeline).items():
         adapter, attn1, identity = adapters[name], site.block.attn1, torch.eye(site.channels)
@@ -156,9 +155,10 @@ def test_a_model_that_computes_nan_is_refused(tmp_path):
         adapters_from_model(wrap(tiny_pipeline(tmp_path, unet=unet)))
 
 
-def test_an_odd_size_is_refused(pipeline):
-    with pytest.raises(InputError, match="multiple of 8; given 60"):
-        adapters_from_model(pipeline, size=60)
+@pytest.mark.parametrize("size", [60, 0, -8])
+def test_a_size_that_no_image_has_is_refused(pipeline, size):
+    with pytest.raises(InputError, match=f"multiple of 8; given {size}"):
+        adapters_from_model(pipeline, size=size)
 
 
 @pytest.mark.parametrize(
