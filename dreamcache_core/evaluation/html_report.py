@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
 from ..files.whole_files import whole_file
-from ..images.files import ImageFile, open_image
+from ..images.files import ImageFile, read_image
 from ..images.tensors import tensor_to_image
 from ..packages import require
 
@@ -133,12 +133,10 @@ def _data_url(image: ImageFile | Tensor, side_px: int) -> str:
 
 def _shrunk(source: ImageFile | Tensor, side_px: int) -> Image.Image:
     """Return an RGB image whose sides are at most so long; transparent parts become white."""
-    if isinstance(source, Tensor):
-        image = tensor_to_image(source)
-        image.thumbnail((side_px, side_px))
-        return image
-    with open_image(source) as stored:
-        image = ImageOps.exif_transpose(stored).convert("RGBA")
+    if not isinstance(source, Tensor):
+        source, alpha = read_image(source)
+        if alpha is not None:
+            source = source * alpha[..., None] + 1 - alpha[..., None]
+    image = tensor_to_image(source)
     image.thumbnail((side_px, side_px))
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    return image

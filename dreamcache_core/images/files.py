@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import DreamCacheError, FileFormatError, InputError
 from ..files.whole_files import whole_file
+from .colour_profiles import colours_in_srgb
 from .tensors import image_to_tensor, tensor_to_image
 
 ImageFile: TypeAlias = str | os.PathLike[str] | bytes
@@ -90,8 +91,8 @@ def open_image(file: ImageFile, name: str | None = None) -> Iterator[Image.Image
 def read_image(file: ImageFile, name: str | None = None) -> tuple[Tensor, Tensor | None]:
     """Read an image as it is meant to be seen, and its alpha channel.
 
-    EXIF orientation is applied. Greyscale, palette, 16-bit and CMYK images become RGB. Of an
-    animation the first frame is read.
+    EXIF orientation is applied. Greyscale, palette, 16-bit and CMYK images become RGB, and colours
+    of 8 bits with an ICC profile sRGB. Of an animation the first frame is read.
 
     Args:
         file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
@@ -248,11 +249,11 @@ def _too_large(name: str, given: str) -> InputError:
 
 
 def _to_plain_mode(image: Image.Image) -> Image.Image:
-    """Convert to RGB, RGBA, or, where greyscale is deeper than 8 bits, to I or F."""
+    """Convert to RGB or RGBA, in sRGB, or, where greyscale is deeper than 8 bits, to I or F."""
     if image.mode == "F" or image.mode.startswith("I"):
         return image if image.mode == "F" else image.convert("I")
     has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
-    return image.convert("RGBA" if has_alpha else "RGB")
+    return colours_in_srgb(image, image.convert("RGBA" if has_alpha else "RGB"))
 
 
 def _write_caption(sheet: Image.Image, text: str, corner: tuple[int, int], width: int) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from colour_profiles import DISPLAY_P3
 from PIL import Image
 
 from dreamcache_core.errors import InputError
 from dreamcache_core.evaluation.html_report import ImageRow, Table, Thumbnail, write_html_report
+from dreamcache_core.images.files import read_image
 
 NASTY = "<script>alert('x')</script> & \"quotes\""
 
@@ -89,6 +91,18 @@ def test_images_are_shrunk_never_enlarged_and_transparent_parts_are_white(tmp_pa
     assert (wide.size, small.size) == ((50, 25), (7, 9))
     assert wide.getpixel((10, 10)) == (255, 255, 255)
     assert small.getpixel((3, 3)) == (0, 0, 0)
+
+
+def test_icc_profiles_and_deep_greyscale_are_shown_as_they_are_read(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9), (200, 90, 60)).save(tmp_path / "p3.png", icc_profile=DISPLAY_P3)
+    Image.new("I;16", (9, 9), 32768).save(tmp_path / "deep.png")
+    paths = [tmp_path / name for name in ("p3.png", "deep.png")]
+    write_html_report(
+        tmp_path / "report.html", title="", image_rows=[ImageRow("", list(map(Thumbnail, paths)))]
+    )
+    for shown, path in zip(Page(tmp_path / "report.html").images, paths, strict=True):
+        read = (read_image(path)[0][0, 4, 4] * 255).tolist()
+        assert shown.getpixel((4, 4)) == pytest.approx(read, abs=4)
 
 
 def test_a_row_of_another_length_is_refused(tmp_path: Path) -> None:
