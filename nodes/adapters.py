@@ -12,7 +12,7 @@ from .host.folders import (
     new_adapter_path,
 )
 from .host.report import describe_adapters, report
-from .types import Adapters
+from .sockets import PERSONALIZE, Adapters, advanced, filename_prefix_input, found_by
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -27,8 +27,9 @@ class LoadAdapters(io.ComfyNode):
             node_id="DreamCacheLoadAdapters",
             display_name="Load DreamCache Adapters",
             category="DreamCache",
-            description="Loads trained DreamCache adapters. They must have been trained for the model you use: the "
-            "released ones fit Stable Diffusion 2.1-base (512 px).",
+            description="Loads trained DreamCache adapters: they let a model look at a reference. They must have been trained for "
+            "the model you use; the released ones fit Stable Diffusion 2.1-base (512 px).",
+            **found_by(*PERSONALIZE),
             inputs=[
                 io.Combo.Input(
                     "adapters",
@@ -67,22 +68,23 @@ class SaveAdapters(io.ComfyNode):
         return io.Schema(
             node_id="DreamCacheSaveAdapters",
             display_name="Save DreamCache Adapters",
-            category="DreamCache",
+            category="DreamCache/training",
             description="Saves adapters into models/dreamcache, where Load DreamCache Adapters lists them after R.",
+            **found_by("export adapters", "personalize", "personalise", "dreambooth"),
             inputs=[
-                Adapters.Input("adapters", tooltip="From Train DreamCache Adapters."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="my_adapters",
-                    tooltip="Name of the file, subfolders allowed; a number is added, nothing is overwritten.",
+                Adapters.Input(
+                    "adapters", tooltip="From Train DreamCache Adapters or Adapters from Model."
                 ),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="float32",
-                    optional=True,
-                    tooltip="float16 halves the file (50 MB instead of 100 for Stable Diffusion) and generates the same. "
-                    "float32 is better to train on from.",
+                filename_prefix_input("my_adapters"),
+                advanced(
+                    io.Combo.Input(
+                        "dtype",
+                        options=list(DTYPES),
+                        default="float32",
+                        optional=True,
+                        tooltip="float16 halves the file (50 MB instead of 100 for Stable Diffusion); images look the same. "
+                        "float32 is better to train on from.",
+                    )
                 ),
             ],
             outputs=[],

@@ -11,12 +11,19 @@ from torch import Tensor
 from ..dreamcache_core import AdapterSet, Guidance, ReferenceCache, ReferenceUse
 from ..dreamcache_core.images.reference import given_mask
 from ..dreamcache_core.method.layers import require_same_layout
-from .guidance import MAX_IMAGE_GUIDANCE, percent_input
 from .host.applied import Applied, AppliedUse, applied_to
 from .host.model import adapter_patcher, require_model_fit
 from .host.report import node_id, report
 from .host.wrappers import with_references
-from .types import Adapters, Reference
+from .sockets import (
+    PERSONALIZE,
+    Adapters,
+    Reference,
+    advanced,
+    found_by,
+    image_guidance_input,
+    percent_input,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,52 +40,57 @@ class Apply(io.ComfyNode):
             category="DreamCache",
             description="Puts the subject of a reference into the images of this model. Works with any sampler node; the "
             "order among other model nodes does not matter. A second Apply adds a second subject.",
+            **found_by(*PERSONALIZE),
             inputs=[
                 io.Model.Input("model", tooltip="The model that the reference was encoded with."),
                 Adapters.Input(
-                    "adapters", tooltip="From Load DreamCache Adapters; trained for this model."
+                    "adapters",
+                    tooltip="From Load DreamCache Adapters, trained for this model; or from Adapters from Model.",
                 ),
-                Reference.Input("reference", tooltip="From Encode Reference."),
+                Reference.Input("reference", tooltip="From Encode Reference or Load Reference."),
                 io.Float.Input(
                     "scale",
                     default=1.0,
                     min=0.0,
                     max=2.0,
                     step=0.01,
-                    tooltip="Strength of the adapters. 0 is exactly the plain model, 1 as trained.",
+                    tooltip="How strongly the subject comes through: 0 is exactly the plain model, 1 as the adapters were trained.",
                 ),
-                io.Float.Input(
-                    "image_guidance",
-                    default=0.4,
-                    min=0.0,
-                    max=MAX_IMAGE_GUIDANCE,
-                    step=0.05,
-                    tooltip="How strongly the result is pulled towards the reference: 0 only through the prompt's own "
-                    "prediction, 1 plain and fastest (two predictions a step instead of three), above 1 more likeness "
-                    "and less prompt. The sampler's cfg is the text's part. With several Applies the last one that is not at its defaults holds.",
+                image_guidance_input(
+                    "How closely the image is held to the reference: 0 loosely; 1 plainly, and fastest (two predictions a step "
+                    "instead of three); above 1 more likeness and less prompt. The sampler's cfg is the text's part. With several "
+                    "Applies the last one that is not at its defaults holds."
                 ),
-                percent_input(
-                    "start_percent",
-                    0.0,
-                    "Progress from which on the reference acts: 0 from the first step.",
+                advanced(
+                    percent_input(
+                        "start_percent",
+                        0.0,
+                        "From where in the run the reference acts. 0: from the first step. Later, the prompt alone lays the image "
+                        "out, and the reference only changes details.",
+                    )
                 ),
-                percent_input(
-                    "end_percent",
-                    1.0,
-                    "Progress up to which the reference acts: 1 to the last step.",
+                advanced(
+                    percent_input(
+                        "end_percent",
+                        1.0,
+                        "Up to where in the run the reference acts. 1: to the last step. Earlier, the last details are the "
+                        "plain model's.",
+                    )
                 ),
-                io.Combo.Input(
-                    "guidance",
-                    options=["separate", "joint"],
-                    default="separate",
-                    tooltip="separate: text and reference are guided by cfg and image_guidance (three predictions a "
-                    "step). joint: both by cfg alone (two), image_guidance has no effect.",
+                advanced(
+                    io.Combo.Input(
+                        "guidance",
+                        options=["separate", "joint"],
+                        default="separate",
+                        tooltip="separate: cfg sets how much the text counts, image_guidance how much the reference. joint: cfg sets "
+                        "both (two predictions a step), and image_guidance has no effect.",
+                    )
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Region of the new image in which the subject may appear: 1 acts, 0 is the plain model. "
-                    "Without it everywhere.",
+                    tooltip="Where in the new image the subject may appear: 1 inside; outside, the plain model draws. Not "
+                    "connected: anywhere.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For the sampler.")],

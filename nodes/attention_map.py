@@ -20,6 +20,7 @@ from .host.applied import Applied, AppliedUse, require_applied
 from .host.run import RunStore
 from .host.sampling import LoadedModel, inside_sampling, plain_text
 from .host.unet.patches import prepare_use
+from .sockets import SUBJECT, advanced, found_by
 
 NOWHERE = -1.0
 NAME = "DreamCache Attention Map"
@@ -36,7 +37,8 @@ class AttentionMap(io.ComfyNode):
             display_name=NAME,
             category="DreamCache/advanced",
             description="Shows where a new image looks in its reference: the reference, lit where it is looked at, and beside it "
-            "what each place of the new image sees there. A mask or a point asks about a part of the new image.",
+            "what each place of the new image sees there. A region or a point asks about a part of the new image.",
+            **found_by("heatmap", "why", *SUBJECT),
             inputs=[
                 io.Model.Input("model", tooltip="From Apply DreamCache."),
                 io.Conditioning.Input("positive", tooltip="The prompt of the new image."),
@@ -60,13 +62,15 @@ class AttentionMap(io.ComfyNode):
                 ),
                 _place("point_x", "from the left, 1 is the right edge"),
                 _place("point_y", "from the top, 1 is the bottom edge"),
-                io.Int.Input(
-                    "reference_number",
-                    default=1,
-                    min=1,
-                    max=64,
-                    optional=True,
-                    tooltip="With several Apply DreamCache: whose reference, counted from the checkpoint loader on.",
+                advanced(
+                    io.Int.Input(
+                        "reference_number",
+                        default=1,
+                        min=1,
+                        max=64,
+                        optional=True,
+                        tooltip="With several Apply DreamCache: whose reference, counted from the checkpoint loader on.",
+                    )
                 ),
             ],
             outputs=[
@@ -126,16 +130,18 @@ class AttentionMap(io.ComfyNode):
         return io.NodeOutput(draw_attention(maps, images, region))
 
 
-def _place(name: str, where: str) -> io.Float.Input:
+def _place(name: str, where: str) -> io.Input:
     """Declare one coordinate of a point."""
-    return io.Float.Input(
-        name,
-        default=NOWHERE,
-        min=NOWHERE,
-        max=1.0,
-        step=0.01,
-        optional=True,
-        tooltip=f"Place in the new image to ask about, {where}; -1: no point.",
+    return advanced(
+        io.Float.Input(
+            name,
+            default=NOWHERE,
+            min=NOWHERE,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip=f"Place in the new image to ask about, {where}; -1: no point.",
+        )
     )
 
 
@@ -148,8 +154,8 @@ def _choose(applied: Applied, number: int) -> AppliedUse:
     chosen = applied.uses[number - 1]
     if not chosen.use.is_active:
         raise InputError(
-            "This reference has a scale of 0 or an empty mask in Apply DreamCache, so nothing looks at it. Raise the "
-            "scale, or paint the mask."
+            "This reference has a strength of 0 or an empty region in Apply DreamCache, so nothing looks at it. Raise the "
+            "strength, or paint the region."
         )
     return chosen
 

@@ -10,7 +10,7 @@ from ..dreamcache_core.demo.world.world import IMAGE_SIZE, draw_subject, render_
 from ..dreamcache_core.images.tensors import image_to_tensor
 from .host.demo import load_clip, load_unet, load_vae
 from .host.report import report
-from .types import Adapters
+from .sockets import SUBJECT, Adapters, found_by, seed_input
 
 
 class DemoModel(io.ComfyNode):
@@ -25,6 +25,7 @@ class DemoModel(io.ComfyNode):
             category="DreamCache/demo",
             description="A small model of Stable Diffusion's structure that comes with the pack, and its adapters: to see "
             "DreamCache work in a minute, without a download. It draws simple shapes of 128 x 128 pixels.",
+            **found_by("example", "quickstart", "tutorial", "personalize", "personalise"),
             inputs=[],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For the sampler, 128 x 128 pixels."),
@@ -57,6 +58,7 @@ class DemoReference(io.ComfyNode):
             category="DreamCache/demo",
             description="Draws a reference image for the demo model: a shape on white, with colours and a pattern that no "
             "prompt could name. Another seed is another subject.",
+            **found_by("example", "quickstart", "tutorial", *SUBJECT),
             inputs=[
                 io.Combo.Input(
                     "shape",
@@ -64,14 +66,7 @@ class DemoReference(io.ComfyNode):
                     default="mug",
                     tooltip="What to draw. Name it in the prompt too.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Decides colours, pattern and pose.",
-                ),
+                seed_input("Decides colours, pattern and pose."),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="For Encode Reference."),

@@ -9,13 +9,7 @@ from .host.applied import require_applied
 from .host.gates import gate_conditioning
 from .host.guider import DreamCacheCFGGuider
 from .host.wrappers import with_references
-
-MAX_IMAGE_GUIDANCE = 20.0
-
-
-def percent_input(name: str, default: float, tooltip: str) -> io.Float.Input:
-    """Declare a place in the run."""
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, tooltip=tooltip)
+from .sockets import PERSONALIZE, found_by, image_guidance_input, percent_input
 
 
 class Conditioning(io.ComfyNode):
@@ -30,12 +24,13 @@ class Conditioning(io.ComfyNode):
             category="DreamCache/advanced",
             description="For regional prompts, Perp-Neg and DualCFGGuider: marks which texts see the reference. Needs Apply "
             "DreamCache on the model; a text without a mark sees it.",
+            **found_by("regional prompt", "perp-neg", "subject", "reference"),
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The text to mark."),
                 io.Boolean.Input(
                     "use_reference",
                     default=True,
-                    tooltip="On: this text's prediction sees the reference. Off: it is the plain model's.",
+                    tooltip="On: this text draws with the reference. Off: as the plain model would.",
                 ),
             ],
             outputs=[
@@ -61,6 +56,7 @@ class Guider(io.ComfyNode):
             category="DreamCache/advanced",
             description="Guides by text (cfg) and by reference (image_guidance), each with its own strength. For "
             "SamplerCustomAdvanced.",
+            **found_by("cfg", *PERSONALIZE),
             inputs=[
                 io.Model.Input("model", tooltip="From Apply DreamCache."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
@@ -72,22 +68,17 @@ class Guider(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Text guidance: 1 is off, 7.5 is usual.",
+                    tooltip="How closely the image is held to the text: 1 is off, 7.5 is usual.",
                 ),
-                io.Float.Input(
-                    "image_guidance",
-                    default=0.4,
-                    min=0.0,
-                    max=MAX_IMAGE_GUIDANCE,
-                    step=0.05,
-                    tooltip="Pull towards the reference, in place of the one set in Apply DreamCache: 1 is plain and "
-                    "fastest, above 1 more likeness and less prompt.",
+                image_guidance_input(
+                    "How closely the image is held to the reference, in place of what Apply DreamCache sets: 0 loosely; 1 "
+                    "plainly, and fastest; above 1 more likeness and less prompt."
                 ),
                 io.Conditioning.Input(
                     "unconditional",
                     optional=True,
-                    tooltip="Text of the prediction without the reference; the negative if not connected. No effect at "
-                    "image_guidance 1.",
+                    tooltip="The text that stands in where neither prompt nor reference counts; the negative if not connected. No "
+                    "effect at image_guidance 1.",
                 ),
             ],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
@@ -122,6 +113,7 @@ class GuidanceRange(io.ComfyNode):
             category="DreamCache/advanced",
             description="Saves time: image_guidance holds for a part of the run only; in the rest it counts as 1, and a step "
             "needs two predictions instead of three. The reference itself acts throughout.",
+            **found_by("faster", "speed", "schedule", "ip adapter", "ipadapter"),
             inputs=[
                 io.Model.Input("model", tooltip="From Apply DreamCache."),
                 percent_input(

@@ -14,7 +14,15 @@ from .host.encode import encode_reference
 from .host.folders import check_choice, choice_state, image_paths, list_image_folders
 from .host.report import node_id, report
 from .host.sampling import plain_text
-from .types import Reference
+from .sockets import (
+    PERSONALIZE,
+    SUBJECT,
+    Reference,
+    advanced,
+    found_by,
+    mask_marks_input,
+    seed_input,
+)
 
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
 
@@ -36,7 +44,7 @@ def _square() -> list[Any]:
             min=0.05,
             max=1.0,
             step=0.01,
-            tooltip="Share of the square that the subject's longer side takes. 1 touches the border; training used 0.7 to 1.",
+            tooltip="How large the subject stands in the square: 1 touches the border. Best from 0.7 to 1, as in training.",
         ),
     ]
 
@@ -49,10 +57,11 @@ class ReferenceImage(io.ComfyNode):
         """Declare the node."""
         return io.Schema(
             node_id="DreamCacheReferenceImage",
-            display_name="Prepare Reference Image",
+            display_name="Prepare Reference Image (DreamCache)",
             category="DreamCache",
             description="Cuts the subject out by its mask and centres it on a plain square, as the adapters saw "
             "references in training. A background left in the image leaks into the result.",
+            **found_by("cut out", "crop", "remove background", *SUBJECT),
             inputs=[
                 io.Image.Input(
                     "image",
@@ -61,23 +70,18 @@ class ReferenceImage(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the subject (or the background, see mask_marks) is. Without it the whole image "
-                    "counts as the subject, its background too.",
+                    tooltip="Where the subject (or the background, see mask_marks) is. Without it the background stays in the "
+                    "image, and comes through in the new ones.",
                 ),
-                io.Combo.Input(
-                    "mask_marks",
-                    options=["subject", "background"],
-                    default="subject",
-                    optional=True,
-                    tooltip="What 1 in the mask marks. 'subject' for what you painted over it (MaskEditor); 'background' for "
-                    "Load Image's mask of a cut-out PNG, which marks what is transparent.",
-                ),
+                mask_marks_input(),
                 *_square(),
-                io.Combo.Input(
-                    "background",
-                    options=["white", "grey", "black"],
-                    default="white",
-                    tooltip="Colour around the subject. White is what the adapters were trained on.",
+                advanced(
+                    io.Combo.Input(
+                        "background",
+                        options=["white", "grey", "black"],
+                        default="white",
+                        tooltip="Colour around the subject. White is what the adapters were trained on.",
+                    )
                 ),
             ],
             outputs=[
@@ -115,10 +119,11 @@ class Encode(io.ComfyNode):
         """Declare the node."""
         return io.Schema(
             node_id="DreamCacheEncode",
-            display_name="Encode Reference",
+            display_name="Encode Reference (DreamCache)",
             category="DreamCache",
-            description="Runs the model once over the reference image and keeps what five of its layers saw. The result "
-            "serves any number of images.",
+            description="Lets the model look at the reference image once and keeps what it saw. The result serves any number of "
+            "images; Save Reference keeps it.",
+            **found_by(*PERSONALIZE),
             inputs=[
                 io.Model.Input(
                     "model",
@@ -133,35 +138,31 @@ class Encode(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The model's CLIP: it encodes the empty prompt that the pass uses. Not needed with "
-                    "conditioning.",
+                    tooltip="The model's CLIP. Not needed with conditioning.",
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="Text for the pass instead of the empty prompt. The adapters were trained with the empty one.",
+                    tooltip="A text to look at the image with, in place of the empty prompt. The adapters were trained with the empty one.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="1 = subject: of the rest only a digest is looked at, which is faster and lets a background leak "
-                    "less. Without it all of the image is, white around the subject included, as in training.",
+                    tooltip="Where the subject is (1). Less of the background comes through in new images, and each step is faster. "
+                    "Without it the whole image counts, the white around the subject too, as in training.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of the trace of noise that the pass adds. The same seed gives the same reference.",
+                advanced(
+                    seed_input(
+                        "The same seed gives the same reference. Another one hardly differs."
+                    )
                 ),
                 io.Int.Input(
                     "timestep",
                     default=1,
                     min=0,
                     max=999,
-                    tooltip="Advanced: noise level of the pass. 1 is almost none and what the adapters were trained with; "
-                    "999 is pure noise.",
+                    tooltip="How noisy the image is when the model looks at it: 1 is clear and right for trained adapters; Adapters from "
+                    "Model says on its node what its adapters need.",
                 ),
             ],
             outputs=[Reference.Output(display_name="reference", tooltip="For Apply DreamCache.")],
@@ -206,17 +207,15 @@ class EncodeFolder(io.ComfyNode):
         """Declare the node."""
         return io.Schema(
             node_id="DreamCacheEncodeFolder",
-            display_name="Encode Reference Folder",
+            display_name="Encode Reference Folder (DreamCache)",
             category="DreamCache",
             description="Prepares and encodes every image of a folder below ComfyUI's input folder. The nodes after it run "
             "once for each reference. Transparent images are cut out by their alpha channel.",
+            **found_by("batch", "directory", *SUBJECT),
             inputs=[
                 io.Model.Input("model", tooltip="The model that you generate with."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
-                io.Clip.Input(
-                    "clip",
-                    tooltip="The model's CLIP: it encodes the empty prompt that each pass uses.",
-                ),
+                io.Clip.Input("clip", tooltip="The model's CLIP."),
                 io.Combo.Input(
                     "folder",
                     options=list_image_folders(),

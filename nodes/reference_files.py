@@ -13,7 +13,7 @@ from .host.folders import (
     reference_path,
 )
 from .host.report import report
-from .types import Reference
+from .sockets import PERSONALIZE, SUBJECT, Reference, advanced, filename_prefix_input, found_by
 
 AS_ENCODED = "as encoded"
 DTYPES = {
@@ -42,10 +42,11 @@ class CombineReferences(io.ComfyNode):
         ]
         return io.Schema(
             node_id="DreamCacheCombineReferences",
-            display_name="Combine References",
+            display_name="Combine References (DreamCache)",
             category="DreamCache",
             description="Joins several images of ONE subject into one reference. For several subjects use one Apply "
             "DreamCache for each instead.",
+            **found_by("merge", "batch", "several images", *SUBJECT),
             inputs=[
                 Reference.Input("reference_1", tooltip="An image of the subject."),
                 Reference.Input(
@@ -73,25 +74,23 @@ class SaveReference(io.ComfyNode):
         """Declare the node."""
         return io.Schema(
             node_id="DreamCacheSaveReference",
-            display_name="Save Reference",
+            display_name="Save Reference (DreamCache)",
             category="DreamCache",
             description="Saves an encoded reference below ComfyUI's output folder, where Load Reference finds it.",
+            **found_by("export", "keep", *SUBJECT),
             inputs=[
                 Reference.Input(
                     "reference", tooltip="From Encode Reference or Combine References."
                 ),
-                io.String.Input(
-                    "filename_prefix",
-                    default="dreamcache/reference",
-                    tooltip="Name of the file, subfolders allowed; a number is added, nothing is overwritten.",
-                ),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default=AS_ENCODED,
-                    optional=True,
-                    tooltip="Float type in the file. float16 and bfloat16 halve what a float32 model encoded; the node says "
-                    "how much is lost.",
+                filename_prefix_input("dreamcache/reference"),
+                advanced(
+                    io.Combo.Input(
+                        "dtype",
+                        options=list(DTYPES),
+                        default=AS_ENCODED,
+                        optional=True,
+                        tooltip="float16 and bfloat16 halve the file of a float32 model; the node says how much is lost.",
+                    )
                 ),
             ],
             outputs=[],
@@ -119,10 +118,11 @@ class LoadReference(io.ComfyNode):
         """Declare the node."""
         return io.Schema(
             node_id="DreamCacheLoadReference",
-            display_name="Load Reference",
+            display_name="Load Reference (DreamCache)",
             category="DreamCache",
             description="Loads a reference that Save Reference wrote, from the output or input folder or from "
             "models/dreamcache/references.",
+            **found_by(*PERSONALIZE),
             inputs=[
                 io.Combo.Input(
                     "reference",

@@ -11,7 +11,7 @@ from .host.report import describe_adapters, node_id, report
 from .host.training.fit import fit_to_model
 from .host.training.loop import DivergedError, train
 from .host.training.run import MAX_PX, MIN_PX, TrainingRun, default_side_px
-from .types import Adapters
+from .sockets import PERSONALIZE, Adapters, advanced, found_by, mask_marks_input, seed_input
 
 LISTS = ("images", "masks", "captions", "conditioning")
 """Inputs that may hold several things; of the others the first counts."""
@@ -29,28 +29,28 @@ class ModelAdapters(io.ComfyNode):
             category="DreamCache",
             description="Makes adapters of the model's own self-attention: for any Stable Diffusion 1.5, 2.1 or SDXL model, "
             "without a file and without training. Trained adapters keep more of the subject.",
+            **found_by("no download", *PERSONALIZE),
             inputs=[
                 io.Model.Input(
                     "model",
                     tooltip="The model that will generate; LoRAs on it count. It stays as it is.",
                 ),
-                io.Clip.Input("clip", tooltip="The model's CLIP, for the empty prompt."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=False,
-                    tooltip="The same model and seed give the same adapters. The choice matters little.",
+                io.Clip.Input("clip", tooltip="The model's CLIP."),
+                advanced(
+                    seed_input(
+                        "The same model and seed give the same adapters. Another one hardly differs."
+                    )
                 ),
-                io.Int.Input(
-                    "size",
-                    default=0,
-                    min=0,
-                    max=MAX_PX,
-                    step=8,
-                    optional=True,
-                    tooltip="Side in pixels of the images that the model draws for it. 0: 512, for SDXL 1024.",
+                advanced(
+                    io.Int.Input(
+                        "size",
+                        default=0,
+                        min=0,
+                        max=MAX_PX,
+                        step=8,
+                        optional=True,
+                        tooltip="Side in pixels of the images that the model draws for it. 0: 512, for SDXL 1024.",
+                    )
                 ),
             ],
             outputs=[
@@ -84,12 +84,18 @@ class TrainAdapters(io.ComfyNode):
         return io.Schema(
             node_id="DreamCacheTrainAdapters",
             display_name="Train DreamCache Adapters",
-            category="DreamCache",
+            category="DreamCache/training",
             description="Trains adapters for this model from images with subject masks and captions: for Stable "
             "Diffusion 1.5, SDXL and fine-tunes, for which none are published, or to go on from some. When it is "
             "cancelled, what was learned so far is kept in models/dreamcache.",
+            **found_by("fine-tune", "lora training", *PERSONALIZE),
             is_input_list=True,
-            inputs=_inputs(),
+            inputs=[
+                *_model_and_images(),
+                *_course(),
+                *_more_of_images(),
+                *map(advanced, _fine_points()),
+            ],
             outputs=[
                 Adapters.Output(
                     display_name="adapters",
@@ -124,16 +130,15 @@ class TrainAdapters(io.ComfyNode):
         return io.NodeOutput(adapters, curve, ui=shown)
 
 
-def _inputs() -> list[io.Input]:
+def _model_and_images() -> list[io.Input]:
+    """Declare what is trained, and on what."""
     return [
         io.Model.Input(
             "model",
             tooltip="The model that the adapters are for. It is not changed. LoRAs on it count.",
         ),
         io.Vae.Input("vae", tooltip="The model's VAE."),
-        io.Clip.Input(
-            "clip", tooltip="The model's CLIP: it encodes the captions and the empty prompt."
-        ),
+        io.Clip.Input("clip", tooltip="The model's CLIP."),
         io.Image.Input(
             "images",
             tooltip="The training images: a batch, or a list such as the core's dataset loaders give, with images "
@@ -146,12 +151,18 @@ def _inputs() -> list[io.Input]:
             tooltip="What each image shows: one line for each image, in their order, or one line for all. Or a "
             "list of texts from a dataset loader.",
         ),
+    ]
+
+
+def _course() -> list[io.Input]:
+    """Declare how long and how fast it is trained, and from where."""
+    return [
         io.Int.Input(
             "steps",
             default=1000,
             min=1,
             max=1_000_000,
-            tooltip="Optimizer steps. The paper took 25,000 at batch 128, on 400,000 images.",
+            tooltip="How long to train. The paper took 25,000 steps at batch 128, on 400,000 images.",
         ),
         io.Int.Input(
             "batch_size",
@@ -169,14 +180,7 @@ def _inputs() -> list[io.Input]:
             tooltip="How far each step goes. 0.0001 suits small sets and short runs, 0.00001 is the paper's for long "
             "ones. Too high, and the loss rises or becomes NaN.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=False,
-            tooltip="The same inputs and seed give the same adapters.",
-        ),
+        seed_input("The same inputs and seed give the same adapters."),
         io.Combo.Input(
             "init",
             options=["identity", "self_attention", "paper"],
@@ -185,11 +189,17 @@ def _inputs() -> list[io.Input]:
             "adapters look at the reference as the model looks at its own image. 'paper': everything random. "
             "Without effect when adapters is connected.",
         ),
+    ]
+
+
+def _more_of_images() -> list[io.Input]:
+    """Declare what may come with the images, and what to go on from."""
+    return [
         io.Mask.Input(
             "masks",
             optional=True,
             tooltip="Where the subject of each image is. Without them all of the image counts as the subject, and "
-            "backgrounds leak into the results.",
+            "backgrounds come through in the results.",
         ),
         io.Conditioning.Input(
             "conditioning",
@@ -201,14 +211,13 @@ def _inputs() -> list[io.Input]:
             optional=True,
             tooltip="Adapters to go on from, for the same kind of model. They are not changed.",
         ),
-        io.Combo.Input(
-            "mask_marks",
-            options=["subject", "background"],
-            default="subject",
-            optional=True,
-            tooltip="What 1 in the masks marks. 'subject' for what you painted in the MaskEditor (its MASK marks what was "
-            "painted); 'background' for Load Image's mask of a cut-out PNG.",
-        ),
+        mask_marks_input(),
+    ]
+
+
+def _fine_points() -> list[io.Input]:
+    """Declare what seldom needs another value."""
+    return [
         io.Float.Input(
             "caption_dropout",
             default=0.07,
@@ -216,7 +225,7 @@ def _inputs() -> list[io.Input]:
             max=1.0,
             step=0.01,
             optional=True,
-            tooltip="Advanced: share of samples that are trained with the empty prompt. 0.07 is the paper's.",
+            tooltip="Share of samples that are trained with the empty prompt. 0.07 is the paper's.",
         ),
         io.Int.Input(
             "resolution",
@@ -225,14 +234,14 @@ def _inputs() -> list[io.Input]:
             max=2048,
             step=64,
             optional=True,
-            tooltip="Advanced: side of the images in training, pixels. 0 is the model's: 512, for SDXL 1024.",
+            tooltip="Side of the images in training, pixels. 0 is the model's: 512, for SDXL 1024.",
         ),
         io.Boolean.Input(
             "buckets",
             default=False,
             optional=True,
-            tooltip="Advanced: keep the aspect of images that are not square (in sizes of equal area) instead of "
-            "cutting the middle square out.",
+            tooltip="Keep the aspect of images that are not square (in sizes of equal area) instead of cutting the middle "
+            "square out.",
         ),
         io.Int.Input(
             "reference_variants",
@@ -240,21 +249,21 @@ def _inputs() -> list[io.Input]:
             min=1,
             max=10_000,
             optional=True,
-            tooltip="Advanced: how many differently cut-out references of each image are made before training. They "
-            "come round again after as many epochs.",
+            tooltip="How many differently cut-out references of each image are made before training. They come round again "
+            "after as many epochs.",
         ),
         io.Boolean.Input(
             "gradient_checkpointing",
             default=False,
             optional=True,
-            tooltip="Advanced: less memory on the GPU for about a fifth more time. Changes nothing else.",
+            tooltip="Less memory on the GPU for about a fifth more time. Changes nothing else.",
         ),
         io.Boolean.Input(
             "mirror_references",
             default=True,
             optional=True,
-            tooltip="Advanced: exchange left and right in half of the references, as the paper does. Off for lettering and "
-            "for subjects that must not come out mirrored.",
+            tooltip="Exchange left and right in half of the references, as the paper does. Off for lettering and for subjects "
+            "that must not come out mirrored.",
         ),
     ]
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "web" / "docs"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
-LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
+LOCALES = ROOT / "locales"
+LANGUAGES = sorted({path.name for path in LOCALES.iterdir()} - {"en"})
 PAGE_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 MOST_BYTES = 200_000
 
@@ -48,6 +49,18 @@ def names_of(node: dict[str, Any]) -> set[str]:
     return {given["name"] for given in node["inputs"]}
 
 
+def names_in(language: str) -> dict[str, Any]:
+    """What the page shows in a language: names and tooltips by node id."""
+    return json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def texts_in(tree: Any) -> list[str]:
+    """All texts of a translation; the page would take ``{}|@`` in them for its own marks."""
+    return (
+        [tree] if isinstance(tree, str) else [text for v in tree.values() for text in texts_in(v)]
+    )
+
+
 SCHEMAS = schemas()
 
 
@@ -71,10 +84,18 @@ def test_the_help_page_names_every_input(node_id):
         assert f"\n{heading}" in f"\n{page}", heading
 
 
+@pytest.mark.parametrize("node_id", sorted(names_in("en")))
+def test_the_help_page_names_an_input_as_the_node_shows_it(node_id):
+    """English names stand here and not in the schemas: a socket's own name there hides its translation."""
+    page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
+    for input_id, texts in names_in("en")[node_id].get("inputs", {}).items():
+        assert f"**`{input_id}`** (*{texts['name']}*" in page
+    assert set(names_in("en")[node_id].get("inputs", {})) <= names_of(snapshot()["nodes"][node_id])
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_translation_names_every_node_input_and_output(language):
-    path = ROOT / "locales" / language / "nodeDefs.json"
-    translated, nodes = json.loads(path.read_text(encoding="utf-8")), snapshot()["nodes"]
+    translated, nodes = names_in(language), snapshot()["nodes"]
     assert set(translated) == set(nodes)
     for node_id, texts in translated.items():
         assert texts["display_name"]
@@ -85,6 +106,7 @@ def test_a_translation_names_every_node_input_and_output(language):
         for slot in (*inputs.values(), *outputs.values()):
             assert slot["name"], node_id
             assert slot["tooltip"], node_id
+    assert [text for text in texts_in(translated) if set(text) & set("{}|@")] == []
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -22,6 +22,7 @@ SHOWING = {
 }
 READY_MS, DONE_MS = 90_000, 120_000
 
+READY = "() => window.app?.vueAppReady && window.app.graph"
 LOAD = "async workflow => { await window.app.loadGraphData(workflow); }"
 FIT_VIEW = """bounds => {
     const canvas = window.app.canvas, scale = 0.68;
@@ -85,7 +86,7 @@ def page(browser, server) -> Iterator[Page]:
     opened.on("pageerror", lambda error: opened.problems.append(error.stack or str(error)))
     opened.on("console", lambda message: _note(opened.problems, message))
     opened.goto(server.url)
-    opened.wait_for_function("() => window.app?.vueAppReady && window.app.graph", timeout=READY_MS)
+    opened.wait_for_function(READY, timeout=READY_MS)
     # the page of 2025 stumbles over itself at its start: what does not name the pack is its own
     opened.problems[:] = [problem for problem in opened.problems if PACK_FOLDER in problem]
     yield opened
@@ -188,10 +189,7 @@ def test_the_subgraph_is_found_and_does_what_its_four_nodes_do(page, adapters):
     }
     page.evaluate(SET_WIDGETS, small)
     by_hand = page.evaluate(PROMPT)
-    page.evaluate(FIT_VIEW, [-5000, 0])  # an empty place, to open the search there
-    page.wait_for_function("() => window.app.canvas.visible_nodes.length === 0")
-    page.mouse.dblclick(900, 300)
-    page.locator("input:focus").press_sequentially(subgraph.stem)
+    search_for(page, subgraph.stem)
     page.get_by_role("option", name=subgraph.stem).first.wait_for()
     page.wait_for_timeout(500)
     page.keyboard.press("Enter")
@@ -204,6 +202,55 @@ def test_the_subgraph_is_found_and_does_what_its_four_nodes_do(page, adapters):
     assert len(by_subgraph) == len(by_hand)
     assert written_out(by_subgraph) == written_out(by_hand)
     assert page.problems == []
+
+
+SHOWN = """([type, ids]) => {
+    const node = window.LiteGraph.createNode(type), named = (list, id) => list?.find(one => one.name === id);
+    return ids.map(id => {
+        const widget = named(node.widgets, id), slot = named(node.inputs, id);
+        return [widget?.label ?? slot.label ?? slot.localized_name, Boolean(widget?.options?.advanced)];
+    });
+}"""
+OF_APPLY = ["DreamCacheApply", ["scale", "mask", "start_percent"]]
+
+
+def test_a_node_shows_its_names_and_hides_what_is_advanced(page):
+    assert page.evaluate(SHOWN, OF_APPLY) == [
+        ["strength", False],
+        ["region", False],
+        ["start_percent", True],
+    ]
+
+
+def test_a_node_shows_its_names_in_another_language(page, server):
+    translated = json.loads((PACK / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+    inputs = translated["DreamCacheApply"]["inputs"]
+    server.post_json("/settings", {"Comfy.Locale": "zh"})
+    try:
+        page.reload()
+        page.wait_for_function(READY, timeout=READY_MS)
+        shown = page.evaluate(SHOWN, OF_APPLY)
+    finally:
+        server.post_json("/settings", {"Comfy.Locale": "en"})
+        page.reload()
+        page.wait_for_function(READY, timeout=READY_MS)
+    assert [name for name, _ in shown] == [inputs[name]["name"] for name in OF_APPLY[1]]
+
+
+def test_a_search_for_an_artists_word_finds_the_node(page, object_info):
+    if "search_aliases" not in object_info["DreamCacheApply"]:
+        pytest.skip("this ComfyUI searches names only")
+    search_for(page, "dreambooth")
+    page.get_by_role("option", name="Apply DreamCache").first.wait_for()
+    page.keyboard.press("Escape")
+
+
+def search_for(page: Page, words: str) -> None:
+    """Open the node search in an empty place, and type."""
+    page.evaluate(FIT_VIEW, [-5000, 0])
+    page.wait_for_function("() => window.app.canvas.visible_nodes.length === 0")
+    page.mouse.dblclick(900, 300)
+    page.locator("input:focus").press_sequentially(words)
 
 
 def written_out(prompt: dict[str, Any]) -> Any:

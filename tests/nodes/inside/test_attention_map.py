@@ -144,5 +144,5 @@ def test_a_percent_at_which_the_reference_does_not_act_is_refused(model):
 def test_without_a_reference_there_is_nothing_to_look_at(model):
     with pytest.raises(CORE.StateError, match=r"Attention Map needs.*Apply DreamCache"):
         look(model)
-    with pytest.raises(CORE.InputError, match="scale of 0"):
+    with pytest.raises(CORE.InputError, match="strength of 0"):
         look(apply(model, scale=0.0))

@@ -2,10 +2,12 @@
 
 import logging
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import folder_paths
 import pytest
+from comfy_api.latest import io
 from tiny import CORE, pack_module, run
 
 import nodes as comfy_nodes
@@ -34,6 +36,36 @@ def test_a_comfyui_that_is_too_old_is_refused_in_words(version):
 @pytest.mark.parametrize("version", ["0.3.64", "0.3.65-dev", "v0.8.0", "0.10.1", "1.0", "nightly"])
 def test_others_are_taken(version):
     VERSION.require_comfyui(version)
+
+
+SCHEMAS = {
+    name: node.GET_SCHEMA()
+    for name, node in comfy_nodes.NODE_CLASS_MAPPINGS.items()
+    if name.startswith("DreamCache")
+}
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("personalize", "personalise", "subject", "character", "identity"),
+        *("dreambooth", "ip adapter", "reference"),
+    ],
+)
+def test_a_search_by_an_artists_word_finds_the_nodes_of_the_simple_path(word):
+    if "search_aliases" not in {field.name for field in fields(io.Schema)}:
+        pytest.skip("this ComfyUI searches names only")
+    for name in ("DreamCacheLoadAdapters", "DreamCacheEncode", "DreamCacheApply"):
+        assert word in SCHEMAS[name].search_aliases
+    assert all(schema.search_aliases for schema in SCHEMAS.values())
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_node_says_whose_it_is_and_lies_in_one_of_few_folders(name):
+    assert "DreamCache" in SCHEMAS[name].display_name
+    first, *below = SCHEMAS[name].category.split("/")
+    assert first == "DreamCache"
+    assert below in ([], ["advanced"], ["training"], ["demo"])
 
 
 CHOICES = [
