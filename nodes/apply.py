@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..dreamcache_core import AdapterSet, Guidance, ReferenceCache, ReferenceUse
-from ..dreamcache_core.images.reference import given_mask
+from ..dreamcache_core.images.masks import given_mask
 from ..dreamcache_core.method.layers import require_same_layout
 from .host.applied import Applied, AppliedUse, applied_to
 from .host.model import adapter_patcher, require_model_fit
@@ -114,9 +114,10 @@ class Apply(io.ComfyNode):
         layout = adapters.info.layout
         require_model_fit(model, layout)
         require_same_layout(reference.layout, "The reference", layout, "the adapters")
-        warnings = list(_warnings(model, adapters, start_percent, end_percent))
+        region, _ = given_mask(mask)
+        warnings = list(_warnings(model, adapters, start_percent, end_percent, region))
         patcher = adapter_patcher(adapters, model)
-        use = ReferenceUse(reference, patcher.model, scale=scale, mask=given_mask(mask))
+        use = ReferenceUse(reference, patcher.model, scale=scale, mask=region)
         settings = Guidance.from_dict({"image_guidance_scale": image_guidance, "mode": guidance})
         uses = (AppliedUse(use, patcher, start_percent, end_percent),)
         applied = Applied(uses, settings, node_id(cls))
@@ -127,6 +128,8 @@ class Apply(io.ComfyNode):
         for warning in warnings:
             logger.warning(warning)
         text = f"subject {len(applied.uses)}: scale {scale:g}, from {start_percent:g} to {end_percent:g} of the run"
+        if mask is not None and region is None:
+            text += ", everywhere: the mask is what Load Image gives with an image that has none"
         if (held := _in_words(applied.guidance)) != own:
             text += f", {held} as set in the Apply DreamCache before"
         model = with_references(model, applied)
@@ -134,7 +137,11 @@ class Apply(io.ComfyNode):
 
 
 def _warnings(
-    model: Any, adapters: AdapterSet, start_percent: float, end_percent: float
+    model: Any,
+    adapters: AdapterSet,
+    start_percent: float,
+    end_percent: float,
+    region: Tensor | None,
 ) -> Iterator[str]:
     """What is allowed, but hardly meant."""
     is_v = isinstance(model.get_model_object("model_sampling"), V_PREDICTION)
@@ -151,6 +158,12 @@ def _warnings(
         yield (
             f"Apply DreamCache acts from {start_percent} to {end_percent} of the run, which is never: the images will be "
             "the plain model's."
+        )
+    if region is not None and (num_empty := sum(not bool(row.any()) for row in region)):
+        which = f" for {num_empty} of {len(region)} images" if num_empty < len(region) else ""
+        yield (
+            f"The mask of Apply DreamCache is empty{which}: the subject appears nowhere{which and ' in those'}. Mark its "
+            "place with white, or leave mask unconnected for all of the image."
         )
 
 

@@ -9,7 +9,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..dreamcache_core import InputError
-from ..dreamcache_core.images.reference import fit_mask, given_mask
+from ..dreamcache_core.images.masks import given_mask, on_white
+from ..dreamcache_core.images.reference import fit_mask
 from ..dreamcache_core.method.attention_maps import (
     AttentionMaps,
     attention_maps,
@@ -99,7 +100,7 @@ class AttentionMap(io.ComfyNode):
         chosen = _choose(applied, reference_number)
         samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         region = _region(mask, (point_x, point_y), samples)
-        images = reference_image[..., :3]
+        images = on_white(reference_image)
         sampling = model.get_model_object("model_sampling")
         sigma = min(sampling.percent_to_sigma(percent), float(sampling.sigma_max))
         level = torch.tensor([max(sigma, float(sampling.sigma_min))])
@@ -163,7 +164,7 @@ def _choose(applied: Applied, number: int) -> AppliedUse:
 def _region(mask: Tensor | None, point: tuple[float, float], samples: Tensor) -> Tensor | None:
     """Places that are asked about: mask and point together, or ``None`` for everywhere."""
     height, width = samples.shape[-2:]
-    mask = given_mask(mask)
+    mask, _ = given_mask(mask)
     if mask is not None:
         mask = fit_mask(mask, len(samples), height, width)
     if min(point) < 0:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..dreamcache_core import InputError, prepare_reference_image
 from ..dreamcache_core.images.files import read_image
-from ..dreamcache_core.images.reference import fit_mask, given_mask, resize_mask
+from ..dreamcache_core.images.masks import Subject, find_subject, on_white, shows_background
+from ..dreamcache_core.images.reference import subject_box
 from .host.encode import encode_reference
 from .host.folders import check_choice, choice_state, image_paths, list_image_folders
 from .host.report import node_id, report
@@ -91,6 +92,7 @@ class ReferenceImage(io.ComfyNode):
                     tooltip="1 where the subject is; optional for Encode Reference.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -101,14 +103,15 @@ class ReferenceImage(io.ComfyNode):
         fill: float,
         background: str,
         mask: Tensor | None = None,
-        mask_marks: str = "subject",
+        mask_marks: str = "auto",
     ) -> io.NodeOutput:
         """Prepare the images."""
-        mask = given_mask(mask, mask_marks)
-        prepared, subject = prepare_reference_image(
-            image, mask, size=size, fill=fill, background=background
+        subject = find_subject(image, mask, mask_marks)
+        prepared, masks = prepare_reference_image(
+            image[..., :3], subject.opacity, size=size, fill=fill, background=background
         )
-        return io.NodeOutput(prepared, subject, ui=ui.PreviewImage(prepared, cls=cls))
+        preview = ui.PreviewImage(prepared, cls=cls).as_dict()
+        return io.NodeOutput(prepared, masks, ui=preview | report(cls, subject.note).as_dict())
 
 
 class Encode(io.ComfyNode):
@@ -148,7 +151,7 @@ class Encode(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the subject is (1). Less of the background comes through in new images, and each step is faster. "
+                    tooltip="Where the subject is. Less of the background comes through in new images, and each step is faster. "
                     "Without it the whole image counts, the white around the subject too, as in training.",
                 ),
                 advanced(
@@ -164,6 +167,7 @@ class Encode(io.ComfyNode):
                     tooltip="How noisy the image is when the model looks at it: 1 is clear and right for trained adapters; Adapters from "
                     "Model says on its node what its adapters need.",
                 ),
+                mask_marks_input(),
             ],
             outputs=[Reference.Output(display_name="reference", tooltip="For Apply DreamCache.")],
             hidden=[io.Hidden.unique_id],
@@ -180,13 +184,17 @@ class Encode(io.ComfyNode):
         clip: Any = None,
         conditioning: list[Any] | None = None,
         mask: Tensor | None = None,
+        mask_marks: str = "auto",
     ) -> io.NodeOutput:
         """Encode the images."""
         text = conditioning or _empty_prompt(clip)
-        pixels, mask = _check_images(image, mask)
-        pixels, mask = _crop_to_latent_grid(pixels, mask, vae.spacial_compression_encode())
+        _check_size(image)
+        subject = find_subject(image, mask, mask_marks)
+        pixels, mask = _crop_to_latent_grid(
+            on_white(image), _rows_of(subject, len(image)), vae.spacial_compression_encode()
+        )
         # one by one: an image's latent must not depend on what is encoded with it
-        latent = torch.cat([vae.encode(one[..., :3]) for one in pixels.split(1)])
+        latent = torch.cat([vae.encode(one) for one in pixels.split(1)])
         reference = encode_reference(
             model,
             latent,
@@ -196,7 +204,7 @@ class Encode(io.ComfyNode):
             mask=mask,
             node_id=node_id(cls),
         )
-        return io.NodeOutput(reference, ui=report(cls, reference.describe()))
+        return io.NodeOutput(reference, ui=report(cls, f"{subject.note}; {reference.describe()}"))
 
 
 class EncodeFolder(io.ComfyNode):
@@ -268,8 +276,11 @@ class EncodeFolder(io.ComfyNode):
         paths = image_paths(folder)
         text = _empty_prompt(clip)
         latents: list[Tensor] = []
+        bare: list[str] = []
         for path in paths:
             image, alpha = read_image(path)
+            if alpha is None and shows_background(image):
+                bare.append(os.path.basename(path))
             prepared, _ = prepare_reference_image(image, alpha, size=size, fill=fill)
             latents.append(vae.encode(prepared))
         together = encode_reference(
@@ -285,7 +296,11 @@ class EncodeFolder(io.ComfyNode):
         names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
         if one_subject:
             names = [os.path.basename(folder)]
-        return io.NodeOutput(references, names, ui=report(cls, together.describe()))
+        text = together.describe()
+        if bare:
+            first = ", ".join(bare[:3]) + (", ..." if len(bare) > 3 else "")
+            text = f"{len(bare)} of {len(paths)} images show their background, which is then in the reference ({first}); {text}"
+        return io.NodeOutput(references, names, ui=report(cls, text))
 
 
 def _empty_prompt(clip: Any) -> list[Any]:
@@ -297,22 +312,22 @@ def _empty_prompt(clip: Any) -> list[Any]:
     return plain_text(clip.encode_from_tokens_scheduled(clip.tokenize("")))
 
 
-def _check_images(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _check_size(image: Tensor) -> None:
     height, width = image.shape[1:3]
     if min(height, width) < MIN_SIDE_PX or max(height, width) > MAX_SIDE_PX:
         raise InputError(
             f"Encode Reference takes images of {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels a side; given {width} x {height}. Put "
             "Prepare Reference Image before it (512 for Stable Diffusion, 1024 for SDXL)."
         )
-    mask = given_mask(mask)
-    if mask is None:
-        return image, None
-    mask = fit_mask(mask, len(image), height, width)
-    if not bool((mask.flatten(1).amax(dim=1) > 0).all()):
-        raise InputError(
-            "The mask of the reference is empty: it must mark the subject with 1. Paint it, or leave mask unconnected."
-        )
-    return image, resize_mask(mask.expand(len(image), -1, -1), height, width)
+
+
+def _rows_of(subject: Subject, num_images: int) -> Tensor | None:
+    """Where the subject of each image is; refuses one that is too small to be seen."""
+    if subject.opacity is None:
+        return None
+    for row, opacity in enumerate(subject.opacity):
+        subject_box(opacity, row)
+    return subject.opacity.expand(num_images, -1, -1)
 
 
 def _crop_to_latent_grid(

@@ -6,6 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dreamcache_core import AdapterSet, ReferenceCache
+from ..dreamcache_core.images.masks import MARKS
 
 
 @io.comfytype(io_type="DREAMCACHE_ADAPTERS")
@@ -63,11 +64,11 @@ def mask_marks_input() -> io.Combo.Input:
     """Declare which way round a mask is."""
     return io.Combo.Input(
         "mask_marks",
-        options=["subject", "background"],
-        default="subject",
+        options=list(MARKS),
+        default="auto",
         optional=True,
-        tooltip="What 1 in the mask marks. 'subject' for what you painted in the MaskEditor (its MASK marks what was painted); "
-        "'background' for Load Image's mask of a cut-out PNG, which marks what is transparent.",
+        tooltip="What 1 in the mask marks. 'auto': the background where it covers most of the border, else the subject; the node "
+        "says what it did. 'subject' or 'background' where that is wrong.",
     )
 
 

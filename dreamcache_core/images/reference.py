@@ -1,6 +1,5 @@
 """Cut the subject out of a reference image, place it on a plain square; knows no files."""
 
-import logging
 import math
 
 import torch
@@ -8,8 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-
-logger = logging.getLogger(__name__)
 
 BACKGROUNDS = {"white": 1.0, "grey": 0.5, "black": 0.0}
 """Background name to its value in [0, 1], the same in all three channels."""
@@ -25,8 +22,6 @@ ASPECT_TOLERANCE = 0.02
 
 RANGE_TOLERANCE = 0.1
 """Values this far outside [0, 1] (overshoot of resamplers) are clamped, those beyond refused."""
-
-PLACEHOLDER_SIDE_PX = 64
 
 
 def prepare_reference_image(
@@ -97,27 +92,6 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """
     mask = check_mask(mask)
     return F.interpolate(mask[:, None], size=(height, width), mode="area")[:, 0]
-
-
-def given_mask(mask: Tensor | None, marks: str = "subject") -> Tensor | None:
-    """Return the mask of a ComfyUI input as one that marks the subject with 1.
-
-    Args:
-        mask: (batch, height, width) or (height, width) in [0, 1], or ``None``.
-        marks: What 1 in it marks, ``subject`` or ``background``.
-
-    Returns:
-        The mask; ``None`` also for what Load Image gives with an image that has no alpha channel: 64 x 64, all zero.
-    """
-    if mask is None:
-        return None
-    side = PLACEHOLDER_SIDE_PX
-    if tuple(mask.shape[-2:]) == (side, side) and not bool(mask.any()):
-        logger.info(
-            "The mask is Load Image's placeholder for an image without alpha: it counts as no mask."
-        )
-        return None
-    return 1 - mask.float() if marks == "background" else mask
 
 
 def check_mask_aspect(mask: Tensor, height: int, width: int) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from dreamcache_core.errors import InputError
 from dreamcache_core.images.reference import (
     check_mask_aspect,
-    given_mask,
     prepare_reference_image,
     resize_mask,
 )
@@ -360,19 +359,6 @@ def test_resize_mask_keeps_zeros_and_ones_exact(dtype: torch.dtype, height: int,
 def test_resize_mask_averages_areas():
     mask = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0, 0.5], [1.0, 0.0, 0.0, 0.0, 0.0, 0.5]])
     assert torch.equal(resize_mask(mask, 1, 3), torch.tensor([[[0.5, 0.5, 0.25]]]))
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (1, 64, 64), (3, 64, 64)])
-def test_zeros_of_64_by_64_are_the_placeholder(shape: tuple[int, ...]):
-    mask = torch.zeros(shape)
-    assert given_mask(mask) is None
-    mask[..., 3, 5] = 1
-    assert given_mask(mask) is not None
-
-
-def test_other_masks_are_no_placeholder():
-    assert given_mask(torch.zeros(1, 64, 65)) is not None
-    assert given_mask(torch.ones(1, 64, 64)) is not None
 
 
 @pytest.mark.parametrize(

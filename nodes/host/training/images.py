@@ -13,12 +13,8 @@ from ....dreamcache_core.data.augmentation import ALL_ALTERATIONS, Alterations, 
 from ....dreamcache_core.data.buckets import aspect_buckets, crop_target, nearest_bucket
 from ....dreamcache_core.data.order import sample_seed
 from ....dreamcache_core.data.sources.source import Pair
-from ....dreamcache_core.images.reference import (
-    check_image,
-    given_mask,
-    subject_box,
-    subject_opacity,
-)
+from ....dreamcache_core.images.masks import given_mask, in_words
+from ....dreamcache_core.images.reference import check_image, subject_box, subject_opacity
 from ..model import check_channels
 from ..sampling import plain_text
 
@@ -51,17 +47,18 @@ class TrainingSet:
 
 def make_pairs(
     images: Sequence[Tensor], masks: Sequence[Tensor], captions: Sequence[str], mask_marks: str
-) -> list[Pair]:
+) -> tuple[list[Pair], list[str]]:
     """Pair images with their masks and captions.
 
     Args:
         images: Batches of images, (batch, height, width, 1, 3 or 4) in [0, 1]; alpha counts as a mask.
         masks: Batches of masks, (batch, height, width) or (height, width); may be empty.
         captions: One for each image.
-        mask_marks: What 1 in the masks marks, ``subject`` or ``background``.
+        mask_marks: What 1 in the masks marks, see ``given_mask``.
 
     Returns:
-        One pair for each image; its target and its subject are the same image. A mask that marks everything is none.
+        One pair for each image; its target and its subject are the same image. A mask that marks everything is none. And
+        what was made of the masks, in words.
 
     Raises:
         InputError: An image or mask cannot be used, the message says which from 1; or the masks are not as many.
@@ -69,7 +66,7 @@ def make_pairs(
     for batch in images:
         check_image(batch)
     flat_images = [image for batch in images for image in batch.split(1)]
-    flat_masks = _masks_of(masks, mask_marks, len(flat_images))
+    flat_masks, notes = _masks_of(masks, mask_marks, len(flat_images))
     pairs: list[Pair] = []
     for number, (image, mask, caption) in enumerate(
         zip(flat_images, flat_masks, captions, strict=True), start=1
@@ -83,7 +80,7 @@ def make_pairs(
         colour = image[..., :3].float().clamp(0, 1).expand(-1, -1, -1, 3)
         pairs.append(Pair(colour, colour, subject, caption))
     _warn_about_images(flat_images, pairs)
-    return pairs
+    return pairs, in_words(notes)
 
 
 def match_captions(texts: Sequence[str], num_images: int) -> list[str]:
@@ -212,18 +209,21 @@ def encode_pairs(
     return TrainingSet(targets, references, [_normal_texts(text) for text in texts])
 
 
-def _masks_of(masks: Sequence[Tensor], marks: str, num_images: int) -> list[Tensor | None]:
-    """Masks one by one, see ``given_mask``."""
+def _masks_of(
+    masks: Sequence[Tensor], marks: str, num_images: int
+) -> tuple[list[Tensor | None], list[str]]:
+    """Masks one by one with the notes on them, see ``given_mask``."""
     single = [row for mask in masks for row in mask.reshape(-1, *mask.shape[-2:]).split(1)]
-    flat = [given_mask(row, marks) for row in single]
+    given = [given_mask(row, marks) for row in single]
+    flat = [row for row, _ in given]
     if not any(row is not None for row in flat):
-        return [None] * num_images
+        return [None] * num_images, []
     if len(flat) != num_images:
         raise InputError(
             f"Expected one mask for each of the {num_images} images, in their order; given {len(flat)}. Leave masks "
             "unconnected where there are none."
         )
-    return flat
+    return flat, [note for _, notes in given for note in notes or [""]]
 
 
 def _usable_opacity(image: Tensor, mask: Tensor | None, row: int) -> Tensor | None:

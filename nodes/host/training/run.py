@@ -66,7 +66,7 @@ class TrainingRun:
     masks: list[Tensor] = field(default_factory=list[Tensor])
     conditioning: list[Any] = field(default_factory=list[Any])
     adapters: AdapterSet | None = None
-    mask_marks: str = "subject"
+    mask_marks: str = "auto"
     caption_dropout: float = 0.07
     resolution: int = 0
     buckets: bool = False
@@ -88,7 +88,7 @@ class TrainingRun:
         self.num_images = sum(len(batch) for batch in self.images)
         if not self.num_images:
             raise InputError("Expected images to train on, given none. Connect images.")
-        self.num_masks = 0
+        self.num_masks, self.about_masks = 0, ""
         # one for each time that an image is seen, up to the limit
         num_epochs = math.ceil(self.steps * self.batch_size / self.num_images)
         self.num_variants = max(1, min(self.reference_variants, num_epochs))
@@ -139,8 +139,9 @@ class TrainingRun:
         captions = [""] * self.num_images
         if has_captions:
             captions = match_captions(self.captions, self.num_images)
-        pairs = make_pairs(self.images, self.masks, captions, self.mask_marks)
+        pairs, notes = make_pairs(self.images, self.masks, captions, self.mask_marks)
         self.num_masks = sum(pair.mask is not None for pair in pairs)
+        self.about_masks = ", ".join([f"{self.num_masks} with mask", *notes])
         if has_captions:
             texts = encode_texts(self.clip, captions)
         else:
@@ -247,7 +248,7 @@ class TrainingRun:
         """One line for the node."""
         first, last = self.losses[0], moving_average(self.losses)[-1]
         return (
-            f"{len(self.losses)} steps on {self.num_images} images ({self.num_masks} with mask), loss {first:.4g} -> "
+            f"{len(self.losses)} steps on {self.num_images} images ({self.about_masks}), loss {first:.4g} -> "
             f"{last:.4g}; {adapters.num_parameters / 1e6:.1f} M parameters, {adapters.info.layout.describe()}"
         )
 

@@ -16,6 +16,7 @@ from tiny import (
     make_model,
     make_text,
     run,
+    said_by_apply,
     sample,
 )
 
@@ -61,10 +62,24 @@ def test_an_all_zero_mask_is_plain_bit_for_bit(setup):
     assert torch.equal(sample(applied, batch=2), plain)
 
 
+def test_an_empty_region_mask_is_said_and_not_that_the_subject_acts(setup, caplog):
+    model, adapters, reference, _ = setup
+    said = said_by_apply(model, adapters, reference, mask=torch.zeros(1, 128, 128))
+    assert "mask of Apply DreamCache is empty: the subject appears nowhere" in said
+    assert "subject 1" not in said
+    assert said in caplog.text
+    one_of_two = torch.stack([torch.zeros(128, 128), torch.ones(128, 128)])
+    assert "empty for 1 of 2 images" in said_by_apply(model, adapters, reference, mask=one_of_two)
+
+
 def test_load_images_placeholder_mask_counts_as_no_mask(setup):
     model, adapters, reference, _ = setup
-    applied = apply(model, adapters, reference, mask=torch.zeros(1, 64, 64))
+    given = {"mask": torch.zeros(1, 64, 64)}
+    applied = apply(model, adapters, reference, **given)
     assert torch.equal(sample(applied), sample(apply(model, adapters, reference)))
+    assert "everywhere: the mask is what Load Image gives" in said_by_apply(
+        model, adapters, reference, **given
+    )
 
 
 def test_an_all_one_mask_equals_no_mask(setup):

@@ -22,8 +22,12 @@ from tiny import (
     make_model,
     make_text,
     run,
+    said,
     sample,
 )
+
+SUBJECT = torch.zeros(1, 128, 128)
+SUBJECT[:, 32:96, 32:96] = 1
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +183,47 @@ def test_load_images_placeholder_mask_counts_as_no_mask(model):
 )
 def test_masks_that_do_not_fit_are_refused(model, mask, message):
     with pytest.raises(CORE.InputError, match=message):
-        encode(model, mask=mask)
+        encode(model, mask=mask, mask_marks="subject")
+
+
+@pytest.mark.parametrize("node_id", ["DreamCacheReferenceImage", "DreamCacheEncode"])
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (None, "no mask: the background is in the reference"),
+        (torch.zeros(1, 64, 64), "no mask: the background is in the reference"),
+        (torch.zeros(1, 128, 128), "the mask is empty: the background is in the reference"),
+        (SUBJECT, "subject covers 25 %"),
+        (1 - SUBJECT, "the mask was turned round, subject covers 25 %"),
+    ],
+    ids=["none", "placeholder", "empty", "subject", "background"],
+)
+def test_a_node_says_what_it_made_of_the_mask(model, node_id, mask, words):
+    inputs = {"image": make_image(0), "mask": mask}
+    if node_id == "DreamCacheEncode":
+        inputs |= {"model": model, "vae": FlatVAE(), "conditioning": make_text(model, 100)}
+    assert said(node_id, **inputs).startswith(words)
+
+
+def test_encode_turns_a_mask_of_the_background_round(model):
+    masked = encode(model, mask=1 - SUBJECT)
+    expected = encode(model, mask=SUBJECT)
+    assert all(torch.equal(masked.masks[layer], expected.masks[layer]) for layer in masked.layers)
+    forced = encode(model, mask=1 - SUBJECT, mask_marks="subject")
+    assert not torch.equal(forced.masks[masked.layers[-1]], masked.masks[masked.layers[-1]])
+
+
+def test_an_image_with_alpha_is_encoded_as_its_cut_out_on_white(model):
+    image, alpha = make_image(1), SUBJECT[..., None]
+    transparent = encode(model, image=torch.cat([image, alpha], dim=-1))
+    on_white = encode(model, image=image * alpha + 1 - alpha, mask=SUBJECT)
+    assert equal(transparent, on_white)
+    assert all(torch.equal(transparent.masks[n], on_white.masks[n]) for n in on_white.layers)
+
+
+def test_an_image_that_is_all_transparent_is_refused(model):
+    with pytest.raises(CORE.InputError, match="empty"):
+        encode(model, image=torch.zeros(1, 128, 128, 4))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (6000, 6000), (32, 512)])
@@ -219,6 +263,8 @@ def test_prepare_takes_load_images_alpha_as_the_background():
     _, marked_background = run(
         "DreamCacheReferenceImage", image=image, mask=alpha_mask, mask_marks="background", size=128
     )
+    _, by_itself = run("DreamCacheReferenceImage", image=image, mask=alpha_mask, size=128)
+    assert torch.equal(by_itself, marked_background)
     _, marked_subject = run("DreamCacheReferenceImage", image=image, mask=1 - alpha_mask, size=128)
     assert torch.equal(marked_background, marked_subject)
 
@@ -360,6 +406,19 @@ def test_a_folder_of_one_subject_gives_one_reference(model, image_folder):
     assert names == ["toys"]
     apart, _ = run("DreamCacheEncodeFolder", folder=image_folder, **inputs)
     assert equal(CORE.ReferenceCache.concatenate(apart), reference)
+
+
+def test_a_folder_names_the_images_that_show_their_background(model, image_folder):
+    inputs = {"model": model, "vae": FlatVAE(), "clip": Clip(model), "size": 64}
+    before = said("DreamCacheEncodeFolder", folder=image_folder, **inputs)
+    assert "background" not in before
+    path = Path(folder_paths.get_input_directory()) / image_folder
+    photo = (make_image(0)[0] * 255).byte().numpy()
+    for name, pixels in (("photo.png", photo), ("studio.png", photo * 0 + 250)):
+        Image.fromarray(pixels).save(path / name)
+    assert said("DreamCacheEncodeFolder", folder=image_folder, **inputs).startswith(
+        "1 of 4 images show their background, which is then in the reference (photo.png);"
+    )
 
 
 def test_a_changed_image_runs_the_folder_again(image_folder):

@@ -177,7 +177,7 @@ def tall_and_wide_masks(height, width):
 
 
 def encode_set(clip, images, masks, captions, **settings):
-    pairs = SET.make_pairs(images, masks, captions, "subject")
+    pairs, _ = SET.make_pairs(images, masks, captions, "subject")
     texts = [clip.encode_from_tokens_scheduled(text) for text in (*captions, "")]
     settings = {"has_buckets": False, "resolution": 64, "channels": 4, **settings}
     return SET.encode_pairs(pairs, texts, FlatVAE(), show=lambda *_: None, **settings)
@@ -285,7 +285,7 @@ def test_each_image_is_encoded_with_its_own_mask_in_its_own_bucket(model):
 
 def test_pairs_hold_images_masks_and_captions_in_order():
     images, masks = make_image(1, 32, 64, batch=2), tall_and_wide_masks(32, 64)
-    one, two = SET.make_pairs([images], [1 - masks], ["a dog", "a cat"], "background")
+    (one, two), _ = SET.make_pairs([images], [1 - masks], ["a dog", "a cat"], "background")
     for index, (pair, caption) in enumerate([(one, "a dog"), (two, "a cat")]):
         assert torch.equal(pair.target[0], images[index])
         assert torch.equal(pair.subject[0], images[index])
@@ -494,14 +494,30 @@ def test_sdxl_trains_on_images_of_different_sizes():
 
 def test_a_mask_cuts_the_subject_out(model, trained):
     mask = torch.zeros((2, 128, 128))
-    mask[0, 32:96, 16:80], mask[1, 64:, 64:] = 1, 1
+    mask[0, 32:96, 16:80], mask[1, 64:112, 64:] = 1, 1
     masked = train(model, masks=[mask])[0]
     assert not same(masked, trained)
     assert record(masked)["masks"] == 2
     assert same(train(model, masks=[1 - mask], mask_marks="background")[0], masked)
+    assert same(train(model, masks=[1 - mask])[0], masked)
     assert same(train(model, masks=list(mask))[0], masked)
     alpha = [torch.cat([make_image(1, batch=2), mask[..., None]], dim=-1)]
     assert same(train(model, images=alpha)[0], masked)
+
+
+def test_what_was_made_of_masks_is_said(model, caplog):
+    mask = torch.zeros((2, 128, 128))
+    mask[0, :32] = 1
+    mask[0, :, :32] = 1
+    mask[0, 96:] = 1
+    pairs, notes = SET.make_pairs([make_image(1, batch=2)], [mask], ["a dog", "a cat"], "auto")
+    assert notes == [
+        "the mask was turned round (1 of 2 images)",
+        "the mask is empty (1 of 2 images)",
+    ]
+    assert torch.equal(pairs[0].mask, 1 - mask[:1])
+    assert pairs[1].mask is None
+    assert "1 of 2 training images have no mask" in caplog.text
 
 
 def test_masks_that_mark_everything_are_no_masks(model, trained, caplog):
@@ -597,8 +613,14 @@ def speck(size):
         ({"captions": ["one", "two", "three"]}, "1 or 2 captions .* given 3"),
         ({"captions": [" \n "]}, "captions is empty"),
         ({"masks": [torch.ones((1, 128, 128))]}, "mask for each of the 2 images.* given 1"),
-        ({"masks": [torch.zeros((2, 128, 128))]}, "image 1 cannot .* an empty one"),
-        ({"masks": [speck(0)]}, "Training image 2 cannot .* for image 2 "),
+        (
+            {"masks": [torch.zeros((2, 128, 128))], "mask_marks": "subject"},
+            "image 1 cannot .* an empty one",
+        ),
+        (
+            {"masks": [speck(0)], "mask_marks": "subject"},
+            "Training image 2 cannot .* for image 2 ",
+        ),
         ({"masks": [speck(5)]}, "Training image 2 cannot .* got 5 x 5 .* for image 2"),
         (
             {"masks": [torch.ones((2, 128, 128))], "mask_marks": "background"},

@@ -258,6 +258,12 @@ def execute(node_id: str, **inputs: Any) -> Any:
     return node.execute(**{**defaults, **inputs})
 
 
+def said(node_id: str, **inputs: Any) -> str:
+    """What a node shows as text."""
+    shown = execute(node_id, **inputs).ui
+    return (shown if isinstance(shown, dict) else shown.as_dict())["text"][0]
+
+
 def encode(
     model: ModelPatcher, seed: int = 0, image: torch.Tensor | None = None, **inputs: Any
 ) -> Any:
