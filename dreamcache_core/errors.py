@@ -1,8 +1,14 @@
 """Errors that DreamCache raises on purpose; every message says what was expected, what was given and what to do."""
 
+from .names import printable
+
 
 class DreamCacheError(Exception):
-    """Base of all errors that DreamCache raises on purpose."""
+    """Base of all errors that DreamCache raises on purpose; its text is one line, whatever names it repeats."""
+
+    def __str__(self) -> str:
+        """Return the message, made printable."""
+        return printable(super().__str__())
 
 
 class FileFormatError(DreamCacheError, ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,11 +10,10 @@ import torch
 
 from ..config import Config
 from ..errors import InputError
-from ..files.tensor_file import FORMAT_KEY
+from ..files.tensor_file import FORMAT_KEY, read_header
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import load_adapters, save_adapters
 from ..pipeline.loading import DTYPES
-from .inspect import read_header
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,14 @@ def run(options: ConvertOptions) -> None:
     """
     source, target = Path(options.source), Path(options.target)
     check_target(target, options.force)
-    dtypes, metadata = read_header(source)
+    header = read_header(source)
     adapters = load_adapters(source, family=options.family)
-    if FORMAT_KEY in metadata and options.family not in (None, adapters.family):
+    if FORMAT_KEY in header.entries and options.family not in (None, adapters.family):
         raise InputError(
             f"{source} is in our format and says that its family is {adapters.family}; --family {options.family} is for "
             "released files, which carry none."
         )
-    dtype = DTYPES[options.dtype or _common_dtype(dtypes)]
+    dtype = DTYPES[options.dtype or _common_dtype(header.dtypes)]
     _refuse_overflow(adapters, dtype)
     save_adapters(adapters, target, dtype=dtype)
     print(target)
@@ -76,9 +74,8 @@ def check_target(target: Path, force: bool) -> None:
         raise InputError(f"There is no folder {target.parent}. Create it, or give another one.")
 
 
-def _common_dtype(dtypes: Mapping[str, str]) -> str:
-    names = set(dtypes.values())
-    return names.pop() if len(names) == 1 and names <= set(DTYPES) else "float32"
+def _common_dtype(dtypes: set[str]) -> str:
+    return min(dtypes) if len(dtypes) == 1 and dtypes <= set(DTYPES) else "float32"
 
 
 def _refuse_overflow(adapters: AdapterSet, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ from ..data.checking import SetReport, check_source, load_token_counter, trainin
 from ..data.sources.opening import open_source
 from ..errors import InputError
 from ..images.files import save_png
+from ..names import printable
 
 MAX_LISTED = 10
 """Problems of a kind, and image sizes, that are listed; the rest is counted."""
@@ -75,7 +76,7 @@ def run(options: CheckOptions) -> None:
     seen: Any = {"resolution": options.size, "has_buckets": options.buckets}
     report = check_source(source, **seen, count_tokens=count, has_bar=True)
     for line in _report_lines(report, options, limit):
-        print(line)
+        print(printable(line))
     alterations = Alterations(
         options.reference_flip, options.reference_jitter, options.reference_erase
     )

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from ..config import Config
-from ..errors import FileFormatError
-from ..files.tensor_file import FORMAT_KEY, is_torch_file, kind_of_weights, refuse_non_weights
+from ..files.tensor_file import FORMAT_KEY, kind_of_weights, read_header
 from ..method import adapter_files as checkpoints
 from ..method import cache
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import load_adapters
 from ..method.cache import ReferenceCache
+from ..names import printable
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class InspectOptions(Config):
 def run(options: InspectOptions) -> None:
     """Print what a file is."""
     for name, value in describe_file(Path(options.file)).items():
-        print(f"{name + ':':<12} {value}")
+        print(printable(f"{name + ':':<12} {value}"))
 
 
 def describe_file(path: Path) -> dict[str, str]:
@@ -47,52 +44,20 @@ def describe_file(path: Path) -> dict[str, str]:
     Raises:
         FileFormatError: The file is missing, damaged, or no file of weights at all.
     """
-    dtypes, metadata = read_header(path)
-    kind, found = kind_of_weights(set(dtypes)), metadata.get(FORMAT_KEY)
+    header = read_header(path)
+    kind, found = kind_of_weights(header.tensors), header.entries.get(FORMAT_KEY)
     if found == cache.FORMAT:
         return {"file": str(path), **_describe_reference(ReferenceCache.load(path))}
     is_released = found is None and kind.startswith("DreamCache adapters")
     if found == checkpoints.FORMAT or is_released:
         text = _describe_adapters(load_adapters(path), is_released)
-        return {"file": str(path), **text, "dtype": ", ".join(sorted(set(dtypes.values())))}
+        return {"file": str(path), **text, "dtype": ", ".join(sorted(header.dtypes))}
     what = kind if found is None else f"a DreamCache file of unknown format {found}"
     return {
         "file": str(path),
         "kind": f"{what}: neither DreamCache adapters nor a saved reference",
-        "tensors": str(len(dtypes)),
+        "tensors": str(len(header.tensors)),
     }
-
-
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Read the type of each tensor and the metadata; of a safetensors file without the values.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Name of the type by key (``float16``), and the metadata as stored.
-
-    Raises:
-        FileFormatError: The file is missing, damaged, or no file of weights at all.
-    """
-    if is_torch_file(refuse_non_weights(path)):
-        tensors, metadata = checkpoints.read_weights(path)
-        return {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}, metadata
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:  # pyright: ignore[reportUnknownVariableType]
-            keys: list[str] = list(file.keys())
-            return {key: _dtype_name(file.get_slice(key)) for key in keys}, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileFormatError(
-            f"{path} is not a complete safetensors file ({error}). Copy or download it again."
-        ) from error
-
-
-def _dtype_name(tensor: Any) -> str:
-    name = str(tensor.get_dtype())
-    return {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}.get(
-        name, name
-    )
 
 
 def _describe_adapters(adapters: AdapterSet, is_released: bool) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 
 from ..config import nearest
 from ..errors import DreamCacheError, InputError
+from ..names import printable
 from ..version import __version__
 from .commands import PROGRAM, Group, show_commands
 from .parsing import parse_config
@@ -76,7 +77,7 @@ def guarded(run: Callable[[Any], None], given: Any) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 
@@ -89,7 +90,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         kind = "warning" if record.levelno >= logging.WARNING else "note"
-        line = f"{kind}: {record.getMessage()}"
+        line = f"{kind}: {printable(record.getMessage())}"
         if line not in self.seen:
             self.seen.add(line)
             print(line, file=sys.stderr)

@@ -1,11 +1,15 @@
-"""Safetensors files with a checksum, and telling what a foreign file is. Knows nothing of adapters and caches."""
+"""Safetensors files with a checksum, and telling what a foreign file is. Knows nothing of adapters and caches.
+
+A file is judged by its header: what it is, and how large its tensors are, before any of their values is read.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -14,11 +18,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import FileFormatError, InputError
+from .torch_file import inspect_torch_file, is_torch_file, nested_keys, read_torch_file
 from .whole_files import whole_file
 
 PREFIX = "dreamcache."
 DIGEST_KEY = f"{PREFIX}sha256"
 FORMAT_KEY = f"{PREFIX}format"
+MAX_SHOWN = 120
+"""Characters of a name that a message shows."""
 
 
 def write_tensor_file(
@@ -67,67 +74,115 @@ def read_tensor_file(
     Raises:
         FileFormatError: The file is damaged, of another kind or of another format.
     """
-    tensors, entries = read_safetensors(path)
-    return tensors, verify_tensor_file(path, tensors, entries, expected)
-
-
-def verify_tensor_file(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    entries: Mapping[str, str],
-    expected: str,
-) -> dict[str, str]:
-    """Verify what was read of a file written by ``write_tensor_file``.
-
-    Args:
-        path: The file, for messages.
-        tensors: All its tensors.
-        entries: Its metadata as stored.
-        expected: See ``read_tensor_file``.
-
-    Returns:
-        Metadata without the ``dreamcache.`` prefix.
-
-    Raises:
-        FileFormatError: The file is damaged, of another kind or of another format.
-    """
-    found = entries.get(FORMAT_KEY)
-    if found != expected:
-        kind = f"a DreamCache file of format {found}" if found else kind_of_weights(tensors)
+    header = read_header(path)
+    found = header.entries.get(FORMAT_KEY)
+    if header.is_torch or found != expected:
+        kind = f"a DreamCache file of format {found}" if found else kind_of_weights(header.tensors)
+        kind = f"a torch file (.pt, .ckpt, .bin): {kind}" if header.is_torch else kind
         raise FileFormatError(f"{path} is {kind}; expected a DreamCache file of format {expected}.")
-    if entries.get(DIGEST_KEY) != _digest(tensors, entries):
+    tensors = read_weights(path, header)
+    if header.entries.get(DIGEST_KEY) != _digest(tensors, header.entries):
         raise FileFormatError(
             f"{path} is damaged: its contents do not match its checksum. Copy or download it again."
         )
-    return {key.removeprefix(PREFIX): value for key, value in entries.items()}
+    return tensors, header.metadata
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read any safetensors file.
+class Header(NamedTuple):
+    """What a file of weights says of itself.
+
+    Attributes:
+        tensors: Shape and type of each tensor by key, on the device ``meta``.
+        entries: Its metadata as stored.
+        is_torch: Whether it is a torch file.
+    """
+
+    tensors: dict[str, Tensor]
+    entries: dict[str, str]
+    is_torch: bool = False
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata without the ``dreamcache.`` prefix."""
+        return {key.removeprefix(PREFIX): value for key, value in self.entries.items()}
+
+    @property
+    def dtypes(self) -> set[str]:
+        """Names of the tensors' types, ``float16`` say."""
+        return {str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()}
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read what tensors a safetensors or torch file holds, but not their values.
 
     Args:
         path: The file.
 
-    Returns:
-        Tensors by key on the CPU, and the metadata as stored.
-
     Raises:
-        FileFormatError: The file is missing, empty, truncated or no safetensors file at all.
+        FileFormatError: It is missing, damaged, or holds something else than tensors by key.
     """
     if is_torch_file(refuse_non_weights(path)):
-        raise FileFormatError(
-            f"{path} is a torch file (.pt, .ckpt, .bin); expected a safetensors file."
-        )
+        content = inspect_torch_file(Path(path))
+        is_dict = isinstance(content, dict)
+        if not is_dict or not all(isinstance(value, Tensor) for value in content.values()):
+            held = shorten(map(str, content)) if is_dict else type(content).__name__
+            raise FileFormatError(
+                f"{path} is {kind_of_weights(nested_keys(content))}, not a flat dictionary of tensors (found {held})."
+            )
+        return Header({str(key): tensor for key, tensor in content.items()}, {}, is_torch=True)
+    with _open(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return Header({key: _shape_of(each) for key, each in slices.items()}, file.metadata() or {})
+
+
+def read_weights(path: str | os.PathLike[str], header: Header) -> dict[str, Tensor]:
+    """Read the tensors of a file.
+
+    Args:
+        path: The file.
+        header: What ``read_header`` said of it.
+
+    Returns:
+        Tensors by key on the CPU.
+
+    Raises:
+        FileFormatError: It is damaged, or cannot be read safely.
+    """
+    if header.is_torch:
+        return read_torch_file(Path(path), header.tensors)
+    with _open(path) as file:
+        # clone: what get_tensor returns is mapped, and changes when the file is written to
+        return {key: file.get_tensor(key).clone() for key in header.tensors}
+
+
+@contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:  # pyright: ignore[reportUnknownVariableType]
-            metadata: dict[str, str] = dict(file.metadata() or {})
-            # clone: what get_tensor returns is mapped, and changes when the file is written to
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise FileFormatError(
             f"{path} is not a complete safetensors file ({error}). Copy or download it again."
         ) from error
-    return tensors, metadata
+
+
+def _shape_of(stored: Any) -> Tensor:
+    dtype = _DTYPES.get(stored.get_dtype(), torch.uint8)
+    return torch.empty(stored.get_shape(), dtype=dtype, device="meta")
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
+"""Types by their names in safetensors files; the others count as bytes."""
 
 
 def refuse_non_weights(path: str | os.PathLike[str]) -> bytes:
@@ -144,6 +199,8 @@ def refuse_non_weights(path: str | os.PathLike[str]) -> bytes:
     """
     file = Path(path)
     try:
+        if file.exists() and not file.is_file():  # a pipe would not end
+            raise ValueError("it is no file")
         with file.open("rb") as stream:
             head = stream.read(512)
     except (OSError, ValueError) as error:
@@ -171,15 +228,6 @@ def refuse_non_weights(path: str | os.PathLike[str]) -> bytes:
     return head
 
 
-def is_torch_file(head: bytes) -> bool:
-    """Tell a torch file (zip archive or pickle) from a safetensors file, which may begin with any eight bytes.
-
-    Args:
-        head: The file's first bytes, at least nine.
-    """
-    return head.startswith((b"PK", b"\x80")) and head[8:9] != b"{"
-
-
 def kind_of_weights(keys: Mapping[str, object] | set[str]) -> str:
     """Say what a set of weights is, by its keys.
 
@@ -205,6 +253,13 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a VAE", ("decoder.conv_in", "first_stage_model.")),
     ("a text encoder", ("text_model.", "token_embedding")),
 )
+
+
+def shorten(names: Iterable[str], most: int = 6) -> str:
+    """List names for a message: of many the first, of long ones the beginning."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(name[:MAX_SHOWN] for name in listed[:most]) + more
 
 
 def _digest(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> str:

@@ -4,11 +4,7 @@ import json
 import logging
 import os
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +12,20 @@ from torch import Tensor
 from ..errors import FileFormatError, InputError
 from ..files.tensor_file import (
     FORMAT_KEY,
-    is_torch_file,
     kind_of_weights,
-    read_safetensors,
-    refuse_non_weights,
-    verify_tensor_file,
+    read_header,
+    read_tensor_file,
+    read_weights,
+    shorten,
     write_tensor_file,
 )
+from ..names import printable
 from .adapter import AdapterInfo, AdapterSet
-from .layers import FAMILY_OF_CONTEXT_WIDTH, Layout
+from .layers import FAMILY_OF_CONTEXT_WIDTH, LAYER_NAME, Layout, check_layer_names
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "adapters/1"
-FOLDER_BIT = 0x10
-"""External attribute of a zip archive's member: torch writes it nowhere, and takes such a member for empty."""
 
 WHERE_FROM = (
     "Adapters for Stable Diffusion 2.1-base are the file cross_attention-<step>.pt that the DreamCache authors "
@@ -48,9 +43,8 @@ _RELEASED_NAMES = {
     "linear_cat.weight": "merge.weight",
     "linear_cat.bias": "merge.bias",
 }
-_LAYER = r"(?:input_blocks|output_blocks)\.\d+\.\d+|middle_block\.\d+"
 _RELEASED_KEY = re.compile(
-    rf"(?P<prefix>(?:model\.)?diffusion_model\.|)(?P<layer>{_LAYER})\.transformer_blocks\.0\.(?P<name>.+)"
+    rf"(?P<prefix>(?:model\.)?diffusion_model\.|)(?P<layer>{LAYER_NAME})\.transformer_blocks\.0\.(?P<name>.+)"
 )
 
 
@@ -106,11 +100,15 @@ def load_adapters(path: str | os.PathLike[str], *, family: str | None = None) ->
             tensors; the message says which and what to do.
         InputError: ``family`` is unknown.
     """
-    file = Path(path)
-    tensors, entries = read_weights(file)
-    if FORMAT_KEY in entries:
-        return _from_own(file, tensors, verify_tensor_file(file, tensors, entries, FORMAT))
-    return adapters_from_released(tensors, family=family, source=str(file))
+    header, source = read_header(path), os.fspath(path)
+    # each twice: first on the header alone, so that other files are refused before they are read
+    if FORMAT_KEY in header.entries:
+        if header.entries[FORMAT_KEY] == FORMAT:
+            _from_own(source, header.tensors, header.metadata)
+        return _from_own(source, *read_tensor_file(path, FORMAT))
+    described = adapters_from_released(header.tensors, family=family, source=source)
+    tensors = read_weights(path, header)
+    return adapters_from_released(tensors, family=described.family, source=source)
 
 
 def adapters_from_released(
@@ -146,7 +144,7 @@ def adapters_from_released(
     if not own:
         kind = kind_of_weights(set(tensors))
         if kind.startswith("DreamCache"):
-            kind = f"under an unknown prefix ({_shorten(sorted(tensors), 1)})"
+            kind = f"under an unknown prefix ({shorten(sorted(tensors), 1)})"
         raise FileFormatError(f"{source} is {kind}, not DreamCache adapters. {WHERE_FROM}")
     if len(prefixes) > 1:
         raise FileFormatError(
@@ -164,33 +162,31 @@ def adapters_from_released(
     return _assemble(source, AdapterInfo(layout), own, unknown)
 
 
-def _from_own(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterSet:
+def _from_own(source: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterSet:
     entries = dict(metadata)
     try:
-        layers = json.loads(entries.pop("layers"))
+        layers = check_layer_names(json.loads(entries.pop("layers")))
         layout = _layout(tensors, layers, int(entries.pop("context_width")))
         for key in ("format", "family", "sha256"):  # known already
             entries.pop(key, None)
         info = AdapterInfo(
             layout,
             timestep=int(entries.pop("timestep", "1")),
-            base_model=entries.pop("base_model", ""),
-            prediction=entries.pop("prediction", "epsilon"),
+            base_model=printable(entries.pop("base_model", "")),
+            prediction=printable(entries.pop("prediction", "epsilon")),
             extra=entries,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise FileFormatError(
-            f"{file} lacks a valid metadata entry ({error}). Convert or save the adapters again."
+            f"{source} lacks a valid metadata entry ({error}). Convert or save the adapters again."
         ) from error
-    return _assemble(str(file), info, tensors, [])
+    return _assemble(source, info, tensors, [])
 
 
 def _layout(tensors: Mapping[str, Tensor], layers: list[str], context_width: int) -> Layout:
     """Read the layers' widths off the tensors."""
     channels: dict[str, int] = {}
     for layer in layers:
-        if not re.fullmatch(_LAYER, layer):
-            raise ValueError(f"unknown layer {layer}")
         # every tensor's first axis is the layer's width: what most of them say counts
         widths = [t.shape[0] for k, t in tensors.items() if k.startswith(f"{layer}.") and t.ndim]
         channels[layer] = max(sorted(widths), key=widths.count, default=1) or 1
@@ -232,12 +228,10 @@ def _check_tensors(
         "misshapen": sorted(misshapen),
         "not of a float type": sorted(not_float),
         "with NaN or infinite values": sorted(
-            key
-            for key in present
-            if key not in not_float and not tensors[key].float().isfinite().all()
+            key for key in present if key not in not_float and not _is_finite(tensors[key])
         ),
     }
-    listed = [f"{len(keys)} {what}: {_shorten(keys)}" for what, keys in problems.items() if keys]
+    listed = [f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys]
     if listed:
         raise FileFormatError(
             f"{source} does not hold complete DreamCache adapters. Tensors {'; '.join(listed)}. Download or convert "
@@ -245,70 +239,8 @@ def _check_tensors(
         )
 
 
-def _shorten(keys: list[str], most: int = 6) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
-
-
-def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a safetensors file or a torch pickle, whatever they are.
-
-    Args:
-        file: The file. Pickles are read weights-only.
-
-    Returns:
-        Tensors by key on the CPU, and the metadata as stored; none for a pickle.
-
-    Raises:
-        FileFormatError: The file is missing, damaged, or holds something else than tensors.
-    """
-    if is_torch_file(refuse_non_weights(file)):
-        return _read_pickle(file), {}
-    return read_safetensors(file)
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        _refuse_damaged_archive(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are about the pickle's protocol
-            loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except FileFormatError:
-        raise
-    except Exception as error:
-        # a damaged pickle can raise nearly anything
-        if type(error).__name__ == "UnpicklingError" and "GLOBAL" in str(error):
-            raise FileFormatError(
-                f"{file} holds more than tensors, so reading it could run code; it was not read. Expected a torch "
-                "file with a flat dictionary of tensors."
-            ) from error
-        raise FileFormatError(
-            f"{file} is not a complete torch file ({type(error).__name__}). Download it again."
-        ) from error
-    is_dict = isinstance(loaded, dict)
-    if not is_dict or not all(isinstance(value, Tensor) for value in loaded.values()):
-        held = _shorten([str(key) for key in loaded]) if is_dict else type(loaded).__name__
-        raise FileFormatError(
-            f"{file} is {kind_of_weights(_all_keys(loaded))}, not a flat dictionary of tensors (found {held}). "
-            f"{WHERE_FROM}"
-        )
-    return {str(key): value for key, value in loaded.items()}
-
-
-def _all_keys(nested: Any, prefix: str = "") -> set[str]:
-    if not isinstance(nested, dict):
-        return {prefix}
-    return set[str]().union(*(_all_keys(value, f"{prefix}{key}.") for key, value in nested.items()))
-
-
-def _refuse_damaged_archive(file: Path) -> None:
-    if not zipfile.is_zipfile(file):
-        return
-    with zipfile.ZipFile(file) as archive:
-        folders = [each.filename for each in archive.infolist() if each.external_attr & FOLDER_BIT]
-        damaged = folders[0] if folders else archive.testzip()
-    if damaged is not None:
-        raise FileFormatError(f"{file} is damaged at {damaged}. Download it again.")
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or bool(tensor.float().isfinite().all())
 
 
 def _context_width(family: str) -> int:

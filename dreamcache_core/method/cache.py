@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError, InputError, MismatchError
-from ..files.tensor_file import read_tensor_file, write_tensor_file
-from .layers import Layout
+from ..files.tensor_file import read_tensor_file, shorten, write_tensor_file
+from .layers import Layout, check_layer_names
 
 FORMAT = "reference/1"
 
@@ -234,12 +234,12 @@ class ReferenceCache:
         """
         tensors, metadata = read_tensor_file(path, FORMAT)
         try:
-            layers = json.loads(metadata["layers"])
+            layers = check_layer_names(json.loads(metadata["layers"]))
             height, width = json.loads(metadata["latent_size"])
             masks = {n: tensors.pop(f"masks.{n}") for n in layers if f"masks.{n}" in tensors}
             features = {n: tensors.pop(f"features.{n}") for n in layers}
             if tensors:
-                raise InputError(f"unknown tensors {', '.join(sorted(tensors))}")
+                raise InputError(f"unknown tensors {shorten(sorted(tensors))}")
             return cls(
                 features=features,
                 context_width=int(metadata["context_width"]),
@@ -248,7 +248,7 @@ class ReferenceCache:
                 seed=json.loads(metadata["seed"]),
                 masks=masks or None,
             )
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise FileFormatError(
                 f"{path} is not a complete saved reference ({error}). Save it again with Save Reference."
             ) from error

@@ -3,6 +3,7 @@
 Knows module trees only through ``AttentionSite``; the back ends make those.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import MismatchError
 
 Part = Literal["encoder", "middle", "decoder"]
+
+LAYER_NAME = "(?:input_blocks|output_blocks)[.][0-9]{1,3}[.][0-9]{1,3}|middle_block[.][0-9]{1,3}"
+"""Regular expression of a canonical layer name."""
 
 FAMILY_OF_CONTEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 
@@ -27,6 +31,27 @@ def family_of(context_width: int) -> str:
         ``sd15`` (768), ``sd21`` (1024), ``sdxl`` (2048), else ``custom-<width>``.
     """
     return FAMILY_OF_CONTEXT_WIDTH.get(context_width, f"custom-{context_width}")
+
+
+def check_layer_names(names: object) -> list[str]:
+    """Refuse what a file gives for layer names.
+
+    Args:
+        names: To be a list of canonical layer names.
+
+    Returns:
+        The names.
+
+    Raises:
+        TypeError: It is no list.
+        ValueError: It holds another name; the message says which.
+    """
+    if not isinstance(names, list):
+        raise TypeError("layers are no list")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(LAYER_NAME, name):
+            raise ValueError(f"unknown layer {str(name)[:80]!r}")
+    return names
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ import folder_paths
 
 from ...dreamcache_core import InputError
 from ...dreamcache_core.method.adapter_files import WHERE_FROM
+from ...dreamcache_core.names import printable
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +274,7 @@ def _new_path(prefix: str, root: str, rule: str, example: str, reserved: str = "
     """Number a new file below a folder; refuse a prefix without a name, outside, or in a reserved subfolder."""
     name = prefix.strip().replace("\\", "/")
     parts = [part for part in name.split("/") if part != "."]
-    is_outside = ".." in parts or os.path.isabs(name) or ":" in name or "\0" in name
+    is_outside = ".." in parts or os.path.isabs(name) or ":" in name or name != printable(name)
     is_nameless = os.path.basename(name).strip() in ("", ".")
     if is_outside or is_nameless or parts[0] == reserved:
         raise InputError(f"{rule}; given {prefix!r}. Give a name such as {example}.")

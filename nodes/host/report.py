@@ -1,11 +1,13 @@
 """What a node tells its user after it ran."""
 
+import html
 import sys
 
 from comfy_api.latest import io, ui
 
 from ...dreamcache_core import AdapterSet
 from ...dreamcache_core.fitting.fit import FITTED
+from ...dreamcache_core.names import printable
 
 
 def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
@@ -18,6 +20,7 @@ def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
     Returns:
         The node's ``ui`` output.
     """
+    text = printable(text)
     show(text, node_id(node))
     return ui.PreviewText(text)
 
@@ -37,7 +40,8 @@ def show(text: str, node: str | None) -> None:
     # graphs can also be executed without a server, which is then not imported
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node is not None:
-        server.send_progress_text(text, node)
+        # older pages put it into their HTML as it is
+        server.send_progress_text(html.escape(text), node)
 
 
 def node_id(node: type[io.ComfyNode]) -> str | None:

@@ -1,5 +1,6 @@
 """The command line on tiny real models: images out, and one clear line for every bad input."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -396,6 +397,19 @@ def test_inspect_saved_reference(files, capsys):
     assert said["kind"] == "saved DreamCache reference"
     assert (said["images"], said["seed"], said["mask"]) == ("2", "5", "none")
     assert said["latent"] == "8 x 8 (height x width)"
+
+
+def test_inspect_shows_names_and_metadata_of_strangers_on_lines_of_their_own(
+    files, tmp_path, capsys
+):
+    adapters = load_adapters(files / "sd.safetensors")
+    extra = {"licence": "none\nkind: trusted\x1b[2J", "a\rb": "c"}
+    adapters.info = dataclasses.replace(adapters.info, extra=extra)
+    save_adapters(adapters, tmp_path / "a.safetensors")
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    shown = capsys.readouterr().out
+    assert r"none\nkind: trusted\x1b[2J" in shown
+    assert all(line.isprintable() for line in shown.split("\n"))
 
 
 @pytest.mark.parametrize(

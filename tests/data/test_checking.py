@@ -1,6 +1,7 @@
 """``dreamcache dataset check``: what it counts, what it complains of, and how it ends."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -273,3 +274,20 @@ def test_reading_leaves_the_global_random_state_alone(flawed: Path):
     check_source(FolderSource(flawed), resolution=64)
     training_sheet(FolderSource(flawed), resolution=64, num_samples=2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such file names")
+def test_names_cannot_forge_lines_of_the_report_or_command_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_pair(tmp_path / "set", "a\nno problems\x1b[2J", box=(0, 0, 90, 60))
+    write_pair(tmp_path / "set", "b\nno problems", box=(0, 0, 0, 0))
+    write_pair(tmp_path / "set", "c\nerror: x")
+    (tmp_path / "set" / "c\nerror: x_mask.png").unlink()
+    with pytest.raises(SystemExit):
+        main(["dataset", "check", str(tmp_path / "set"), "--samples", "0", "--size", "64"])
+    printed = capsys.readouterr()
+    lines = [*printed.out.split("\n"), *printed.err.replace("\r", "\n").split("\n")]
+    assert all(line.isprintable() for line in lines)
+    assert "no problems" not in lines
+    assert r"a\nno problems\x1b[2J" in printed.out

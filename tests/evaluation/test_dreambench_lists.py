@@ -122,6 +122,14 @@ def test_unfit_lists_are_refused(tmp_path: Path, name: str, text: str, message: 
         read_benchmark(**given)
 
 
+@pytest.mark.parametrize("name", ["../x", "/etc", "a/b", "..", "a\\b", "C:", ".hidden", "a\x1b[2J"])
+def test_subjects_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "subjects.csv"
+    path.write_text(f"subject,class,kind\nmug,mug,object\n{name},mug,object\n")
+    with pytest.raises(InputError, match="Expected the name of a folder for each subject"):
+        read_benchmark(subjects=path)
+
+
 def test_images_come_with_masks_and_the_first_is_the_reference(dataset: Path) -> None:
     mug, dog, bear = subjects_of(dataset)
     assert [photo.image.name for photo in mug.photos] == ["00.png", "01.jpg"]

@@ -129,6 +129,18 @@ def test_tables_are_written_as_csv(tmp_path: Path) -> None:
     assert len(images) == 4
 
 
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t"])
+def test_cells_that_a_spreadsheet_would_run_are_marked_as_text(tmp_path: Path, start: str) -> None:
+    name, prompt = f"{start}HYPERLINK(1)", f"{start}1+1"
+    scores = [score(name, -0.5, prompt=prompt)]
+    write_tables(tmp_path, summarise(scores, [subject(name, False)]), scores)
+    with (tmp_path / "images.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["subject"], row["prompt"], row["dino"]) == (f"'{name}", f"'{prompt}", "-0.5")
+    with (tmp_path / "subjects.csv").open(encoding="utf-8", newline="") as file:
+        assert next(csv.DictReader(file))["name"] == f"'{name}"
+
+
 def test_lines_for_people_name_groups_and_metrics() -> None:
     lines = list(overall_lines(summarise(SCORES, SUBJECTS)))
     assert lines[1] == (

@@ -1,7 +1,9 @@
 """Files with a checksum: whatever happens to their bytes, they load equal values or say what is wrong."""
 
+import json
 import os
 import stat
+import time
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -18,12 +20,13 @@ from torch import Tensor
 
 from dreamcache_core.errors import DreamCacheError, FileFormatError, InputError
 from dreamcache_core.files.tensor_file import (
-    is_torch_file,
     kind_of_weights,
-    read_safetensors,
+    read_header,
     read_tensor_file,
+    read_weights,
     write_tensor_file,
 )
+from dreamcache_core.files.torch_file import is_torch_file
 from dreamcache_core.method.adapter import AdapterInfo, AdapterSet
 from dreamcache_core.method.adapter_files import load_adapters, save_adapters
 from dreamcache_core.method.cache import ReferenceCache
@@ -32,6 +35,11 @@ from dreamcache_core.method.layers import Layout
 CHANNELS = {"middle_block.1": 4, "output_blocks.4.1": 2}
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(2, dtype=torch.float16)}
 METADATA = {"format": "test/1", "note": "two words"}
+
+
+def read_stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    header = read_header(path)
+    return read_weights(path, header), header.entries
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -117,7 +125,7 @@ def test_other_format_is_refused_and_both_are_named(tmp_path: Path):
 def test_changed_content_does_not_pass_the_checksum(tmp_path: Path, change: str):
     path = tmp_path / "f.safetensors"
     write_tensor_file(path, TENSORS, METADATA)
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_stored(path)
     if change == "tensor":
         tensors["b"][1, 2] += 1
     elif change == "metadata":
@@ -150,19 +158,19 @@ def test_changed_content_does_not_pass_the_checksum(tmp_path: Path, change: str)
         (b'{"error": "not found"}', "not a complete safetensors file"),
         (b"\x89PNG\r\n\x1a\n" + bytes(100), "is an image or a document"),
         (b"abc", "not a complete safetensors file"),
-        (b"PK\x03\x04" + bytes(100), "is a torch file"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "is a torch file"),
+        (b"PK\x03\x04" + bytes(100), "not a complete torch file"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "not a complete torch file"),
     ],
 )
 def test_foreign_file_is_named(tmp_path: Path, content: bytes, named: str):
     with pytest.raises(FileFormatError, match=rf"f\.safetensors .*{named}|{named}"):
-        read_safetensors(write(tmp_path / "f.safetensors", content))
+        read_header(write(tmp_path / "f.safetensors", content))
 
 
 @pytest.mark.parametrize("path", ["missing.safetensors", "x" * 5000, "a\0b", ""])
 def test_path_that_cannot_be_read_is_named(tmp_path: Path, path: str):
     with pytest.raises(FileFormatError, match=r"no readable file .*Check the path"):
-        read_safetensors(f"{tmp_path}/{path}")
+        read_header(f"{tmp_path}/{path}")
 
 
 @pytest.mark.parametrize("length", [0x80, 0x4B50])
@@ -176,7 +184,7 @@ def test_safetensors_whose_length_looks_like_a_torch_file_is_read(tmp_path: Path
     write(path, padded)
     assert padded[:1] in (b"\x80", b"P")
     assert not is_torch_file(padded)
-    assert set(read_safetensors(path)[0]) == set(TENSORS)
+    assert set(read_stored(path)[0]) == set(TENSORS)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +213,31 @@ def test_kind_of_weights_is_told_by_the_keys(tmp_path: Path, key: str, kind: str
     )
     with pytest.raises(FileFormatError, match=rf"is .*{kind}.*; expected a DreamCache file"):
         read_tensor_file(tmp_path / "f.safetensors", "test/1")
+
+
+@pytest.mark.parametrize("entries", [{}, {"dreamcache.format": "adapters/1"}])
+@pytest.mark.parametrize("load", [load_adapters, ReferenceCache.load])
+def test_three_gigabytes_of_another_kind_are_refused_by_their_header(
+    load: Callable[[Path], Any], entries: dict[str, str], tmp_path: Path
+):
+    size, path = 3 * 2**30, tmp_path / "f.safetensors"
+    tensor = {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": entries, "down_blocks.0.weight": tensor}).encode()
+    write(path, len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)  # takes no room
+    start = time.process_time()
+    with pytest.raises(
+        FileFormatError, match=r"a base model|expected .* reference/1|lacks a valid"
+    ):
+        load(path)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes by name")
+def test_pipe_is_refused_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "f.safetensors")
+    with pytest.raises(FileFormatError, match=r"no readable file .*: it is no file"):
+        load_adapters(tmp_path / "f.safetensors")
 
 
 # property: any mutation of a valid file loads equal values or raises a DreamCacheError
@@ -332,7 +365,7 @@ def test_released_adapters_with_a_tensor_marked_as_a_folder_are_refused(tmp_path
         content.rindex(b"f/data/0") - 8
     )  # in the archive's list, before the offset and the name
     marked[attributes] |= 0x10  # a folder to MS-DOS: torch reads nothing there, and says nothing
-    with pytest.raises(FileFormatError, match="damaged at"):
+    with pytest.raises(FileFormatError, match="f/data/0 is not as torch writes it"):
         values_of(write(tmp_path / name, bytes(marked)))
 
 
@@ -347,7 +380,7 @@ def test_every_truncation_raises_a_file_format_error(kind: str, tmp_path: Path):
 
 def rewrite_metadata(path: Path, **changes: str | None) -> None:
     """Change entries and put the right checksum, as only a wrong program would."""
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_stored(path)
     own = {key.removeprefix("dreamcache."): value for key, value in metadata.items()}
     for key, value in changes.items():
         own.pop(key, None)

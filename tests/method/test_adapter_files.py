@@ -1,6 +1,7 @@
 """Adapter files in and out: what is read, and what each wrong file is told to be."""
 
 import dataclasses
+import json
 import logging
 import os
 import pickle
@@ -168,6 +169,27 @@ def test_own_format_with_wrong_tensors_lists_them(tmp_path: Path, problem: str):
     )
     with pytest.raises(FileFormatError, match=rf"1 {problem}: middle_block\.1\.to_[qz]\.weight"):
         load_adapters(path)
+
+
+@pytest.mark.parametrize(
+    "layer", ["<img src=x onerror=alert(1)>", "middle_block.1\n", "middle_block.\u0661", "a" * 999]
+)
+def test_adapters_with_a_name_that_is_no_layer_are_refused_on_one_line(tmp_path: Path, layer: str):
+    path = tmp_path / "a.safetensors"
+    entries = {"format": "adapters/1", "context_width": "768", "layers": json.dumps([layer])}
+    write_tensor_file(path, {f"{layer}.norm.weight": torch.zeros(4)}, entries)
+    with pytest.raises(FileFormatError, match="unknown layer") as error:
+        load_adapters(path)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
+
+
+def test_what_a_file_says_of_its_base_model_is_printable(tmp_path: Path):
+    save_adapters(
+        make_adapters(base_model="a\nwarning: b", prediction="\x1b[2J"), tmp_path / "a.pt"
+    )
+    info = load_adapters(tmp_path / "a.pt").info
+    assert (info.base_model, info.prediction) == (r"a\nwarning: b", r"\x1b[2J")
 
 
 # the released format

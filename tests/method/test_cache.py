@@ -366,3 +366,25 @@ def test_saving_to_a_missing_folder_is_refused(tmp_path: Path):
 def test_missing_reference_file_is_named(tmp_path: Path):
     with pytest.raises(FileFormatError, match=r"no readable file .*r\.safetensors"):
         ReferenceCache.load(tmp_path / "r.safetensors")
+
+
+STRANGE_LAYERS = (
+    "<img src=x onerror=alert(1)>",
+    "output_blocks.4.1\nwarning: all is well",
+    "output_blocks.4.1\x1b[2J",
+    "output_blocks.\u0664.1",
+    "../output_blocks.4.1",
+    "output_blocks.4444.1",
+    "",
+)
+
+
+@pytest.mark.parametrize("layer", STRANGE_LAYERS)
+def test_reference_with_a_name_that_is_no_layer_is_refused_on_one_line(tmp_path: Path, layer: str):
+    path = tmp_path / "a.safetensors"
+    make_cache(features={layer: torch.zeros(1, 2, 2, 3)}).save(path)
+    with pytest.raises(
+        FileFormatError, match=r"not a complete saved reference .unknown layer"
+    ) as e:
+        ReferenceCache.load(path)
+    assert str(e.value).isprintable()

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import InputError
+from ...names import printable
 from .reading import (
     FileSource,
     NamedFile,
     Part,
     one_line,
-    printable,
     read_text,
     require_pairs,
     stamp_files,

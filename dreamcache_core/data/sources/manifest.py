@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import FileFormatError, InputError
+from ...names import printable
 from .reading import (
     FileSource,
     NamedFile,
     Part,
     one_line,
-    printable,
     read_text,
     require_pairs,
     stamp_files,
@@ -140,7 +140,7 @@ def _note_unread(path: Path, lines: Iterable[tuple[int, Mapping[str, Any]]]) -> 
         logger.warning(
             "%s: of its columns %s are not read; those that are: %s.",
             path,
-            ", ".join(unread),
+            printable(", ".join(unread)),
             ", ".join(COLUMNS),
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...errors import FileFormatError, InputError
 from ...images.files import ImageFile, open_image, read_image, read_mask
 from ...images.reference import check_image, subject_box, subject_opacity
+from ...names import printable
 from .source import Pair, PairSource
 
 logger = logging.getLogger(__name__)
@@ -211,11 +212,6 @@ def weak_mask(mask: Tensor) -> str:
     if not 0 < highest < STRONG_FROM:
         return ""
     return f"the mask has values up to {highest:.2g} of 1; save white as 255."
-
-
-def printable(text: str) -> str:
-    """Escape what is no Unicode in a text, such as a file name of another encoding."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "backslashreplace")
 
 
 def require_pairs(path: Path, num_pairs: int, problems: Sequence[str]) -> tuple[str, ...]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import FileFormatError, InputError
+from ...names import printable
 from .reading import (
     FileSource,
     NamedFile,
     Part,
     decode_text,
     one_line,
-    printable,
     require_pairs,
     stamp_files,
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ...data.synthetic.captions import _numbered_lines
 from ...errors import InputError
+from ...names import is_plain_name
 
 LISTS = Path(__file__).parent / "lists"
 SUBJECTS_FILE = LISTS / "dreambench_subjects.csv"
@@ -160,6 +161,12 @@ def _templates(text: str) -> tuple[str, ...]:
 
 
 def _checked(entries: Sequence[SubjectEntry], path: Path) -> tuple[SubjectEntry, ...]:
+    outside = [entry.name for entry in entries if not is_plain_name(entry.name)]
+    if outside:
+        raise InputError(
+            f"Expected the name of a folder for each subject in {path}; {outside[0]!r} is none. Give the folder's own "
+            "name, such as backpack."
+        )
     twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
     if twice or not entries:
         raise InputError(

@@ -25,6 +25,7 @@ METRICS = {
     "masked_dino": "masked DINO",
     "masked_clip_i": "masked CLIP-I",
 }
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,12 @@ def _write_csv(path: Path, heading: Sequence[str], rows: Iterable[Sequence[Any]]
     with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(heading)
-        writer.writerows(rows)
+        writer.writerows(map(_as_text, row) for row in rows)
+
+
+def _as_text(cell: Any) -> Any:
+    """Mark text that a spreadsheet would take for a formula as text."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
 
 
 def _tables(results: Results) -> list[Table]:

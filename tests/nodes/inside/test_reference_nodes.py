@@ -446,7 +446,7 @@ def test_saving_outside_the_output_folder_is_refused(model, prefix):
     assert sorted(Path(folder_paths.get_output_directory()).parent.rglob("*")) == before
 
 
-@pytest.mark.parametrize("prefix", ["", "  ", "..", "dogs/", "a\0b"])
+@pytest.mark.parametrize("prefix", ["", "  ", "..", "dogs/", "a\0b", "a\nb", "\x1b[2J"])
 def test_saving_without_a_file_name_is_refused(model, prefix):
     with pytest.raises(CORE.InputError, match="saved by name"):
         run("DreamCacheSaveReference", reference=encode(model), filename_prefix=prefix)
