@@ -1,10 +1,12 @@
 """Adapters as a U-Net can run with them: fused, on its device, in its float type, each set once."""
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from ..method.adapter import AdapterModules, AdapterSet
 from ..method.blending import ReferenceUse
@@ -14,9 +16,7 @@ class FusedAdapters:
     """Keeps what was fused as long as its adapters live."""
 
     def __init__(self) -> None:
-        self._known: WeakKeyDictionary[AdapterModules, tuple[Any, AdapterModules]] = (
-            WeakKeyDictionary()
-        )
+        self._known: WeakKeyDictionary[AdapterModules, _Fused] = WeakKeyDictionary()
 
     def ready(self, use: ReferenceUse, *, device: torch.device, dtype: torch.dtype) -> ReferenceUse:
         """Give a use adapters that a U-Net can run with.
@@ -33,22 +33,37 @@ class FusedAdapters:
         is_elsewhere = any((p.device, p.dtype) != target for p in adapters.parameters())
         if not isinstance(adapters, AdapterSet) and not is_elsewhere:
             return use
-        state = (target, _state_of(adapters))
         known = self._known.get(adapters)
-        if known is None or known[0] != state:
-            known = self._known[adapters] = state, _fuse(adapters, device, dtype)
+        if known is None or not known.is_of(adapters, target):
+            weights = [parameter.detach().clone() for parameter in adapters.parameters()]
+            known = _Fused(weights, target, _fuse(adapters, *target))
+            self._known[adapters] = known
         # not dataclasses.replace: the use was checked before, its warnings need no repeating
         changed = copy.copy(use)
-        object.__setattr__(changed, "adapters", known[1])
+        object.__setattr__(changed, "adapters", known.adapters)
         return changed
+
+
+@dataclass(frozen=True, eq=False)
+class _Fused:
+    """Fused adapters, what they are for, and a copy of the weights that they were made from.
+
+    Weights are compared by value: counters of changes miss fused optimizers and whatever else writes past autograd.
+    """
+
+    weights: Sequence[Tensor]
+    target: tuple[torch.device, torch.dtype]
+    adapters: AdapterModules
+
+    def is_of(self, adapters: AdapterModules, target: tuple[torch.device, torch.dtype]) -> bool:
+        pairs = zip(self.weights, adapters.parameters(), strict=True)
+        return self.target == target and all(
+            (one.device, one.dtype) == (other.device, other.dtype) and torch.equal(one, other)
+            for one, other in pairs
+        )
 
 
 def _fuse(adapters: AdapterModules, device: torch.device, dtype: torch.dtype) -> AdapterModules:
     if isinstance(adapters, AdapterSet):
         return adapters.fuse(dtype=dtype).to(device)
     return copy.deepcopy(adapters).to(device, dtype)
-
-
-def _state_of(adapters: AdapterModules) -> tuple[int, ...]:
-    """Tell apart the same adapters before and after a training step."""
-    return tuple(0 if p.is_inference() else p._version for p in adapters.parameters())

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import EMAModel
 from tiny_diffusers import random_adapters
 from tiny_pipeline import ddim, tiny_pipeline, tiny_sdxl_pipeline, wrap
 
@@ -435,14 +436,45 @@ def test_output_types_sizes_and_callback(pipe):
 # --- adapters
 
 
-def test_adapters_are_fused_once_and_again_after_training(pipe):
+def step_fused_adamw(adapters):
+    weight = adapters["middle_block.1"].to_v.weight.requires_grad_(True)
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], fused=True).step()
+
+
+def copy_moving_average(adapters):
+    averaged = EMAModel([p + 1 for p in adapters.parameters()])
+    averaged.copy_to(adapters.parameters())
+
+
+WEIGHT_CHANGES = {
+    "in place": lambda adapters: adapters["middle_block.1"].to_v.weight.add_(1),
+    "past autograd": lambda adapters: adapters["middle_block.1"].to_v.weight.data.add_(1),
+    "fused AdamW": step_fused_adamw,
+    "EMAModel.copy_to": copy_moving_average,
+    "rows exchanged": lambda adapters: adapters["middle_block.1"].to_v.weight.data.copy_(
+        adapters["middle_block.1"].to_v.weight.data.flip(0)
+    ),
+    "data replaced": lambda adapters: setattr(
+        adapters["middle_block.1"].to_v.weight, "data", torch.ones(128, 128)
+    ),
+    "float type": lambda adapters: adapters.double(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", WEIGHT_CHANGES)
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_changed_weights_are_fused_anew_whatever_changed_them(pipe, change, is_inference):
     use, fused = make_use(pipe), FusedAdapters()
     first = fused.ready(use, **WHERE).adapters
     assert fused.ready(use, **WHERE).adapters is first
     assert fused.ready(make_use(pipe), **WHERE).adapters is not first
-    with torch.no_grad():
-        use.adapters["middle_block.1"].to_v.weight.add_(1)
-    assert fused.ready(use, **WHERE).adapters is not first
+    with torch.inference_mode(is_inference):
+        WEIGHT_CHANGES[change](use.adapters)
+    anew = fused.ready(use, **WHERE).adapters
+    expected = use.adapters.fuse().state_dict()
+    assert all(torch.equal(w, expected[name]) for name, w in anew.state_dict().items())
 
 
 def test_fused_adapters_do_not_outlive_the_set_they_came_from(pipe):
