@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..dreamcache_core import InputError, prepare_reference_image
+from ..dreamcache_core import AdapterSet, InputError, prepare_reference_image
 from ..dreamcache_core.images.files import read_image
 from ..dreamcache_core.images.masks import Subject, find_subject, on_white, shows_background
 from ..dreamcache_core.images.reference import subject_box
@@ -18,6 +18,7 @@ from .host.sampling import plain_text
 from .sockets import (
     PERSONALIZE,
     SUBJECT,
+    Adapters,
     Reference,
     advanced,
     found_by,
@@ -48,6 +49,14 @@ def _square() -> list[Any]:
             tooltip="How large the subject stands in the square: 1 touches the border. Best from 0.7 to 1, as in training.",
         ),
     ]
+
+
+def _adapters_input() -> io.Input:
+    return Adapters.Input(
+        "adapters",
+        optional=True,
+        tooltip="The adapters that the reference is for. Without them it serves trained ones of the paper's kind.",
+    )
 
 
 class ReferenceImage(io.ComfyNode):
@@ -164,10 +173,10 @@ class Encode(io.ComfyNode):
                     default=1,
                     min=0,
                     max=999,
-                    tooltip="How noisy the image is when the model looks at it: 1 is clear and right for trained adapters; Adapters from "
-                    "Model says on its node what its adapters need.",
+                    tooltip="How noisy the image is when the model looks at it. It must be the adapters' own: connect adapters, and it is.",
                 ),
                 mask_marks_input(),
+                _adapters_input(),
             ],
             outputs=[Reference.Output(display_name="reference", tooltip="For Apply DreamCache.")],
             hidden=[io.Hidden.unique_id],
@@ -185,6 +194,7 @@ class Encode(io.ComfyNode):
         conditioning: list[Any] | None = None,
         mask: Tensor | None = None,
         mask_marks: str = "auto",
+        adapters: AdapterSet | None = None,
     ) -> io.NodeOutput:
         """Encode the images."""
         text = conditioning or _empty_prompt(clip)
@@ -202,6 +212,7 @@ class Encode(io.ComfyNode):
             seed=seed,
             timestep=timestep,
             mask=mask,
+            adapters=adapters,
             node_id=node_id(cls),
         )
         return io.NodeOutput(reference, ui=report(cls, f"{subject.note}; {reference.describe()}"))
@@ -235,6 +246,7 @@ class EncodeFolder(io.ComfyNode):
                     tooltip="Off: each image is a subject of its own. On: all show ONE subject and become one reference.",
                 ),
                 *_square(),
+                _adapters_input(),
             ],
             outputs=[
                 Reference.Output(
@@ -271,6 +283,7 @@ class EncodeFolder(io.ComfyNode):
         one_subject: bool,
         size: int,
         fill: float,
+        adapters: AdapterSet | None = None,
     ) -> io.NodeOutput:
         """Encode the images."""
         paths = image_paths(folder)
@@ -290,6 +303,7 @@ class EncodeFolder(io.ComfyNode):
             seed=0,
             timestep=1,
             mask=None,
+            adapters=adapters,
             node_id=node_id(cls),
         )
         references = [together] if one_subject else together.split()

@@ -118,7 +118,7 @@ class TrainAdapters(io.ComfyNode):
         adapters = run.initial_adapters()
         data = run.encode()
         try:
-            train(run.model, adapters, data, run.settings, run.after_step)
+            train(run.model, adapters, data, run.settings, run.after_step, run.after_pass)
             run.write_record(adapters)
             curve = draw_loss_curve(run.losses)
             shown = report(cls, run.describe(adapters))
@@ -183,11 +183,11 @@ def _course() -> list[io.Input]:
         seed_input("The same inputs and seed give the same adapters."),
         io.Combo.Input(
             "init",
-            options=["identity", "self_attention", "paper"],
-            default="identity",
-            tooltip="Start values. 'identity': training starts at exactly the plain model. 'self_attention': so too, and the "
-            "adapters look at the reference as the model looks at its own image. 'paper': everything random. "
-            "Without effect when adapters is connected.",
+            options=["fitted", "self_attention", "identity", "paper"],
+            default="fitted",
+            tooltip="Start values. 'fitted': as Adapters from Model makes them, the subject shows from the first step on. "
+            "'self_attention': so too, but the subject shows only as it is learned. 'identity': nothing but the plain model. "
+            "'paper': everything random. Without effect when adapters is connected.",
         ),
     ]
 

@@ -12,9 +12,6 @@ from ..method.adapter import AdapterSet
 from ..method.backends import select_sites
 from ..method.compiling import plain_module, temporary_hooks
 
-NUM_IMAGES = 256
-"""References that are looked at; their tokens number thousands at the smallest layer."""
-
 RIDGE = 1e-3
 """Added to the diagonal, in shares of its mean, for channels that hardly vary."""
 

@@ -1,6 +1,6 @@
 """Adapters from the model of a pipeline, without a file and without training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..fitting.fit import DEFAULTS, FitSettings, fit_adapters
 from ..fitting.noise_schedule import NoiseSchedule
 from ..method.adapter import AdapterSet
-from ..method.backends import backend_for
+from ..method.backends import backend_for, layout_of
 from .pipeline import DreamCachePipeline
 
 
@@ -18,6 +18,7 @@ from .pipeline import DreamCachePipeline
 def adapters_from_model(
     pipeline: DreamCachePipeline,
     *,
+    layers: Sequence[str] | None = None,
     settings: FitSettings = DEFAULTS,
     size: int | None = None,
     seed: int = 0,
@@ -27,6 +28,7 @@ def adapters_from_model(
 
     Args:
         pipeline: The model; LoRAs that are loaded count.
+        layers: Canonical names of the layers to adapt; ``None`` takes METHOD.md's rule.
         settings: Numbers of the adapters.
         size: Side in pixels of the images that it draws, a multiple of 8; ``None``: the model's own.
         seed: Decides everything; the global random state is left alone.
@@ -37,6 +39,7 @@ def adapters_from_model(
 
     Raises:
         InputError: The size is no multiple of 8.
+        MismatchError: The U-Net has no layer of that name.
         StateError: The model predicts NaN or infinity.
         UnsupportedModelError: The scheduler has no table of noise levels, or the model's self-attention was replaced.
     """
@@ -64,7 +67,7 @@ def adapters_from_model(
         unet,
         predict,
         schedule,
-        pipeline.layout,
+        layout_of(unet, layers),
         (unet.config.in_channels, height // factor, width // factor),
         settings=settings,
         seed=seed,

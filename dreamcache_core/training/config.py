@@ -8,6 +8,8 @@ from typing import Any, Literal
 from ..config import Config, check_range
 from ..data.augmentation import Alterations
 from ..errors import InputError
+from ..fitting.fit import FitSettings
+from ..fitting.noise_schedule import NUM_TIMESTEPS
 from .initialisation import Init
 
 MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
@@ -48,6 +50,7 @@ class TrainConfig(Config):
         weight_decay: Weight decay of the optimizer.
         max_grad_norm: Gradients are clipped to this norm; 0 = not.
         min_snr_gamma: Gamma of the min-SNR loss weights; none: uniform weights.
+        min_timestep: Least noise that targets get, training index, 0 to 999.
         caption_dropout: Share of samples that get the empty prompt.
         ema_decay: Keep a moving average of the adapters, 0.999 say.
         mixed_precision: Float type of the forward pass; auto: what accelerate is set to.
@@ -75,9 +78,9 @@ class TrainConfig(Config):
     encoded: str | None = None
     model_config: str | None = None
     adapters: str | None = None
-    init: Init = "identity"
+    init: Init = "fitted"
     layers: list[str] = field(default_factory=list[str])
-    timestep: int = 1
+    timestep: int = FitSettings.timestep
     reference_caption: bool = False
     resolution: int | None = None
     buckets: bool = False
@@ -94,6 +97,7 @@ class TrainConfig(Config):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     min_snr_gamma: float | None = None
+    min_timestep: int = 0
     caption_dropout: float = 0.07
     ema_decay: float | None = None
     mixed_precision: MixedPrecision = "auto"
@@ -135,6 +139,7 @@ class TrainConfig(Config):
         side = self.resolution
         if side is not None and (side % 8 or not 64 <= side <= 2048):
             raise InputError(f"resolution must be a multiple of 8 in 64 ... 2048; given {side}.")
+        check_range("min_timestep", self.min_timestep, 0, NUM_TIMESTEPS - 1)
         for name in ("caption_dropout", "ema_decay"):
             value = getattr(self, name)
             if value is not None:

@@ -144,7 +144,9 @@ class TrainingSet(Dataset[dict[str, Any]]):
         side = self.data.resolution // LATENT_FACTOR
         return {
             "index": index,
-            "timestep": torch.randint(NUM_TIMESTEPS, (), generator=generator),
+            "timestep": torch.randint(
+                self.config.min_timestep, NUM_TIMESTEPS, (), generator=generator
+            ),
             "is_dropped": torch.rand((), generator=generator) < self.config.caption_dropout,
             "noise": torch.randn((self.channels, height, width), generator=generator),
             "reference_noise": torch.randn((self.channels, side, side), generator=generator),

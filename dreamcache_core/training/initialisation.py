@@ -1,16 +1,23 @@
-"""Adapters before their first training step: as PyTorch initialises them, or from the base model's self-attention."""
+"""Adapters before their first training step: fitted to the base model, or as PyTorch initialises them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from ..errors import InputError
+from ..fitting.fit import FitSettings
 from ..method.adapter import AdapterInfo, AdapterSet, ReferenceAdapter
 from ..method.backends import layout_of
 
-Init = Literal["identity", "paper", "sum", "self_attention"]
+Init = Literal["fitted", "self_attention", "identity", "paper", "sum"]
+
+FITS: Mapping[str, FitSettings] = {
+    "fitted": FitSettings(),
+    "self_attention": FitSettings(reference_share=0, query_scale=1),
+}
+"""Start values that are fitted to the base model (``fitting.fit``), all but the timestep."""
 
 
 def new_adapters(
@@ -28,8 +35,8 @@ def new_adapters(
     ``paper``: everything random, as PyTorch initialises it. ``identity``: the same, but ``merge`` = [identity | 0], so
     that the U-Net with adapters is at first the plain U-Net, and training starts at the base model's loss. ``sum``: the
     paper's rejected way to merge (METHOD.md section 8, ablations): ``merge`` = [identity | identity], never trained, and
-    ``to_out`` starts at zero, so that here too training starts at the base model's loss. ``self_attention``: as
-    ``identity``, and a run then takes everything else from the base model (``start_from_self_attention``).
+    ``to_out`` starts at zero, so that here too training starts at the base model's loss. ``fitted``, ``self_attention``: as
+    ``identity``; a run then fits them to the base model (``FITS``), the latter so that it starts at the base model's loss.
 
     Args:
         unet: An ldm-style ``UNetModel`` or diffusers' ``UNet2DConditionModel``.

@@ -177,16 +177,6 @@ class Objective:
             self.schedule.weights(timesteps, self.config.min_snr_gamma),
         )
 
-    @torch.no_grad()
-    def show_references(self, batch: Mapping[str, Any]) -> int:
-        """Run the whole plain U-Net over a batch's references; return how many they are."""
-        count = len(batch["reference_noise"])
-        inputs = self._reference_inputs(batch, self.empty.repeat_each(count))
-        noised, text_states, unet_kwargs = inputs
-        timesteps = self.module.reference_timesteps(noised)
-        self.module.call_plain(noised, timesteps, text_states, unet_kwargs)
-        return count
-
     def _reference_inputs(
         self, batch: Mapping[str, Any], text: Text
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:

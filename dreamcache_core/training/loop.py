@@ -13,20 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import InputError, StateError
 from ..files.jsonl import append_lines
-from ..fitting.fit import without_fit
-from ..fitting.self_attention import NUM_IMAGES, observe_self_attention, start_from_self_attention
+from ..fitting.fit import NUM_PASSES, FitSettings, without_fit
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import save_adapters
 from ..pipeline.fingerprint import FINGERPRINT
+from ..pipeline.fitting import adapters_from_model
 from ..processes import Interruption, catch_signals
 from ..version import __version__
 from .checkpoints import ADAPTERS_FILE, Checkpoint, cut_log
 from .dataset import FAILURE
+from .initialisation import FITS
 from .injected_unet import Objective
 from .optimization import MovingAverage
 from .run import Run
@@ -76,8 +76,8 @@ class Loop:
         )
         self.step = 0 if run.start is None else run.start.step
         is_untrained = run.start is None and self.config.adapters is None
-        if is_untrained and self.config.init == "self_attention":
-            self._start_from_self_attention()
+        if is_untrained and self.config.init in FITS:
+            self._fit(FITS[self.config.init])
         self.model, self.optimizer, self.loader, self.lr_schedule = self._prepare()
         self.average = MovingAverage(run.module.adapters.parameters(), self.config.ema_decay)
         if run.start is not None:
@@ -86,37 +86,41 @@ class Loop:
         self._indices: list[Tensor] = []
         self._is_asked_to_stop, self._num_skipped = False, 0
 
-    def _loader(self) -> DataLoader[dict[str, object]]:
-        run, channels = self.run, int(self.run.base.unet.config.in_channels)
-        first = self.step * run.global_batch
-        return run.data.loader(self.config, first, run.global_batch, channels)
+    def _fit(self, settings: FitSettings) -> None:
+        """Fit the adapters to the base model, in every process alike."""
+        run, adapters = self.run, self.run.module.adapters
+        with tqdm(
+            total=NUM_PASSES, desc="fitting", disable=not self.accelerator.is_main_process
+        ) as bar:
 
-    def _start_from_self_attention(self) -> None:
-        """Look at the run's first references, in every process at the same ones."""
-        from accelerate.utils import send_to_device
+            def after_pass() -> None:
+                bar.update(1)
+                if self.interruption.is_requested:
+                    raise KeyboardInterrupt
 
-        unet, adapters, num_seen = self.run.base.unet, self.run.module.adapters, 0
-        with observe_self_attention(unet, adapters.layers) as guesses:
-            for batch in self._loader():
-                self._require_readable(batch)
-                on_device: Any = send_to_device(batch, self.accelerator.device)
-                num_seen += self.objective.show_references(on_device)
-                if num_seen >= NUM_IMAGES:
-                    break
-        start_from_self_attention(unet, adapters, guesses)
+            fitted = adapters_from_model(
+                run.base.pipeline,
+                layers=adapters.layers,
+                settings=dataclasses.replace(settings, timestep=adapters.info.timestep),
+                size=run.data.resolution,
+                seed=self.config.seed,
+                on_pass=after_pass,
+            )
+        adapters.load_state_dict(fitted.state_dict())
 
     def _prepare(self) -> tuple[Any, ...]:
         from diffusers.optimization import get_scheduler
 
+        run, channels = self.run, int(self.run.base.unet.config.in_channels)
+        first = self.step * run.global_batch
+        loader = run.data.loader(self.config, first, run.global_batch, channels)
         lr_schedule = get_scheduler(
             self.config.lr_schedule,
-            self.run.optimizer,
+            run.optimizer,
             num_warmup_steps=self.config.warmup_steps,
             num_training_steps=self.config.steps,
         )
-        return self.accelerator.prepare(
-            self.run.module, self.run.optimizer, self._loader(), lr_schedule
-        )
+        return self.accelerator.prepare(run.module, run.optimizer, loader, lr_schedule)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.accelerator.load_state(str(checkpoint.path))

@@ -1,5 +1,7 @@
 """One pass over a reference for each of its images."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import comfy.utils
@@ -9,9 +11,15 @@ from comfy.model_sampling import ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP, add_wrapper
 from torch import Tensor
 
-from ...dreamcache_core import InputError, ReferenceCache, UnsupportedModelError, capture_features
+from ...dreamcache_core import (
+    AdapterSet,
+    InputError,
+    ReferenceCache,
+    UnsupportedModelError,
+    capture_features,
+)
 from ...dreamcache_core.method.capture import cache_from_features
-from .model import check_channels, model_layout
+from .model import check_channels, model_layout, require_model_fit
 from .sampling import NOT_PLAIN, LoadedModel, clean_clone, inside_sampling
 
 
@@ -23,6 +31,7 @@ def encode_reference(
     seed: int,
     timestep: int,
     mask: Tensor | None,
+    adapters: AdapterSet | None = None,
     node_id: str | None = None,
 ) -> ReferenceCache:
     """Cache images of a subject, each by its own forward pass.
@@ -36,6 +45,7 @@ def encode_reference(
         seed: Seed of the noise; the same for each image. The global random state is left alone.
         timestep: Training index of the pass, 0 to 999; 1 in the paper.
         mask: The subject, (references, height, width) in [0, 1], or ``None`` for the whole image.
+        adapters: Those that it is for: they decide about layers and timestep; ``None``: METHOD.md's layers.
         node_id: Node to show the progress at.
 
     Returns:
@@ -44,10 +54,14 @@ def encode_reference(
     Raises:
         InputError: VAE and model do not belong together, the conditioning is more than one plain text, or the features
             are not finite.
+        MismatchError: The adapters were made for another model.
         UnsupportedModelError: The model is no U-Net of Stable Diffusion's kind.
     """
     _check_conditioning(conditioning)
-    layout = model_layout(model)
+    layers = None
+    if adapters is not None:
+        require_model_fit(model, adapters.info.layout)
+        layers, timestep = adapters.layers, adapters.info.timestep
     clean = clean_clone(model)
     sampling = clean.get_model_object("model_sampling")
     if not isinstance(sampling, ModelSamplingDiscrete):
@@ -64,22 +78,29 @@ def encode_reference(
     passes: list[dict[str, Tensor]] = []
     for image in latent.split(1):
         features = inside_sampling(
-            clean, conditioning, image, _capture, noise=noise, sigma=sigma, seed=seed
+            clean,
+            conditioning,
+            image,
+            partial(_capture, layers=layers),
+            noise=noise,
+            sigma=sigma,
+            seed=seed,
         )
         passes.append(features)
         progress.update(1)
     return cache_from_features(
-        passes, layout.context_width, tuple(latent.shape[-2:]), timestep, seed, mask
+        passes, model_layout(model).context_width, tuple(latent.shape[-2:]), timestep, seed, mask
     )
 
 
-def _capture(loaded: LoadedModel) -> dict[str, Tensor]:
+def _capture(loaded: LoadedModel, layers: Sequence[str] | None) -> dict[str, Tensor]:
     """Run the U-Net up to the last cached layer."""
     captured: dict[str, Tensor] = {}
 
     def read(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # the pass ends here, and not in one of ComfyUI's frames, which may be a worker thread's
-        with capture_features(executor.class_obj.diffusion_model, stop_early=True) as features:
+        unet = executor.class_obj.diffusion_model
+        with capture_features(unet, layers, stop_early=True) as features:
             executor(x, *args, **kwargs)
         captured.update(features)
         return x

@@ -32,7 +32,7 @@ def describe_adapters(adapters: AdapterSet) -> str:
     if FITTED not in info.extra:
         return size
     name = info.base_model or "a model"
-    return f"fitted to {name}, not trained: set timestep of Encode Reference to {info.timestep}. {size}"
+    return f"fitted to {name}, not trained: connect them to Encode Reference too (or set its timestep to {info.timestep}). {size}"
 
 
 def show(text: str, node: str | None) -> None:

@@ -39,7 +39,7 @@ def test_a_guess_without_a_pass_is_refused():
 def test_started_adapters_see_in_the_cached_map_what_self_attention_sees(settings):
     unet = random_unet(48, **settings)
     text = randn(1, 5, 48, seed=9)
-    adapters = new_adapters(unet, init="self_attention")
+    adapters = new_adapters(unet, init="identity")
     merge = adapters["middle_block.1"].merge.weight.clone()
     with observe_self_attention(unet, adapters.layers) as guesses:
         for seed in range(8):

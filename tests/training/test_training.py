@@ -15,6 +15,11 @@ from training_set import save_base_model, write_pairs
 
 from dreamcache_core import InputError, StateError, load_adapters
 from dreamcache_core.cli.main import main
+from dreamcache_core.fitting.fit import FITTED, FitSettings
+from dreamcache_core.pipeline.fitting import adapters_from_model
+from dreamcache_core.pipeline.loading import load_diffusers_pipeline
+from dreamcache_core.pipeline.pipeline import DreamCachePipeline
+from dreamcache_core.processes import Interruption
 from dreamcache_core.training import loop
 from dreamcache_core.training.config import TrainConfig
 from dreamcache_core.training.run import open_run
@@ -44,6 +49,7 @@ def settings(model, data, tmp_path):
         "model": str(model),
         "data": str(data),
         "out": str(tmp_path / "run"),
+        "init": "identity",
         "steps": 4,
         "batch_size": 2,
         "learning_rate": 0.01,
@@ -197,22 +203,51 @@ def test_losses_start_at_the_base_models_own(settings, tmp_path, kind, init):
     assert losses(settings)[0] == pytest.approx(plain, rel=1e-4)
 
 
-def test_self_attention_start_is_the_same_for_every_batch_size_and_other_than_identity(
-    settings, tmp_path
-):
-    settings |= {"steps": 1, "learning_rate": 1e-12}
-    runs = {
-        "two": {"init": "self_attention", "batch_size": 2},
-        "one": {"init": "self_attention", "batch_size": 1, "gradient_accumulation": 2},
-        "identity": {"init": "identity"},
-    }
-    keys = {}
-    for name, changes in runs.items():
-        out = tmp_path / name
-        train(settings, out=str(out), **changes)
-        keys[name] = load_adapters(out / "adapters.safetensors")["middle_block.1"].to_k.weight
-    torch.testing.assert_close(keys["one"], keys["two"], rtol=1e-3, atol=1e-5)
-    assert not torch.allclose(keys["two"], keys["identity"], atol=1e-2)
+@pytest.mark.parametrize(
+    ("changes", "fit"),
+    [
+        ({}, {}),
+        ({"timestep": 40, "seed": 5, "layers": ["middle_block.1"]}, {}),
+        ({"init": "self_attention"}, {"reference_share": 0, "query_scale": 1}),
+    ],
+    ids=["default", "otherwise", "self_attention"],
+)
+def test_training_starts_from_adapters_fitted_to_the_model(settings, changes, fit):
+    del settings["init"]
+    settings |= {"steps": 1, "learning_rate": 1e-12, "resolution": 64, **changes}
+    train(settings)
+    trained = load_adapters(Path(settings["out"]) / "adapters.safetensors")
+    pipeline = DreamCachePipeline(load_diffusers_pipeline(settings["model"], dtype=torch.float32))
+    expected = adapters_from_model(
+        pipeline,
+        layers=changes.get("layers"),
+        settings=FitSettings(changes.get("timestep", 300), **fit),
+        size=64,
+        seed=changes.get("seed", 0),
+    )
+    torch.testing.assert_close(
+        dict(trained.state_dict()), dict(expected.state_dict()), rtol=1e-4, atol=1e-6
+    )
+    assert trained.info.timestep == expected.info.timestep
+    assert FITTED not in trained.info.extra
+
+
+def test_a_fit_can_be_stopped(settings):
+    interruption = Interruption()
+    interruption.is_requested = True
+    run = open_run(TrainConfig.from_dict({**settings, "init": "fitted"}))
+    with pytest.raises(KeyboardInterrupt):
+        loop.Loop(run, interruption)
+
+
+def test_targets_are_noised_to_min_timestep_at_least(settings):
+    drawn = {}
+    for least in (0, 990):
+        run = open_run(TrainConfig.from_dict({**settings, "min_timestep": least, "steps": 50}))
+        batches = run.data.loader(run.config, 0, run.global_batch, 4)
+        drawn[least] = torch.cat([batch["timestep"] for batch in batches])
+    assert drawn[0].min() < 500
+    assert drawn[990].unique().tolist() == list(range(990, 1000))
 
 
 def test_losses_start_elsewhere_with_paper(settings, tmp_path):

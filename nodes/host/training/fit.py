@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
 
 from ....dreamcache_core import AdapterSet, InputError
-from ....dreamcache_core.fitting.fit import NUM_PASSES, fit_adapters
+from ....dreamcache_core.fitting.fit import NUM_PASSES
 from ....dreamcache_core.pipeline.latents import LATENT_FACTOR
 from ..model import model_layout
 from ..sampling import LoadedModel, clean_clone, inside_sampling
@@ -50,20 +48,9 @@ def fit_to_model(
     shape = (channels, size_px // LATENT_FACTOR, size_px // LATENT_FACTOR)
     progress = comfy.utils.ProgressBar(NUM_PASSES, node_id=node_id)
 
-    def after_pass() -> None:
-        progress.update(1)
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
     def fit(loaded: LoadedModel) -> AdapterSet:
         base = FrozenModel(loaded, texts, schedule)
-
-        def predict(latent: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-            on_device = (tensor.to(loaded.device) for tensor in (latent, noise, timesteps))
-            return base.predict(*on_device, texts=[0])
-
-        return fit_adapters(
-            base.unet, predict, schedule, layout, shape, seed=seed, on_pass=after_pass
-        )
+        return base.fit(layout, shape, 0, seed=seed, on_pass=lambda: progress.update(1))
 
     blank = torch.zeros(1, *shape)
     return inside_sampling(clean, texts[0], blank, fit, noise=blank, sigma=torch.ones(1), seed=seed)

@@ -1,10 +1,11 @@
 """A ComfyUI model as training calls it: frozen, differentiable, and afterwards as it was."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
@@ -14,7 +15,8 @@ from comfy.samplers import cond_cat, encode_model_conds
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ....dreamcache_core import InputError, StateError, UnsupportedModelError
+from ....dreamcache_core import AdapterSet, InputError, StateError, UnsupportedModelError
+from ....dreamcache_core.fitting.fit import DEFAULTS, FitSettings, fit_adapters
 from ....dreamcache_core.fitting.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
 from ....dreamcache_core.method.compiling import plain_module
 from ....dreamcache_core.method.layers import Layout
@@ -160,6 +162,49 @@ class FrozenModel:
         if self.schedule.prediction == "epsilon":
             return (x - denoised) / wide
         return (x / (wide**2 + 1) - denoised) * (wide**2 + 1).sqrt() / wide
+
+    def fit(
+        self,
+        layout: Layout,
+        shape: tuple[int, int, int],
+        text: int,
+        *,
+        settings: FitSettings = DEFAULTS,
+        seed: int,
+        on_pass: Callable[[], Any],
+    ) -> AdapterSet:
+        """Fit adapters, see ``fit_adapters``; ComfyUI interrupts between passes.
+
+        Args:
+            layout: Layers to adapt, and the model's other widths.
+            shape: Channels, height and width of the latents to draw.
+            text: Index of the empty prompt.
+            settings: Numbers of the adapters.
+            seed: Decides everything; the global random state is left alone.
+            on_pass: Called after each pass.
+
+        Returns:
+            The adapters, float32 on the CPU.
+        """
+
+        def predict(latent: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+            on_device = (tensor.to(self.device) for tensor in (latent, noise, timesteps))
+            return self.predict(*on_device, texts=[text])
+
+        def after_pass() -> None:
+            on_pass()
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        return fit_adapters(
+            self.unet,
+            predict,
+            self.schedule,
+            layout,
+            shape,
+            settings=settings,
+            seed=seed,
+            on_pass=after_pass,
+        )
 
     def _conds_of(self, text: int, latent: Tensor) -> dict[str, Any]:
         """What ComfyUI makes of a text for latents of a size: text states; for SDXL pooled ones and sizes too."""

@@ -6,7 +6,7 @@ Source: METHOD.md section 7.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from ....dreamcache_core import AdapterSet, ReferenceCache, ReferenceUse, capture_features, inject
 from ....dreamcache_core.data.order import SampleOrder, sample_seed
 from ....dreamcache_core.fitting.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
-from ....dreamcache_core.fitting.self_attention import (
-    NUM_IMAGES,
-    observe_self_attention,
-    start_from_self_attention,
-)
+from ....dreamcache_core.training.initialisation import FITS
 from ....dreamcache_core.training.objective import denoising_loss
 from ..model import compute_dtype
 from ..sampling import LoadedModel, clean_clone, inside_sampling
@@ -62,7 +58,7 @@ class TrainSettings:
         seed: Seed of the order, noise levels, noise and dropped captions.
         caption_dropout: Share of samples with the empty prompt.
         gradient_checkpointing: Compute the decoder's activations twice instead of keeping them.
-        init: What the adapters start from; ``self_attention`` is given to them here, all else they have.
+        init: What the adapters start from; what is fitted to the model is given to them here, all else they have.
     """
 
     steps: int
@@ -80,6 +76,7 @@ def train(
     data: TrainingSet,
     settings: TrainSettings,
     after_step: AfterStep,
+    after_pass: Callable[[], Any],
 ) -> None:
     """Train adapters in place.
 
@@ -91,6 +88,7 @@ def train(
         settings: How to train.
         after_step: Called after each step with its loss and the number of updates that the adapters hold by then, which
             half precision makes fewer than steps where gradients overflow; may raise to end the training.
+        after_pass: Called after each pass that fits the start.
 
     Raises:
         DivergedError: The loss became NaN or infinite.
@@ -99,7 +97,7 @@ def train(
     clean = clean_clone(wholly_loaded(model), keep_sampling=True)
     # all of the U-Net and nothing else on the device: no sampling run needs as much room
     comfy.model_management.load_models_gpu([clean], memory_required=1e20, force_full_load=True)
-    training = _Training(adapters, noise_schedule(model), data, settings, after_step)
+    training = _Training(adapters, noise_schedule(model), data, settings, after_step, after_pass)
     blank = torch.zeros_like(data.targets[0])
     text = data.texts[EMPTY_TEXT]
     try:
@@ -128,9 +126,10 @@ class _Training:
         data: TrainingSet,
         settings: TrainSettings,
         after_step: AfterStep,
+        after_pass: Callable[[], Any],
     ) -> None:
         self.adapters, self.schedule, self.data = adapters, schedule, data
-        self.settings, self.after_step = settings, after_step
+        self.settings, self.after_step, self.after_pass = settings, after_step, after_pass
         sizes = [tuple(target.shape[-2:]) for target in data.targets]
         numbers = {size: number for number, size in enumerate(dict.fromkeys(sizes))}
         buckets = [numbers[size] for size in sizes] if len(numbers) > 1 else None
@@ -149,19 +148,23 @@ class _Training:
             if self.settings.gradient_checkpointing:
                 stack.enter_context(checkpointed(base.unet))
             self.adapters.to(base.device).requires_grad_(True)
-            if self.settings.init == "self_attention":
-                self.initialise_from_self_attention(base)
+            if self.settings.init in FITS:
+                self.fit(base)
             self.optimise(base)
 
-    @torch.no_grad()
-    def initialise_from_self_attention(self, base: FrozenModel) -> None:
-        """Start from the model's self-attention, seen on the run's first references."""
-        size, steps = self.settings.batch_size, self.settings.steps
-        with observe_self_attention(base.unet, self.adapters.layers) as guesses:
-            for step in range(min(steps, math.ceil(NUM_IMAGES / size))):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                self.predict_references(base, self.draw_batch(base, step)[0])
-        start_from_self_attention(base.unet, self.adapters, guesses)
+    def fit(self, base: FrozenModel) -> None:
+        """Start from adapters fitted to the model."""
+        info = self.adapters.info
+        channels, height, width = self.data.references[0][0].shape[1:]
+        fitted = base.fit(
+            info.layout,
+            (channels, height, width),
+            EMPTY_TEXT,
+            settings=replace(FITS[self.settings.init], timestep=info.timestep),
+            seed=self.settings.seed,
+            on_pass=self.after_pass,
+        )
+        self.adapters.load_state_dict(fitted.state_dict())
 
     def optimise(self, base: FrozenModel) -> None:
         """Take the optimizer steps."""
@@ -208,16 +211,12 @@ class _Training:
     @torch.no_grad()
     def capture(self, base: FrozenModel, batch: dict[str, Tensor]) -> ReferenceCache:
         """Cache the references of a batch in one pass that ends at the last cached layer."""
-        with capture_features(base.unet, self.adapters.layers, stop_early=True) as features:
-            self.predict_references(base, batch)
         info, (rows, columns) = self.adapters.info, batch["reference"].shape[-2:]
-        return ReferenceCache(features, info.layout.context_width, (rows, columns), info.timestep)
-
-    def predict_references(self, base: FrozenModel, batch: dict[str, Tensor]) -> None:
-        """Call the U-Net on a batch's noised references with the empty prompt, for those who watch its layers."""
         latent = base.model.process_latent_in(batch["reference"])
-        timesteps = torch.full_like(batch["timestep"], self.adapters.info.timestep)
-        base.predict(latent, batch["reference_noise"], timesteps, [EMPTY_TEXT] * len(latent))
+        timesteps = torch.full_like(batch["timestep"], info.timestep)
+        with capture_features(base.unet, self.adapters.layers, stop_early=True) as features:
+            base.predict(latent, batch["reference_noise"], timesteps, [EMPTY_TEXT] * len(latent))
+        return ReferenceCache(features, info.layout.context_width, (rows, columns), info.timestep)
 
     def draw_batch(self, base: FrozenModel, step: int) -> tuple[dict[str, Tensor], list[int]]:
         """Draw the samples of a step: their tensors by name, on the model's device, and their texts."""

@@ -21,11 +21,11 @@ from ....dreamcache_core import (
     save_adapters,
 )
 from ....dreamcache_core.data.augmentation import Alterations
-from ....dreamcache_core.fitting.fit import without_fit
+from ....dreamcache_core.fitting.fit import DEFAULTS, NUM_PASSES, without_fit
 from ....dreamcache_core.images.files import contact_sheet
 from ....dreamcache_core.images.loss_curve import draw_loss_curve, moving_average
 from ....dreamcache_core.pipeline.latents import LATENT_FACTOR
-from ....dreamcache_core.training.initialisation import new_adapters
+from ....dreamcache_core.training.initialisation import FITS, new_adapters
 from ..folders import new_adapter_path
 from ..model import model_layout, require_model_fit, unet_of
 from ..report import node_id, report
@@ -101,9 +101,11 @@ class TrainingRun:
             self.gradient_checkpointing,
             self.init if self.adapters is None else "adapters",
         )
-        self.num_encoded = self.num_images * self.num_variants
+        self.num_prepared = self.num_images * self.num_variants
+        if self.settings.init in FITS:
+            self.num_prepared += NUM_PASSES
         self.bar = comfy.utils.ProgressBar(
-            self.num_encoded + self.steps, node_id=node_id(self.node)
+            self.num_prepared + self.steps, node_id=node_id(self.node)
         )
 
     @torch.inference_mode(False)
@@ -112,7 +114,11 @@ class TrainingRun:
         prediction = noise_schedule(self.model).prediction
         if self.adapters is None:
             return new_adapters(
-                unet_of(self.model), init=self.init, seed=self.seed, prediction=prediction
+                unet_of(self.model),
+                init=self.init,
+                seed=self.seed,
+                timestep=DEFAULTS.timestep,
+                prediction=prediction,
             )
         info = self.adapters.info
         require_model_fit(self.model, info.layout)
@@ -166,6 +172,10 @@ class TrainingRun:
         sheet = contact_sheet([[target, reference]], cell_px=PREVIEW_PX // 2)
         self.bar.update_absolute(self.bar.current + 1, preview=_preview(sheet))
 
+    def after_pass(self) -> None:
+        """Count a pass that fits the start."""
+        self.bar.update(1)
+
     def after_step(self, loss: float, num_updates: int) -> None:
         """Note the loss and preview its course; ComfyUI interrupts here."""
         self.losses.append(loss)
@@ -174,7 +184,7 @@ class TrainingRun:
         has_preview = done % max(1, self.steps // NUM_PREVIEWS) == 0
         curve = draw_loss_curve(self.losses, width=PREVIEW_PX) if has_preview else None
         self.bar.update_absolute(
-            self.num_encoded + done, preview=None if curve is None else _preview(curve)
+            self.num_prepared + done, preview=None if curve is None else _preview(curve)
         )
 
     def write_record(self, adapters: AdapterSet) -> None:

@@ -21,6 +21,7 @@ from tiny import (
 FIT = pack_module("nodes.host.training.fit")
 ADAPTERS = pack_module("nodes.adapters")
 FITTING = pack_module("dreamcache_core.fitting.fit")
+INITIALISATION = pack_module("dreamcache_core.training.initialisation")
 SITES = pack_module("dreamcache_core.method.backends").select_sites
 Interrupted = comfy.model_management.InterruptProcessingException
 
@@ -70,6 +71,28 @@ def test_they_are_its_self_attention_and_can_be_trained(model, fitted):
     assert "fitted" not in trained.info.extra
 
 
+def test_training_starts_from_them(model, fitted):
+    started = train_node(model, init="fitted", learning_rate=0.0, steps=1)[0]
+    assert apart(started, fitted) < 1e-4
+    assert started.info.timestep == fitted.info.timestep
+    assert "fitted" not in started.info.extra
+
+
+def test_a_reference_for_adapters_has_their_timestep_and_layers(model):
+    unet = model.model.diffusion_model
+    adapters = INITIALISATION.new_adapters(unet, layers=["middle_block.1"], timestep=250)
+    own, usual = encode(model, adapters=adapters), encode(model, timestep=250)
+    assert (own.timestep, tuple(own.features)) == (250, adapters.layers)
+    assert torch.equal(own.features["middle_block.1"], usual.features["middle_block.1"])
+    assert len(usual.features) > 1
+
+
+def test_a_reference_for_another_models_adapters_is_refused(model):
+    other = INITIALISATION.new_adapters(make_model("sd21").model.diffusion_model)
+    with pytest.raises(CORE.MismatchError):
+        encode(model, adapters=other)
+
+
 def test_a_saved_one_says_what_it_is_when_it_is_loaded(model, fitted, tmp_path, monkeypatch):
     CORE.save_adapters(fitted, tmp_path / "own.safetensors")
     monkeypatch.setattr(ADAPTERS, "adapter_path", lambda name: tmp_path / name)
@@ -79,7 +102,7 @@ def test_a_saved_one_says_what_it_is_when_it_is_loaded(model, fitted, tmp_path, 
     )
     assert apart(loaded.result[0], fitted) == 0
     assert shown in loaded.ui.value
-    assert "timestep of Encode Reference to 300" in loaded.ui.value
+    assert "connect them to Encode Reference too (or set its timestep to 300)" in loaded.ui.value
 
 
 def test_two_fits_are_equal_and_leave_nothing_behind(model, fitted):

@@ -230,7 +230,7 @@ def test_the_loss_is_the_one_of_the_method(make, inputs):
             is_dropped = inputs["caption_dropout"] == 1
             text = text_inputs(model, data.texts[-1 if is_dropped else index], z)
             empty = text_inputs(model, data.texts[-1], r)
-            noised = schedule.add_noise(r, reference_noise, torch.tensor([1]))
+            noised = schedule.add_noise(r, reference_noise, torch.tensor([300]))
             cache = module.capture(noised, empty.pop("context"), empty)
             x_t = schedule.add_noise(z, noise, t)
             with module.until_backward():
@@ -349,34 +349,31 @@ def test_adapters_that_have_not_learned_are_the_plain_model(model, trained):
 
 
 def test_a_start_from_self_attention_has_its_weights_and_is_the_plain_model(model):
-    still = {"init": "self_attention", "learning_rate": 0.0}
-    twos = train(model, **still, steps=1, batch_size=2)[0]
-    ones = train(model, **still, steps=2, batch_size=1)[0]
-    assert same(twos, ones, rtol=1e-3, atol=1e-4), "looks at the same images"
+    started = train(model, init="self_attention", learning_rate=0.0, steps=1)[0]
     random = train(model, learning_rate=0.0, steps=1)[0]
-    for name, site in SITES(model.model.diffusion_model, twos.layers).items():
-        own, keys = site.block.attn1, twos[name].to_k.weight
-        assert torch.equal(twos[name].to_q.weight, own.to_q.weight)
-        assert_close(twos[name].to_out.weight, own.to_out[0].weight, 1e-6)
+    for name, site in SITES(model.model.diffusion_model, started.layers).items():
+        own, keys = site.block.attn1, started[name].to_k.weight
+        assert torch.equal(started[name].to_q.weight, own.to_q.weight)
+        assert_close(started[name].to_out.weight, own.to_out[0].weight, 1e-6)
         assert not torch.allclose(keys, random[name].to_k.weight, atol=1e-2)
         assert not any(m._forward_pre_hooks for m in (site.module, own))
-    assert_close(sample(apply(model, twos, encode(model))), sample(model), 1e-4)
-    assert record(twos)["init"] == "self_attention"
+    assert_close(sample(apply(model, started, encode(model))), sample(model), 1e-4)
+    assert record(started)["init"] == "self_attention"
 
 
 def test_a_start_from_self_attention_can_be_interrupted(model, monkeypatch):
     started = []
     original = FROZEN.FrozenModel.predict
 
-    def predict(self, *given):
+    def predict(self, *given, **texts):
         started.append(len(given[0]))
         comfy.model_management.interrupt_current_processing()
-        return original(self, *given)
+        return original(self, *given, **texts)
 
     monkeypatch.setattr(FROZEN.FrozenModel, "predict", predict)
     with pytest.raises(Interrupted):
         train(model, init="self_attention", steps=9)
-    assert started == [2]
+    assert started == [1]
     assert kept_files() == set()
 
 
