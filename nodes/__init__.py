@@ -7,7 +7,17 @@ require_this_comfyui()
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import adapters, apply, attention_map, demo, guidance, reference, reference_files, training
+from . import (
+    adapters,
+    apply,
+    attention_map,
+    demo,
+    guidance,
+    photo,
+    reference,
+    reference_files,
+    training,
+)
 from .host.folders import register_folders
 
 
@@ -17,6 +27,7 @@ class DreamCacheExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """List the node classes."""
         modules = (
+            photo,
             adapters,
             reference,
             reference_files,

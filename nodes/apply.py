@@ -111,29 +111,64 @@ class Apply(io.ComfyNode):
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
         """Put the reference on a clone of the model."""
-        layout = adapters.info.layout
-        require_model_fit(model, layout)
-        require_same_layout(reference.layout, "The reference", layout, "the adapters")
-        region, _ = given_mask(mask)
-        warnings = list(_warnings(model, adapters, start_percent, end_percent, region))
-        patcher = adapter_patcher(adapters, model)
-        use = ReferenceUse(reference, patcher.model, scale=scale, mask=region)
-        settings = Guidance.from_dict({"image_guidance_scale": image_guidance, "mode": guidance})
-        uses = (AppliedUse(use, patcher, start_percent, end_percent),)
-        applied = Applied(uses, settings, node_id(cls))
-        own = _in_words(settings)
-        if before := applied_to(model):
-            applied = applied.after(before)
-            warnings.extend(_conflict(_in_words(before.guidance), own))
-        for warning in warnings:
-            logger.warning(warning)
-        text = f"subject {len(applied.uses)}: scale {scale:g}, from {start_percent:g} to {end_percent:g} of the run"
-        if mask is not None and region is None:
-            text += ", everywhere: the mask is what Load Image gives with an image that has none"
-        if (held := _in_words(applied.guidance)) != own:
-            text += f", {held} as set in the Apply DreamCache before"
-        model = with_references(model, applied)
-        return io.NodeOutput(model, ui=report(cls, " ".join(warnings) or text))
+        model, text = put_on_model(
+            cls,
+            model,
+            adapters,
+            reference,
+            scale=scale,
+            image_guidance=image_guidance,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            guidance=guidance,
+            mask=mask,
+        )
+        return io.NodeOutput(model, ui=report(cls, text))
+
+
+def put_on_model(
+    node: type[io.ComfyNode],
+    model: Any,
+    adapters: AdapterSet,
+    reference: ReferenceCache,
+    *,
+    scale: float = 1,
+    image_guidance: float,
+    start_percent: float = 0,
+    end_percent: float = 1,
+    guidance: str = "separate",
+    mask: Tensor | None = None,
+) -> tuple[Any, str]:
+    """Put a reference on a clone of a MODEL, as Apply DreamCache does with these inputs.
+
+    Returns:
+        The clone, and what the node says of it.
+
+    Raises:
+        MismatchError: Model, adapters and reference do not belong together.
+    """
+    layout = adapters.info.layout
+    require_model_fit(model, layout)
+    require_same_layout(reference.layout, "The reference", layout, "the adapters")
+    region, _ = given_mask(mask)
+    warnings = list(_warnings(model, adapters, start_percent, end_percent, region))
+    patcher = adapter_patcher(adapters, model)
+    use = ReferenceUse(reference, patcher.model, scale=scale, mask=region)
+    settings = Guidance.from_dict({"image_guidance_scale": image_guidance, "mode": guidance})
+    uses = (AppliedUse(use, patcher, start_percent, end_percent),)
+    applied = Applied(uses, settings, node_id(node))
+    own = _in_words(settings)
+    if before := applied_to(model):
+        applied = applied.after(before)
+        warnings.extend(_conflict(_in_words(before.guidance), own))
+    for warning in warnings:
+        logger.warning(warning)
+    text = f"subject {len(applied.uses)}: scale {scale:g}, from {start_percent:g} to {end_percent:g} of the run"
+    if mask is not None and region is None:
+        text += ", everywhere: the mask is what Load Image gives with an image that has none"
+    if (held := _in_words(applied.guidance)) != own:
+        text += f", {held} as set in the Apply DreamCache before"
+    return with_references(model, applied), " ".join(warnings) or text
 
 
 def _warnings(

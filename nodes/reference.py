@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..dreamcache_core import AdapterSet, InputError, prepare_reference_image
+from ..dreamcache_core import AdapterSet, InputError, ReferenceCache, prepare_reference_image
 from ..dreamcache_core.images.files import read_image
 from ..dreamcache_core.images.masks import Subject, find_subject, on_white, shows_background
 from ..dreamcache_core.images.reference import subject_box
@@ -197,21 +197,17 @@ class Encode(io.ComfyNode):
         adapters: AdapterSet | None = None,
     ) -> io.NodeOutput:
         """Encode the images."""
-        text = conditioning or _empty_prompt(clip)
+        text = conditioning or empty_prompt(clip)
         _check_size(image)
         subject = find_subject(image, mask, mask_marks)
-        pixels, mask = _crop_to_latent_grid(
-            on_white(image), _rows_of(subject, len(image)), vae.spacial_compression_encode()
-        )
-        # one by one: an image's latent must not depend on what is encoded with it
-        latent = torch.cat([vae.encode(one) for one in pixels.split(1)])
-        reference = encode_reference(
+        reference = encode_images(
             model,
-            latent,
+            vae,
+            on_white(image),
+            _rows_of(subject, len(image)),
             text,
             seed=seed,
             timestep=timestep,
-            mask=mask,
             adapters=adapters,
             node_id=node_id(cls),
         )
@@ -287,7 +283,7 @@ class EncodeFolder(io.ComfyNode):
     ) -> io.NodeOutput:
         """Encode the images."""
         paths = image_paths(folder)
-        text = _empty_prompt(clip)
+        text = empty_prompt(clip)
         latents: list[Tensor] = []
         bare: list[str] = []
         for path in paths:
@@ -317,13 +313,61 @@ class EncodeFolder(io.ComfyNode):
         return io.NodeOutput(references, names, ui=report(cls, text))
 
 
-def _empty_prompt(clip: Any) -> list[Any]:
+def empty_prompt(clip: Any) -> list[Any]:
+    """Encode the empty prompt.
+
+    Raises:
+        InputError: There is no CLIP.
+    """
     if clip is None:
         raise InputError(
             "Encode Reference needs clip (for the empty prompt) or conditioning; neither is connected. Connect the "
             "CLIP of your checkpoint loader."
         )
     return plain_text(clip.encode_from_tokens_scheduled(clip.tokenize("")))
+
+
+def encode_images(
+    model: Any,
+    vae: Any,
+    image: Tensor,
+    mask: Tensor | None,
+    text: list[Any],
+    *,
+    seed: int = 0,
+    timestep: int = 1,
+    adapters: AdapterSet | None,
+    node_id: str | None,
+) -> ReferenceCache:
+    """Encode images and cache their features, see ``encode_reference``.
+
+    Args:
+        model: The MODEL.
+        vae: Its VAE.
+        image: (references, height, width, 3) in [0, 1].
+        mask: The subject, (references, height, width) in [0, 1], or ``None`` for the whole image.
+        text: CONDITIONING of one text.
+        seed: Seed of the noise.
+        timestep: Training index of the pass, 0 to 999.
+        adapters: Those that it is for; they decide about layers and timestep.
+        node_id: Node to show the progress at.
+
+    Returns:
+        The cache, on the CPU.
+    """
+    pixels, mask = _crop_to_latent_grid(image, mask, vae.spacial_compression_encode())
+    # one by one: an image's latent must not depend on what is encoded with it
+    latent = torch.cat([vae.encode(one) for one in pixels.split(1)])
+    return encode_reference(
+        model,
+        latent,
+        text,
+        seed=seed,
+        timestep=timestep,
+        mask=mask,
+        adapters=adapters,
+        node_id=node_id,
+    )
 
 
 def _check_size(image: Tensor) -> None:

@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "web" / "docs"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
 LOCALES = ROOT / "locales"
 LANGUAGES = ["zh", "zh-TW", "ja", "ko", "ru", "fr", "es", "pt-BR", "tr"]
 PAGE_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
@@ -123,20 +122,6 @@ def test_a_workflow_uses_only_nodes_and_inputs_that_exist(path):
         ours = inputs[node["type"]]
         names = names_of(ours) if isinstance(ours, dict) else set(ours)
         assert {slot["name"] for slot in node["inputs"]} <= names, node["type"]
-
-
-@pytest.mark.parametrize("path", SUBGRAPHS, ids=lambda path: path.stem)
-def test_a_subgraph_shows_inputs_that_its_nodes_have(path):
-    workflow, nodes = json.loads(path.read_text(encoding="utf-8")), snapshot()["nodes"]
-    (subgraph,) = workflow["definitions"]["subgraphs"]
-    (shown,) = workflow["nodes"]
-    assert shown["type"] == subgraph["id"]
-    assert shown["title"] == subgraph["name"] == path.stem
-    inside = {str(node["id"]): node["type"] for node in subgraph["nodes"]}
-    for key, widget in shown["properties"]["proxyWidgets"]:
-        assert widget in names_of(nodes[inside[key]]), widget
-    for node in subgraph["nodes"]:
-        assert {slot["name"] for slot in node["inputs"]} <= names_of(nodes[node["type"]])
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -45,24 +45,6 @@ SHOWN_IMAGES = """types => {
     return images.every(image => image?.complete && image.naturalWidth) && images.map(image => image.src);
 }"""
 
-REPLACE_BY_SUBGRAPH = """replaced => {
-    const graph = window.app.graph, find = type => graph._nodes.find(node => node.type === type);
-    graph._nodes.filter(node => replaced.includes(node.type)).forEach(node => graph.remove(node));
-    const one = graph._nodes.find(node => node.title === "Apply DreamCache from Photo");
-    const connect = (source, output, target, name) => source.connect(
-        source.outputs.findIndex(slot => slot.name === output), target, target.inputs.findIndex(slot => slot.name === name));
-    const loader = find("CheckpointLoaderSimple");
-    ["model", "clip", "vae"].forEach(name => connect(loader, name.toUpperCase(), one, name));
-    ["image", "mask"].forEach(name => connect(find("LoadImage"), name.toUpperCase(), one, name));
-    connect(one, "model", find("KSampler"), "model");
-}"""
-SET_IN_SUBGRAPH = """values => {
-    const one = window.app.graph._nodes.find(node => node.title === "Apply DreamCache from Photo");
-    for (const [name, value] of Object.entries(values))
-        one.widgets.find(widget => widget.name.endsWith(name)).value = value;
-}"""
-PROMPT = "async () => (await window.app.graphToPrompt()).output"
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -174,36 +156,6 @@ def test_queueing_in_the_page_shows_the_images(page, opened_workflow, name, adap
             assert np.asarray(image).std() > 5
 
 
-def test_the_subgraph_is_found_and_does_what_its_four_nodes_do(page, adapters):
-    if not page.evaluate("async () => (await fetch('/api/global_subgraphs')).ok"):
-        pytest.skip("this ComfyUI has no subgraph blueprints")
-    path = PACK / "example_workflows" / "sd21_one_reference.json"
-    page.evaluate(LOAD, json.loads(path.read_text(encoding="utf-8")))
-    (subgraph,) = (PACK / "subgraphs").glob("*.json")
-    inside = json.loads(subgraph.read_text(encoding="utf-8"))["definitions"]["subgraphs"][0]
-    replaced = [node["type"] for node in inside["nodes"]]
-    small = {
-        "DreamCacheLoadAdapters": {"adapters": adapters},
-        "DreamCacheReferenceImage": {"size": 128, "mask_marks": "background"},
-        "DreamCacheApply": {"scale": 0.9, "image_guidance": 2.0},
-    }
-    page.evaluate(SET_WIDGETS, small)
-    by_hand = page.evaluate(PROMPT)
-    search_for(page, subgraph.stem)
-    page.get_by_role("option", name=subgraph.stem).first.wait_for()
-    page.wait_for_timeout(500)
-    page.keyboard.press("Enter")
-    page.wait_for_function(
-        f"() => window.app.graph._nodes.some(n => n.title === '{subgraph.stem}')"
-    )
-    page.evaluate(REPLACE_BY_SUBGRAPH, replaced)
-    page.evaluate(SET_IN_SUBGRAPH, {k: v for part in small.values() for k, v in part.items()})
-    by_subgraph = page.evaluate(PROMPT)
-    assert len(by_subgraph) == len(by_hand)
-    assert written_out(by_subgraph) == written_out(by_hand)
-    assert page.problems == []
-
-
 SHOWN = """([type, ids]) => {
     const node = window.LiteGraph.createNode(type), named = (list, id) => list?.find(one => one.name === id);
     return ids.map(id => {
@@ -251,16 +203,3 @@ def search_for(page: Page, words: str) -> None:
     page.wait_for_function("() => window.app.canvas.visible_nodes.length === 0")
     page.mouse.dblclick(900, 300)
     page.locator("input:focus").press_sequentially(words)
-
-
-def written_out(prompt: dict[str, Any]) -> Any:
-    """A prompt without node ids: every link replaced by the node that it comes from."""
-
-    def node(key: str) -> dict[str, Any]:
-        inputs = prompt[key]["inputs"].items()
-        return {
-            "class": prompt[key]["class_type"],
-            **{k: [node(v[0]), v[1]] if isinstance(v, list) else v for k, v in inputs},
-        }
-
-    return node(next(key for key, given in prompt.items() if given["class_type"] == "SaveImage"))
