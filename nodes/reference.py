@@ -1,19 +1,21 @@
 """Nodes that make references: prepare an image, encode images or a folder of them."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
+from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..dreamcache_core import AdapterSet, InputError, ReferenceCache, prepare_reference_image
-from ..dreamcache_core.images.files import read_image
+from ..dreamcache_core.images.files import encode_thumbnails, read_image
 from ..dreamcache_core.images.masks import Subject, find_subject, on_white, shows_background
 from ..dreamcache_core.images.reference import subject_box
-from .host.encode import encode_reference
+from .host.encode import encode_reference, kept_on_disk
 from .host.folders import check_choice, choice_state, image_paths, list_image_folders
-from .host.report import node_id, report
+from .host.report import node_id, preview, report
 from .host.sampling import plain_text
 from .sockets import (
     PERSONALIZE,
@@ -284,33 +286,55 @@ class EncodeFolder(io.ComfyNode):
         """Encode the images."""
         paths = image_paths(folder)
         text = empty_prompt(clip)
-        latents: list[Tensor] = []
-        bare: list[str] = []
+        progress = ProgressBar(2 * len(paths), node_id=node_id(cls))
+        prepared = _Prepared(progress)
         for path in paths:
-            image, alpha = read_image(path)
-            if alpha is None and shows_background(image):
-                bare.append(os.path.basename(path))
-            prepared, _ = prepare_reference_image(image, alpha, size=size, fill=fill)
-            latents.append(vae.encode(prepared))
-        together = encode_reference(
-            model,
-            torch.cat(latents),
-            text,
-            seed=0,
-            timestep=1,
-            mask=None,
-            adapters=adapters,
-            node_id=node_id(cls),
-        )
-        references = [together] if one_subject else together.split()
+            prepared.add(path, vae, size, fill)
+        references: list[ReferenceCache] = []
+        for latent, thumbnail in zip(prepared.latents, prepared.thumbnails, strict=True):
+            one = encode_reference(
+                model,
+                latent,
+                text,
+                seed=0,
+                timestep=1,
+                mask=None,
+                adapters=adapters,
+                progress=progress,
+            )
+            references.append(kept_on_disk(replace(one, thumbnails=thumbnail)))
         names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
         if one_subject:
-            names = [os.path.basename(folder)]
-        text = together.describe()
-        if bare:
-            first = ", ".join(bare[:3]) + (", ..." if len(bare) > 3 else "")
-            text = f"{len(bare)} of {len(paths)} images show their background, which is then in the reference ({first}); {text}"
-        return io.NodeOutput(references, names, ui=report(cls, text))
+            references, names = [ReferenceCache.concatenate(references)], [os.path.basename(folder)]
+        told = f"{prepared.about_backgrounds()}{len(paths)} images, {references[0].describe()}"
+        return io.NodeOutput(references, names, ui=report(cls, told))
+
+
+class _Prepared:
+    """What is kept of the images of a folder until all are prepared: VAE and U-Net need not take turns."""
+
+    def __init__(self, progress: ProgressBar) -> None:
+        self.progress = progress
+        self.latents: list[Tensor] = []
+        self.thumbnails: list[tuple[bytes, ...]] = []
+        self.bare: list[str] = []
+
+    def add(self, path: str, vae: Any, size: int, fill: float) -> None:
+        """Prepare one more, and show it."""
+        image, alpha = read_image(path)
+        if alpha is None and shows_background(image):
+            self.bare.append(os.path.basename(path))
+        prepared, _ = prepare_reference_image(image, alpha, size=size, fill=fill)
+        self.latents.append(vae.encode(prepared))
+        self.thumbnails.append(encode_thumbnails(prepared))
+        self.progress.update_absolute(len(self.latents), preview=preview(prepared))
+
+    def about_backgrounds(self) -> str:
+        """Name images whose background comes along; "" where there are none."""
+        if not self.bare:
+            return ""
+        first = ", ".join(self.bare[:3]) + (", ..." if len(self.bare) > 3 else "")
+        return f"{len(self.bare)} of {len(self.latents)} images show their background, which is then in the reference ({first}); "
 
 
 def empty_prompt(clip: Any) -> list[Any]:
@@ -358,7 +382,7 @@ def encode_images(
     pixels, mask = _crop_to_latent_grid(image, mask, vae.spacial_compression_encode())
     # one by one: an image's latent must not depend on what is encoded with it
     latent = torch.cat([vae.encode(one) for one in pixels.split(1)])
-    return encode_reference(
+    reference = encode_reference(
         model,
         latent,
         text,
@@ -366,8 +390,9 @@ def encode_images(
         timestep=timestep,
         mask=mask,
         adapters=adapters,
-        node_id=node_id,
+        progress=ProgressBar(len(latent), node_id=node_id),
     )
+    return replace(reference, thumbnails=encode_thumbnails(pixels))
 
 
 def _check_size(image: Tensor) -> None:

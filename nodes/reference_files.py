@@ -1,9 +1,10 @@
 """Nodes that combine, save and load references."""
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..dreamcache_core import InputError, ReferenceCache
+from ..dreamcache_core.images.files import read_thumbnails
 from .host.folders import (
     check_choice,
     choice_state,
@@ -120,7 +121,7 @@ class LoadReference(io.ComfyNode):
             node_id="DreamCacheLoadReference",
             display_name="Load Reference (DreamCache)",
             category="DreamCache",
-            description="Loads a reference that Save Reference wrote, from the output or input folder or from "
+            description="Loads and shows a reference that Save Reference wrote, from the output or input folder or from "
             "models/dreamcache/references.",
             **found_by(*PERSONALIZE),
             inputs=[
@@ -148,7 +149,11 @@ class LoadReference(io.ComfyNode):
     def execute(cls, reference: str) -> io.NodeOutput:
         """Load the file."""
         loaded = ReferenceCache.load(reference_path(reference))
-        return io.NodeOutput(loaded, ui=report(cls, loaded.describe()))
+        shown = report(cls, loaded.describe()).as_dict()
+        if loaded.thumbnails:
+            sheet = read_thumbnails(loaded.thumbnails, reference)
+            shown |= ui.PreviewImage(sheet, cls=cls).as_dict()
+        return io.NodeOutput(loaded, ui=shown)
 
 
 def _round(reference: ReferenceCache, name: str) -> tuple[ReferenceCache, str]:

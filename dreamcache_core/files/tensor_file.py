@@ -60,13 +60,14 @@ def write_tensor_file(
 
 
 def read_tensor_file(
-    path: str | os.PathLike[str], expected: str
+    path: str | os.PathLike[str], expected: str, *, mapped: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file written by ``write_tensor_file`` and verify its checksum.
 
     Args:
         path: The file.
         expected: The format that it must have: ``adapters/1``, ``reference/1``.
+        mapped: See ``read_weights``.
 
     Returns:
         Tensors by key on the CPU, and metadata without the ``dreamcache.`` prefix.
@@ -80,7 +81,7 @@ def read_tensor_file(
         kind = f"a DreamCache file of format {found}" if found else kind_of_weights(header.tensors)
         kind = f"a torch file (.pt, .ckpt, .bin): {kind}" if header.is_torch else kind
         raise FileFormatError(f"{path} is {kind}; expected a DreamCache file of format {expected}.")
-    tensors = read_weights(path, header)
+    tensors = read_weights(path, header, mapped=mapped)
     if header.entries.get(DIGEST_KEY) != _digest(tensors, header.entries):
         raise FileFormatError(
             f"{path} is damaged: its contents do not match its checksum. Copy or download it again."
@@ -135,12 +136,15 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return Header({key: _shape_of(each) for key, each in slices.items()}, file.metadata() or {})
 
 
-def read_weights(path: str | os.PathLike[str], header: Header) -> dict[str, Tensor]:
+def read_weights(
+    path: str | os.PathLike[str], header: Header, *, mapped: bool = False
+) -> dict[str, Tensor]:
     """Read the tensors of a file.
 
     Args:
         path: The file.
         header: What ``read_header`` said of it.
+        mapped: Whether tensors of a safetensors file are views of it, which change when it is written to.
 
     Returns:
         Tensors by key on the CPU.
@@ -151,8 +155,8 @@ def read_weights(path: str | os.PathLike[str], header: Header) -> dict[str, Tens
     if header.is_torch:
         return read_torch_file(Path(path), header.tensors)
     with _open(path) as file:
-        # clone: what get_tensor returns is mapped, and changes when the file is written to
-        return {key: file.get_tensor(key).clone() for key in header.tensors}
+        views = {key: file.get_tensor(key) for key in header.tensors}
+        return views if mapped else {key: view.clone() for key, view in views.items()}
 
 
 @contextmanager

@@ -25,6 +25,8 @@ ImageFile: TypeAlias = str | os.PathLike[str] | bytes
 MAX_PIXELS = 100_000_000
 """Images with more pixels are refused from their header alone."""
 
+THUMBNAIL_PX, THUMBNAILS_IN_ROW = 128, 4
+
 # Formats that Pillow decodes by itself; EPS, which would start another program, is not among them.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")
 
@@ -179,6 +181,51 @@ def encode_png(image: Tensor, metadata: Mapping[str, str] | None = None) -> byte
     stream = io.BytesIO()
     pil_image.save(stream, format="PNG", pnginfo=chunks)
     return stream.getvalue()
+
+
+def encode_thumbnails(images: Tensor) -> tuple[bytes, ...]:
+    """Return small JPEGs of images, a few kilobytes each.
+
+    Args:
+        images: (images, height, width, 3), any float dtype, in [0, 1]; values outside are clamped.
+
+    Raises:
+        InputError: The images are misshapen or not finite.
+    """
+    return tuple(_encode_thumbnail(image) for image in images.split(1))
+
+
+def _encode_thumbnail(image: Tensor) -> bytes:
+    small, stream = tensor_to_image(image), io.BytesIO()
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    small.save(stream, format="JPEG", quality=85)
+    return stream.getvalue()
+
+
+def read_thumbnails(thumbnails: Sequence[bytes], name: str) -> Tensor:
+    """Lay what ``encode_thumbnails`` returned out on one sheet, at most four in a row.
+
+    Args:
+        thumbnails: At least one.
+        name: What to call their file in messages.
+
+    Returns:
+        The sheet, (1, height, width, 3), float32 in [0, 1].
+
+    Raises:
+        FileFormatError: One is damaged, no image or too large; a file of strangers may hold anything.
+    """
+    images: list[Tensor] = []
+    for thumbnail in thumbnails:
+        with open_image(thumbnail, name) as image:
+            if max(image.size) > THUMBNAIL_PX:
+                raise FileFormatError(
+                    f"{name} holds a thumbnail of {image.width} x {image.height} pixels; expected at most {THUMBNAIL_PX} a side. "
+                    "Save the reference again."
+                )
+            images.append(image_to_tensor(image.convert("RGB")))
+    rows = [images[i : i + THUMBNAILS_IN_ROW] for i in range(0, len(images), THUMBNAILS_IN_ROW)]
+    return contact_sheet(rows, cell_px=THUMBNAIL_PX)
 
 
 def contact_sheet(

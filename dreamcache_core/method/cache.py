@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -33,6 +34,7 @@ class ReferenceCache:
         timestep: Training index of the pass, 0 to 999.
         seed: Seed of the noise, or ``None`` where the caller made the noise.
         masks: Tokens of the subject by layer, bool (references, height, width); ``None``: all tokens.
+        thumbnails: A small image of each reference, as ``images.files.encode_thumbnails`` makes them, or none at all.
     """
 
     features: Mapping[str, Tensor]
@@ -41,18 +43,24 @@ class ReferenceCache:
     timestep: int = 1
     seed: int | None = None
     masks: Mapping[str, Tensor] | None = None
+    thumbnails: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         """Check shapes and freeze the mappings.
 
         Raises:
-            InputError: No layer, differing numbers of references, or masks that do not fit the features.
+            InputError: No layer, differing numbers of references, or masks or thumbnails that do not fit the features.
         """
         object.__setattr__(self, "features", MappingProxyType(dict(self.features)))
         if self.masks is not None:
             object.__setattr__(self, "masks", MappingProxyType(dict(self.masks)))
         self._check_features()
         self._check_masks()
+        if len(self.thumbnails) not in (0, self.num_references):
+            raise InputError(
+                f"Expected a thumbnail for each reference or none; given {len(self.thumbnails)} thumbnails for "
+                f"{self.num_references} references."
+            )
 
     def _check_features(self) -> None:
         if not self.features:
@@ -133,6 +141,7 @@ class ReferenceCache:
                 self,
                 features={n: f[i : i + 1] for n, f in self.features.items()},
                 masks=self.masks and {n: m[i : i + 1] for n, m in self.masks.items()},
+                thumbnails=self.thumbnails[i : i + 1],
             )
             for i in range(self.num_references)
         ]
@@ -181,7 +190,9 @@ class ReferenceCache:
         if any(c.masks is not None for c in caches):
             masks = {n: torch.cat([c._mask_or_all(n) for c in caches]) for n in layers}
         seed = first.seed if all(c.seed == first.seed for c in caches) else None
-        return replace(first, features=features, masks=masks, seed=seed)
+        known = all(c.thumbnails for c in caches)
+        thumbnails = tuple(one for c in caches for one in c.thumbnails) if known else ()
+        return replace(first, features=features, masks=masks, seed=seed, thumbnails=thumbnails)
 
     def describe(self) -> str:
         """One line for messages and reports; what matters first, as nodes show little of it."""
@@ -216,15 +227,17 @@ class ReferenceCache:
             "timestep": str(self.timestep),
             "latent_size": json.dumps(self.latent_size),
             "seed": json.dumps(self.seed),
+            "thumbnails": json.dumps([b64encode(one).decode() for one in self.thumbnails]),
         }
         write_tensor_file(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ReferenceCache:
+    def load(cls, path: str | os.PathLike[str], *, mapped: bool = False) -> ReferenceCache:
         """Read a cache that ``save`` wrote.
 
         Args:
             path: The file.
+            mapped: Whether the features stay in the file and are read when used. Nobody else may write to it then.
 
         Returns:
             The cache, on the CPU.
@@ -232,7 +245,7 @@ class ReferenceCache:
         Raises:
             FileFormatError: The file is damaged or no saved reference.
         """
-        tensors, metadata = read_tensor_file(path, FORMAT)
+        tensors, metadata = read_tensor_file(path, FORMAT, mapped=mapped)
         try:
             layers = check_layer_names(json.loads(metadata["layers"]))
             height, width = json.loads(metadata["latent_size"])
@@ -247,6 +260,9 @@ class ReferenceCache:
                 timestep=int(metadata["timestep"]),
                 seed=json.loads(metadata["seed"]),
                 masks=masks or None,
+                thumbnails=tuple(
+                    b64decode(one) for one in json.loads(metadata.get("thumbnails", "[]"))
+                ),
             )
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise FileFormatError(

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..config import check_range
 from ..errors import InputError, StateError, UnsupportedModelError
 from ..fitting.fit import FITTED
-from ..images.files import ImageFile
+from ..images.files import ImageFile, encode_thumbnails
 from ..images.reference_files import prepare_references, read_references
 from ..method.adapter import AdapterModules, AdapterSet
 from ..method.adapter_files import load_adapters
@@ -250,7 +251,7 @@ class DreamCachePipeline:
             mask=mask,
         )
         self.pipeline.maybe_free_model_hooks()
-        return cache
+        return replace(cache, thumbnails=encode_thumbnails(image))
 
     @torch.no_grad()
     def __call__(

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import comfy.utils
+import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import ModelSamplingDiscrete
@@ -32,7 +35,7 @@ def encode_reference(
     timestep: int,
     mask: Tensor | None,
     adapters: AdapterSet | None = None,
-    node_id: str | None = None,
+    progress: comfy.utils.ProgressBar | None = None,
 ) -> ReferenceCache:
     """Cache images of a subject, each by its own forward pass.
 
@@ -46,7 +49,7 @@ def encode_reference(
         timestep: Training index of the pass, 0 to 999; 1 in the paper.
         mask: The subject, (references, height, width) in [0, 1], or ``None`` for the whole image.
         adapters: Those that it is for: they decide about layers and timestep; ``None``: METHOD.md's layers.
-        node_id: Node to show the progress at.
+        progress: Goes on by one for each image.
 
     Returns:
         The cache, on the CPU.
@@ -74,7 +77,6 @@ def encode_reference(
     noise = torch.randn(
         (1, *latent.shape[1:]), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
     )
-    progress = comfy.utils.ProgressBar(latent.shape[0], node_id=node_id)
     passes: list[dict[str, Tensor]] = []
     for image in latent.split(1):
         features = inside_sampling(
@@ -87,10 +89,30 @@ def encode_reference(
             seed=seed,
         )
         passes.append(features)
-        progress.update(1)
+        if progress is not None:
+            progress.update(1)
     return cache_from_features(
         passes, model_layout(model).context_width, tuple(latent.shape[-2:]), timestep, seed, mask
     )
+
+
+def kept_on_disk(reference: ReferenceCache) -> ReferenceCache:
+    """Put a reference into a file of ComfyUI's temporary folder and map it: memory holds only what is in use.
+
+    Args:
+        reference: One of many, which together may not fit into memory.
+
+    Returns:
+        An equal one.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"dreamcache-{uuid4().hex}.safetensors"
+    reference.save(path)
+    return ReferenceCache.load(path, mapped=True)
 
 
 def _capture(loaded: LoadedModel, layers: Sequence[str] | None) -> dict[str, Tensor]:

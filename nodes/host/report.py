@@ -4,10 +4,15 @@ import html
 import sys
 
 from comfy_api.latest import io, ui
+from PIL import Image
+from torch import Tensor
 
 from ...dreamcache_core import AdapterSet
 from ...dreamcache_core.fitting.fit import FITTED
+from ...dreamcache_core.images.tensors import tensor_to_image
 from ...dreamcache_core.names import printable
+
+PREVIEW_PX = 512
 
 
 def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
@@ -33,6 +38,11 @@ def describe_adapters(adapters: AdapterSet) -> str:
         return size
     name = info.base_model or "a model"
     return f"fitted to {name}, not trained: connect them to Encode Reference too (or set its timestep to {info.timestep}). {size}"
+
+
+def preview(image: Tensor) -> tuple[str, Image.Image, int]:
+    """What ComfyUI's progress bar takes as a preview, of (1, height, width, 3)."""
+    return ("JPEG", tensor_to_image(image), PREVIEW_PX)
 
 
 def show(text: str, node: str | None) -> None:

@@ -17,9 +17,11 @@ from dreamcache_core.errors import DreamCacheError, FileFormatError, InputError
 from dreamcache_core.images.files import (
     contact_sheet,
     encode_png,
+    encode_thumbnails,
     open_image,
     read_image,
     read_mask,
+    read_thumbnails,
     save_png,
 )
 
@@ -439,3 +441,26 @@ def test_contact_sheet_writes_captions_inside_their_cells():
     assert (sheet[0, 64:84, 64:] == 1).all()
     assert (sheet[0, 148:, 64:] < 0.5).any()
     assert (sheet[0, :64] == 1).all()
+
+
+def test_thumbnails_are_small_and_show_the_images_in_rows_of_four():
+    ramp = torch.linspace(0, 1, 640)[:, None].expand(1, 480, 640, 3)
+    images = torch.cat([ramp, 1 - ramp])
+    thumbnails = encode_thumbnails(images)
+    assert all(len(one) < 8_000 for one in thumbnails)
+    sheet = read_thumbnails([*thumbnails, *thumbnails[:1] * 3], "cat.safetensors")
+    assert sheet.shape == (1, 2 * 128, 4 * 128, 3)
+    (small,) = contact_sheet([[images[:1], images[1:]]], cell_px=128)
+    assert (sheet[0, :128, :256] - small).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("thumbnail", "said"),
+    [
+        (b"no image", "cannot be read"),
+        (encode_png(torch.zeros(1, 4, 4000, 3)), "4000 x 4 pixels; expected at most 128"),
+    ],
+)
+def test_a_thumbnail_of_a_stranger_that_is_none_is_refused(thumbnail: bytes, said: str):
+    with pytest.raises(FileFormatError, match=rf"cat\.safetensors.*{said}"):
+        read_thumbnails([thumbnail], "cat.safetensors")

@@ -51,7 +51,7 @@ def assert_same(cache: ReferenceCache, other: ReferenceCache) -> None:
     assert (cache.masks is None) == (other.masks is None)
     for name, mask in (cache.masks or {}).items():
         assert torch.equal(mask, (other.masks or {})[name])
-    for field in ("context_width", "latent_size", "timestep", "seed"):
+    for field in ("context_width", "latent_size", "timestep", "seed", "thumbnails"):
         assert getattr(cache, field) == getattr(other, field)
 
 
@@ -132,6 +132,22 @@ def test_conversion_moves_features_and_masks_to_the_device():
     # an empty mask cannot be told from a full one on the meta device, so without masks there
     assert {f.device.type for f in moved.to("cpu").features.values()} == {"cpu"}
     assert {f.device.type for f in make_cache().to("meta").features.values()} == {"meta"}
+
+
+def test_each_reference_keeps_its_thumbnail(tmp_path: Path):
+    cache = make_cache(thumbnails=(b"one", b"two"))
+    cache.save(tmp_path / "reference.safetensors")
+    assert_same(ReferenceCache.load(tmp_path / "reference.safetensors"), cache)
+    parts = cache.split()
+    assert [part.thumbnails for part in parts] == [(b"one",), (b"two",)]
+    assert ReferenceCache.concatenate(parts[::-1]).thumbnails == (b"two", b"one")
+    # from a file of before there were any: better none than those of other images
+    assert ReferenceCache.concatenate([*parts, make_cache(1)]).thumbnails == ()
+
+
+def test_there_are_as_many_thumbnails_as_references_or_none():
+    with pytest.raises(InputError, match="1 thumbnails for 2 references"):
+        make_cache(thumbnails=(b"one",))
 
 
 # bad input

@@ -9,7 +9,6 @@ from typing import Any
 import comfy.utils
 import torch
 from comfy_api.latest import io
-from PIL import Image
 from torch import Tensor
 
 from ....dreamcache_core import (
@@ -28,7 +27,7 @@ from ....dreamcache_core.pipeline.latents import LATENT_FACTOR
 from ....dreamcache_core.training.initialisation import FITS, new_adapters
 from ..folders import new_adapter_path
 from ..model import model_layout, require_model_fit, unet_of
-from ..report import node_id, report
+from ..report import PREVIEW_PX, node_id, preview, report
 from .frozen_model import check_texts, noise_schedule
 from .images import (
     TrainingSet,
@@ -43,7 +42,7 @@ from .loop import TrainSettings
 logger = logging.getLogger(__name__)
 
 RESCUED = "dreamcache-interrupted"
-NUM_PREVIEWS, PREVIEW_PX = 100, 512
+NUM_PREVIEWS = 100
 SIDE_PX, SDXL_SIDE_PX = 512, 1024
 MIN_PX, MAX_PX = 64, 2048
 
@@ -170,7 +169,7 @@ class TrainingRun:
     def show_pair(self, target: Tensor, reference: Tensor) -> None:
         """Preview a target beside its reference, as training sees them."""
         sheet = contact_sheet([[target, reference]], cell_px=PREVIEW_PX // 2)
-        self.bar.update_absolute(self.bar.current + 1, preview=_preview(sheet))
+        self.bar.update_absolute(self.bar.current + 1, preview=preview(sheet))
 
     def after_pass(self) -> None:
         """Count a pass that fits the start."""
@@ -184,7 +183,7 @@ class TrainingRun:
         has_preview = done % max(1, self.steps // NUM_PREVIEWS) == 0
         curve = draw_loss_curve(self.losses, width=PREVIEW_PX) if has_preview else None
         self.bar.update_absolute(
-            self.num_prepared + done, preview=None if curve is None else _preview(curve)
+            self.num_prepared + done, preview=None if curve is None else preview(curve)
         )
 
     def write_record(self, adapters: AdapterSet) -> None:
@@ -266,9 +265,3 @@ class TrainingRun:
 def default_side_px(model: Any) -> int:
     """Side of the images that a MODEL of this family was trained on, pixels."""
     return SDXL_SIDE_PX if model_layout(model).family == "sdxl" else SIDE_PX
-
-
-def _preview(image: Tensor) -> tuple[str, Image.Image, int]:
-    """What ComfyUI's progress bar takes as a preview, of (1, height, width, 3)."""
-    pixels = (image[0].cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    return ("JPEG", Image.fromarray(pixels.numpy()), PREVIEW_PX)

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import comfy.utils
 import folder_paths
 import numpy as np
 import pytest
@@ -328,6 +329,19 @@ def test_a_saved_reference_is_listed_and_loads_equal(model):
         assert equal(run("DreamCacheLoadReference", reference=option)[0], reference)
 
 
+def test_a_loaded_reference_shows_its_images(model):
+    images = torch.cat([make_image(0), make_image(1)])
+    reference = encode(model, image=images)
+    run("DreamCacheSaveReference", reference=reference, filename_prefix="dreamcache/seen")
+    (name,) = (o for o in run_options("DreamCacheLoadReference") if "seen" in o)
+    (shown,) = execute("DreamCacheLoadReference", reference=name).ui["images"]
+    folder = Path(folder_paths.get_temp_directory(), shown["subfolder"])
+    with Image.open(folder / shown["filename"]) as preview:
+        assert preview.size == (2 * 128, 128)
+        seen = torch.tensor(np.asarray(preview)).float() / 255
+    assert (seen[:, :128] - images[0]).abs().mean() < 0.1 < (seen[:, 128:] - images[0]).abs().mean()
+
+
 def test_saving_where_the_list_does_not_look_is_said(model):
     said = {
         prefix: execute("DreamCacheSaveReference", reference=encode(model), filename_prefix=prefix)
@@ -419,6 +433,32 @@ def test_a_folder_names_the_images_that_show_their_background(model, image_folde
     assert said("DreamCacheEncodeFolder", folder=image_folder, **inputs).startswith(
         "1 of 4 images show their background, which is then in the reference (photo.png);"
     )
+
+
+def test_a_folder_shows_each_prepared_image_while_it_runs(model, image_folder, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        comfy.utils,
+        "PROGRESS_BAR_HOOK",
+        lambda value, total, image, **_: shown.append((value, total, image)),
+    )
+    inputs = {"model": model, "vae": FlatVAE(), "clip": Clip(model), "size": 64}
+    run("DreamCacheEncodeFolder", folder=image_folder, **inputs)
+    assert [(value, total) for value, total, _ in shown] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [image[1].size for _, _, image in shown[:2]] == [(64, 64)] * 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not let a mapped file be written to")
+def test_the_references_of_a_folder_wait_on_the_disk(model, image_folder):
+    inputs = {"model": model, "vae": FlatVAE(), "clip": Clip(model), "size": 64}
+    references, _ = run("DreamCacheEncodeFolder", folder=image_folder, **inputs)
+    files = list(Path(folder_paths.get_temp_directory()).glob("dreamcache-*.safetensors"))
+    for file in files:
+        with file.open("r+b") as stream:
+            stream.seek(-4, os.SEEK_END)
+            stream.write(b"\0\0\x80\x3f")  # 1.0, where the last feature stands
+    for reference in references:
+        assert 1.0 in [float(feature.flatten()[-1]) for feature in reference.features.values()]
 
 
 def test_a_changed_image_runs_the_folder_again(image_folder):
