@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 LOCALES = ROOT / "locales"
 LANGUAGES = ["zh", "zh-TW", "ja", "ko", "ru", "fr", "es", "pt-BR", "tr"]
 PAGE_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
-MOST_BYTES = 200_000
+MOST_BYTES, MOST_BYTES_SHOWN = 200_000, 30_000
 
 
 def schemas() -> dict[str, list[str]]:
@@ -72,15 +73,31 @@ def test_the_snapshot_has_the_nodes_of_the_sources():
 
 def test_there_is_no_page_without_a_node():
     assert {path.stem for path in PAGES.glob("*.md")} == set(SCHEMAS)
+    assert {path.parent.name for path in PAGES.glob("*/zh.md")} == set(SCHEMAS)
 
 
+HEADINGS = {
+    ".md": ("# ", "## Inputs", "**Tip**", "## Common errors"),
+    "/zh.md": ("# ", "## \u8f93\u5165", "**\u63d0\u793a**", "## \u5e38\u89c1\u9519\u8bef"),
+}
+"""Of a node's English and Chinese page, by what follows the node's id in their names."""
+
+
+@pytest.mark.parametrize("ending", HEADINGS)
 @pytest.mark.parametrize("node_id", sorted(SCHEMAS))
-def test_the_help_page_names_every_input(node_id):
-    page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
+def test_a_help_page_names_every_input(node_id, ending):
+    page = (PAGES / f"{node_id}{ending}").read_text(encoding="utf-8")
     inputs = {*SCHEMAS[node_id], *names_of(snapshot()["nodes"][node_id])}
     assert [name for name in sorted(inputs) if f"**`{name}`**" not in page] == []
-    for heading in ("# ", "## Inputs", "**Tip**", "## Common errors"):
+    for heading in HEADINGS[ending]:
         assert f"\n{heading}" in f"\n{page}", heading
+
+
+def test_help_pages_show_small_images_that_are_all_there():
+    pages = [path.read_text(encoding="utf-8") for path in PAGES.rglob("*.md")]
+    shown = {name for page in pages for name in re.findall(r"!\[.+?\]\((.+?)\)", page)}
+    assert shown == {path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.webp")}
+    assert all((PAGES / name).stat().st_size < MOST_BYTES_SHOWN for name in shown)
 
 
 @pytest.mark.parametrize("node_id", sorted(names_in("en")))

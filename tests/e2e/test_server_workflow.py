@@ -6,6 +6,7 @@ After a wanted change of the nodes: ``UPDATE_SNAPSHOT=1 pytest tests/e2e -k snap
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,8 @@ def test_every_node_has_a_help_page_on_the_server(server, object_info):
     for name in filter(lambda name: name.startswith(OURS), object_info):
         page = server.get(f"/extensions/{PACK_FOLDER}/docs/{name}.md").decode()
         assert page.startswith("# "), name
+        for image in re.findall(r"\((images/.+?)\)", page):
+            assert server.get(f"/extensions/{PACK_FOLDER}/docs/{image}").startswith(b"RIFF")
 
 
 def test_the_server_hands_out_the_translations(server, object_info):
