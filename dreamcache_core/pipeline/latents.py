@@ -36,7 +36,9 @@ class LatentCodec:
         with self._precise_vae() as vae:
             pixels = image.permute(0, 3, 1, 2).clamp(0, 1) * 2 - 1  # -> (1, 3, height, width)
             device = self.pipeline._execution_device
-            latent = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode()
+            encoded = vae.encode(pixels.to(device, vae.dtype))
+            # AutoencoderTiny gives latents, not a distribution of them
+            latent = encoded.latents if "latents" in encoded else encoded.latent_dist.mode()
             shift, factor = self._scale(latent)
             return (latent - shift) * factor
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import FileFormatError, InputError, UnsupportedModelError
 from ..files.tensor_file import refuse_non_weights
@@ -217,33 +218,66 @@ def _read_model_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+NEEDS_MORE = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
+"""Settings of a U-Net that takes inputs besides latent, timestep and text."""
+
+
 def is_sdxl(pipeline: Any) -> bool:
-    """Tell SDXL from SD by duck typing; refuse everything else.
+    """Tell SDXL from SD; refuse everything else.
 
     Args:
         pipeline: A loaded diffusers pipeline.
 
     Returns:
-        Whether it has SDXL's two text encoders.
+        Whether it is a ``StableDiffusionXLPipeline``.
 
     Raises:
+        MissingPackageError: diffusers or transformers is not installed.
         UnsupportedModelError: It is no plain text-to-image pipeline of Stable Diffusion 1.x, 2.x or SDXL.
     """
-    parts = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", "encode_prompt")
-    missing = [part for part in parts if getattr(pipeline, part, None) is None]
-    name = type(pipeline).__name__
-    if missing:
+    diffusers, name = require_diffusers(), type(pipeline).__name__
+    is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
+    if not is_xl and not isinstance(pipeline, diffusers.StableDiffusionPipeline):
         raise UnsupportedModelError(
-            f"Expected a StableDiffusionPipeline or StableDiffusionXLPipeline; {name} lacks {', '.join(missing)}."
+            f"Expected a StableDiffusionPipeline or StableDiffusionXLPipeline, given a {name}: what else it does would be left "
+            "out. If it is one of Stable Diffusion's, make a plain one of its parts: StableDiffusionPipeline.from_pipe(pipeline)."
         )
-    is_xl = getattr(pipeline, "tokenizer_2", None) is not None
+    _require_parts(pipeline, is_xl)
     config = pipeline.unet.config
-    has_added = getattr(config, "addition_embed_type", None) is not None
-    is_distilled = getattr(config, "time_cond_proj_dim", None) is not None
-    is_plain = config.in_channels == pipeline.vae.config.latent_channels
-    if has_added != is_xl or is_distilled or not is_plain:
+    has_added = getattr(config, "addition_embed_type", None)
+    more = [setting for setting in NEEDS_MORE if getattr(config, setting, None) is not None]
+    is_plain = config.in_channels == pipeline.vae.config.latent_channels and not more
+    if has_added != ("text_time" if is_xl else None) or not is_plain:
         raise UnsupportedModelError(
-            f"Expected a plain text-to-image Stable Diffusion 1.x, 2.x or SDXL pipeline; the U-Net of this {name} takes "
-            "other inputs (inpainting, instruction or guidance-distilled models do)."
+            f"Expected a plain text-to-image Stable Diffusion 1.x, 2.x or SDXL pipeline; the U-Net of this {name} takes other "
+            f"inputs{f' ({more[0]})' if more else ''}, as inpainting, instruction, class-conditional and guidance-distilled models "
+            "do, and any with an IP-Adapter. Load a plain model; take an IP-Adapter out by pipeline.unload_ip_adapter()."
         )
     return is_xl
+
+
+def _require_parts(pipeline: Any, is_xl: bool) -> None:
+    parts = ["unet", "vae", "scheduler", "tokenizer", "text_encoder"]
+    parts += ["tokenizer_2", "text_encoder_2"] if is_xl else []
+    missing = [part for part in parts if getattr(pipeline, part) is None]
+    if missing:
+        raise UnsupportedModelError(
+            f"Expected a {type(pipeline).__name__} with all its models; this one lacks {', '.join(missing)}. Load it without "
+            "setting them to None; SDXL's refiner, which has one text encoder, is not supported."
+        )
+    noise_levels(pipeline.scheduler)
+
+
+def noise_levels(scheduler: Any) -> Tensor:
+    """Cumulated signal power at every training index, as a scheduler of diffusers keeps it.
+
+    Raises:
+        UnsupportedModelError: It has no table of noise levels (flow matching).
+    """
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        raise UnsupportedModelError(
+            f"Expected a scheduler with alphas_cumprod; {type(scheduler).__name__} has none. Use one of Stable Diffusion's, "
+            "DDIMScheduler say."
+        )
+    return alphas

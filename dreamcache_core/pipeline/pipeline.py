@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import check_range
-from ..errors import InputError, StateError, UnsupportedModelError
+from ..errors import InputError, StateError
 from ..fitting.fit import FITTED
 from ..images.files import ImageFile, encode_thumbnails
 from ..images.reference_files import prepare_references, read_references
@@ -37,7 +37,7 @@ from .arguments import (
 from .fingerprint import FINGERPRINT, UNET_PARTS, model_fingerprint
 from .fused import FusedAdapters
 from .latents import LatentCodec
-from .loading import is_sdxl, load_pipeline, require_diffusers
+from .loading import is_sdxl, load_pipeline, noise_levels
 from .sampling import Callback, Text, denoise
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,11 @@ class DreamCachePipeline:
     """
 
     def __init__(self, pipeline: Any, adapters: AdapterSet | None = None) -> None:
-        require_diffusers()
-        self.is_sdxl = is_sdxl(pipeline)
+        self.codec = LatentCodec(pipeline)
         self.layout = layout_of(pipeline.unet)
         if adapters is not None:
             require_fit(pipeline.unet, adapters.info.layout, "the adapters")
         self.pipeline, self.adapters = pipeline, adapters
-        self.codec = LatentCodec(pipeline)
         self._fused = FusedAdapters()
         self._checked: WeakSet[AdapterModules] = WeakSet()
 
@@ -113,6 +111,15 @@ class DreamCachePipeline:
                 model,
             )
         return cls(pipeline, loaded)
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether it is SDXL's.
+
+        Raises:
+            UnsupportedModelError: The pipeline has since been changed into another kind, by an IP-Adapter say.
+        """
+        return is_sdxl(self.pipeline)
 
     @property
     def device(self) -> torch.device:
@@ -429,13 +436,7 @@ class DreamCachePipeline:
         Raises:
             UnsupportedModelError: The scheduler has no table of noise levels (flow matching).
         """
-        alphas = getattr(self.pipeline.scheduler, "alphas_cumprod", None)
-        if alphas is None:
-            raise UnsupportedModelError(
-                f"Expected a scheduler with alphas_cumprod; {type(self.pipeline.scheduler).__name__} has none. Use one "
-                "of Stable Diffusion's, DDIMScheduler say."
-            )
-        return alphas.float().cpu()
+        return noise_levels(self.pipeline.scheduler).float().cpu()
 
     def _alpha(self, timestep: int) -> Tensor:
         """Cumulated signal power at a training index, a float32 scalar on the CPU."""

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import EulerAncestralDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from tiny_diffusers import random_adapters
 from tiny_pipeline import ddim, tiny_pipeline, tiny_sdxl_pipeline, wrap
@@ -17,7 +17,6 @@ from dreamcache_core import (
     MismatchError,
     MissingPackageError,
     ReferenceUse,
-    UnsupportedModelError,
     combine_guidance,
     inject,
 )
@@ -550,26 +549,6 @@ def test_region_masks_of_another_number_are_refused(pipe):
 def test_a_reference_of_another_model_is_refused(pipe, sdxl):
     with pytest.raises(MismatchError):
         run(pipe, make_use(sdxl))
-
-
-class Flux:
-    transformer = tokenizer = vae = scheduler = object()
-
-
-def test_other_pipelines_are_refused(tmp_path):
-    with pytest.raises(UnsupportedModelError, match="Flux lacks unet"):
-        DreamCachePipeline(Flux())
-    inpainting = tiny_pipeline(tmp_path)
-    inpainting.unet.register_to_config(in_channels=9)
-    with pytest.raises(UnsupportedModelError, match="inpainting"):
-        DreamCachePipeline(inpainting)
-
-
-def test_a_scheduler_without_noise_levels_is_refused(tmp_path):
-    base = tiny_pipeline(tmp_path)
-    base.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(UnsupportedModelError, match="alphas_cumprod"):
-        wrap(base).encode_reference(images())
 
 
 def test_without_diffusers_the_error_names_the_extra(pipe, monkeypatch):
