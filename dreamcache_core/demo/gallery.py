@@ -99,7 +99,7 @@ def draw_panel(
         guidance_scale: s_text of METHOD.md section 5.
         image_guidance_scale: s_image of it, in the part ``IMAGE_RANGE`` of the run.
     """
-    cache = pipeline.encode_reference(theme.reference, mask=theme.mask, layers=adapters.layers)
+    cache = pipeline.encode_reference(theme.reference, mask=theme.mask, adapters=adapters)
 
     def draw(uses: Sequence[ReferenceUse]) -> Tensor:
         seeds = range(seed, seed + len(theme.prompts))

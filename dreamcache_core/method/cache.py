@@ -6,7 +6,7 @@ import json
 import os
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -120,6 +120,11 @@ class ReferenceCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> ReferenceCache:
         """Return the same object: it cannot change."""
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let ``pickle``, ``torch.save`` and other processes have a copy."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return type(self), tuple(dict(v) if isinstance(v, Mapping) else v for v in values)  # pyright: ignore[reportUnknownArgumentType]
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

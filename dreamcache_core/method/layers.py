@@ -165,5 +165,6 @@ def require_same_layout(first: Layout, first_name: str, second: Layout, second_n
     raise MismatchError(
         f"{first_name} and {second_name} do not belong together. {first_name}: {first.describe()}. "
         f"{second_name[:1].upper()}{second_name[1:]}: {second.describe()}. "
-        "Use adapters trained for this model, and encode the reference with this model."
+        "Use adapters trained for this model, and encode the reference with this model for these adapters (Encode Reference's "
+        "input adapters; in Python encode_reference(image, adapters=adapters))."
     )

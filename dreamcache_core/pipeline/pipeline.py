@@ -198,9 +198,7 @@ class DreamCachePipeline:
             raise StateError(
                 "Expected a pipeline with adapters. Make it with DreamCachePipeline.from_files(model, adapters)."
             )
-        info = self.adapters.info
-        reference = self.encode_reference(image, timestep=info.timestep, layers=info.layout.layers)
-        return ReferenceUse(reference, self.adapters, scale)
+        return ReferenceUse(self.encode_reference(image), self.adapters, scale)
 
     @torch.no_grad()
     def encode_reference(
@@ -210,8 +208,9 @@ class DreamCachePipeline:
         mask: Tensor | None = None,
         prompt: str = "",
         seed: int = 0,
-        timestep: int = 1,
+        timestep: int | None = None,
         layers: Sequence[str] | None = None,
+        adapters: AdapterModules | None = None,
     ) -> ReferenceCache:
         """Turn prepared images of one subject into a reference, each by its own passes.
 
@@ -226,17 +225,25 @@ class DreamCachePipeline:
                 to (``keep_tokens``). ``None``, as in training: all tokens.
             prompt: Text of the pass; empty in training.
             seed: Seed of the noise.
-            timestep: Training index of the pass, 0 to 999; 1 in the paper.
-            layers: Canonical names of the layers to cache, those of the adapters; ``None`` takes METHOD.md's rule.
+            timestep: Training index of the pass, 0 to 999; ``None``: that of ``adapters``, or 1, as in the paper.
+            layers: Canonical names of the layers to cache; ``None``: those of ``adapters``, or by METHOD.md's rule.
+            adapters: What the reference is for; ``None``: the pipeline's own, if it has any.
 
         Returns:
             The cache, on the CPU.
 
         Raises:
             InputError: An image, the mask or the timestep is unfit.
-            UnsupportedModelError: The scheduler has no table of noise levels (flow matching).
+            MismatchError: The U-Net has no layer of that name.
+            UnsupportedModelError: The pipeline is of another kind.
         """
         check_images(image, mask, self.pipeline.vae_scale_factor)
+        text = self.encode_text([prompt])
+        adapters = self.adapters if adapters is None else adapters
+        if adapters is not None:
+            layers = adapters.layers if layers is None else layers
+            timestep = adapters.info.timestep if timestep is None else timestep
+        timestep = 1 if timestep is None else timestep
         height, width = image.shape[1:3]
         alpha = self._alpha(timestep)
         noise = torch.randn(self._latent_shape(1, height, width), generator=cpu_generator(seed))
@@ -246,7 +253,6 @@ class DreamCachePipeline:
             + (1 - alpha).sqrt() * noise
             for i in range(len(image))
         ]
-        text = self.encode_text([prompt])
         cache = capture_reference(
             self.pipeline.unet,
             torch.cat(noised).to(self.device, self.dtype),

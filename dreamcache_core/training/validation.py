@@ -66,9 +66,7 @@ class Validation:
         """
         rows: list[Sequence[Tensor]] = []
         for row, (prompt, image) in enumerate(zip(self.prompts, self.references, strict=True)):
-            reference = self.base.pipeline.encode_reference(
-                image, timestep=adapters.info.timestep, layers=adapters.layers
-            )
+            reference = self.base.pipeline.encode_reference(image, adapters=adapters)
             if row == len(self._without):
                 self._without.append(self._sample(prompt, ReferenceUse(reference, adapters, 0.0)))
             with_it = self._sample(prompt, ReferenceUse(reference, adapters))

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from dreamcache_core.errors import FileFormatError, InputError, MismatchError, StateError
+from dreamcache_core.method.adapter import AdapterInfo, AdapterSet
+from dreamcache_core.method.blending import ReferenceUse
 from dreamcache_core.method.cache import ReferenceCache
 from dreamcache_core.method.capture import cache_from_features
 from dreamcache_core.method.tokens import subject_tokens
@@ -68,6 +72,32 @@ def test_mappings_cannot_be_changed(field: str):
     mapping: Any = getattr(make_cache(masks=make_masks()), field)
     with pytest.raises(TypeError, match="does not support item assignment"):
         mapping["middle_block.1"] = torch.zeros(1)
+
+
+def to_and_from_torch_save(value: Any) -> Any:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize("masks", [None, make_masks()], ids=["without masks", "with masks"])
+@pytest.mark.parametrize(
+    "copied",
+    [lambda value: pickle.loads(pickle.dumps(value)), to_and_from_torch_save, copy.copy],
+    ids=["pickle", "torch.save", "copy"],
+)
+def test_pickled_cache_and_its_use_come_back_the_same(masks: Any, copied: Any):
+    cache = make_cache(masks=masks)
+    assert_same(copied(cache), cache)
+    use = ReferenceUse(cache, AdapterSet(AdapterInfo(cache.layout)), 0.5, torch.ones(4, 6).tril())
+    again = copied(use)
+    assert_same(again.reference, cache)
+    assert again.adapters.info == use.adapters.info
+    for name, weight in use.adapters.state_dict().items():
+        assert torch.equal(again.adapters.state_dict()[name], weight)
+    assert again.scale == 0.5
+    assert torch.equal(again.regions, use.regions)
 
 
 def test_changing_the_dictionary_it_was_made_of_changes_nothing():

@@ -14,6 +14,7 @@ from tiny_pipeline import ddim, tiny_pipeline, tiny_sdxl_pipeline, wrap
 from dreamcache_core import (
     DreamCachePipeline,
     InputError,
+    Layout,
     MismatchError,
     MissingPackageError,
     ReferenceUse,
@@ -236,6 +237,21 @@ def test_seed_and_prompt_of_the_reference_matter(pipe):
     )
     assert not torch.equal(first, other)
     assert not torch.equal(first, told)
+
+
+def test_reference_is_encoded_for_the_adapters_that_will_use_it(tmp_path):
+    layers = {"middle_block.1": 128, "output_blocks.5.1": 128}
+    adapters = random_adapters(Layout(64, layers), timestep=20)
+    pipe = wrap(tiny_pipeline(tmp_path))
+    with pytest.raises(MismatchError, match=r"encode_reference\(image, adapters=adapters\)"):
+        ReferenceUse(pipe.encode_reference(images()), adapters)
+    told = pipe.encode_reference(images(), adapters=adapters)
+    with_own = DreamCachePipeline(pipe.pipeline, adapters)
+    for reference in (told, with_own.encode_reference(images())):
+        assert (reference.layers, reference.timestep) == (tuple(layers), 20)
+    assert with_own.use_reference(images()).reference.layers == tuple(layers)
+    by_hand = with_own.encode_reference(images(), timestep=3, layers=["middle_block.1"])
+    assert (by_hand.layers, by_hand.timestep) == (("middle_block.1",), 3)
 
 
 def test_mask_marks_the_subject_tokens_of_each_image(pipe):
