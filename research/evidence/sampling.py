@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ def generate_images(
     *,
     steps: int = STEPS,
 ) -> np.ndarray:
-    """Generate one image for each triple, in one batch; an image does not depend on the others.
+    """Generate one image for each triple, in one batch where each has one reference; an image does not depend on the others.
 
     Args:
         pipeline: The model.
@@ -40,10 +39,15 @@ def generate_images(
     Returns:
         8-bit RGB, (triples, height, width, 3).
     """
+    is_single = condition.references == 1
+    if not is_single and len(triples) > 1:
+        # a row has one reference in ``per_row``; of several together, tokens of the background are grouped by image
+        alone = [generate_images(pipeline, adapters, [t], condition, steps=steps) for t in triples]
+        return np.concatenate(alone)
     uses: list[ReferenceUse] = []
     if adapters is not None:
-        reference = _encode(pipeline, adapters, triples, condition)
-        uses.append(ReferenceUse(reference, adapters, per_row=True))
+        caches = [_encode_subject(pipeline, adapters, triple, condition) for triple in triples]
+        uses.append(ReferenceUse(ReferenceCache.concatenate(caches), adapters, per_row=is_single))
     images: Tensor = pipeline(
         [triple.prompt for triple in triples],
         uses,
@@ -58,30 +62,6 @@ def generate_images(
     return (images.permute(0, 2, 3, 1) * 255.0).round().byte().cpu().numpy()
 
 
-def _encode(
-    pipeline: DreamCachePipeline,
-    adapters: AdapterSet,
-    triples: Sequence[Triple],
-    condition: Condition,
-) -> ReferenceCache:
-    """Cache each triple's images as one row."""
-    caches = [_encode_subject(pipeline, adapters, triple, condition) for triple in triples]
-    features = {
-        layer: _side_by_side([c.features[layer] for c in caches]) for layer in adapters.layers
-    }
-    masks = {
-        layer: _side_by_side([cache.masks[layer] for cache in caches if cache.masks])
-        for layer in adapters.layers
-        if condition.masked
-    }
-    return replace(caches[0], features=features, masks=masks or None)
-
-
-def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
-    """Put the images of each subject side by side in its row: their order does not matter to attention."""
-    return torch.cat([torch.cat(images.split(1), dim=-1) for images in rows])
-
-
 def _encode_subject(
     pipeline: DreamCachePipeline, adapters: AdapterSet, triple: Triple, condition: Condition
 ) -> ReferenceCache:
@@ -91,6 +71,5 @@ def _encode_subject(
         torch.cat([image_to_tensor(triple.reference(n)) for n in numbers]),
         mask=torch.from_numpy(masks) if condition.masked else None,
         prompt=triple.prompt if condition.captioned else "",
-        timestep=adapters.info.timestep,
-        layers=adapters.layers,
+        adapters=adapters,
     )

@@ -14,7 +14,9 @@ from dreamcache_core.demo.files import require_demo_files
 from dreamcache_core.demo.gallery import IMAGE_RANGE
 from dreamcache_core.demo.measures import match as demo_measures
 from dreamcache_core.demo.world import world
+from dreamcache_core.images.tensors import image_to_tensor
 from dreamcache_core.method.adapter_files import load_adapters, save_adapters
+from dreamcache_core.method.blending import ReferenceUse
 from dreamcache_core.pipeline.loading import load_diffusers_pipeline
 from dreamcache_core.pipeline.pipeline import DreamCachePipeline
 from research.evidence.__main__ import main
@@ -60,6 +62,29 @@ def test_image_of_a_triple_does_not_depend_on_its_batch(
     alone = [generate_images(pipeline, adapters, [t], condition, steps=2)[0] for t in triples]
     difference = np.abs(together.astype(int) - np.stack(alone).astype(int))
     assert difference.max() <= 1
+
+
+def test_several_masked_references_are_drawn_with_as_the_product_draws(
+    pipeline: DreamCachePipeline,
+):
+    adapters = load_adapters(require_demo_files().adapters)
+    triples = draw_triples(0, combinations=2, shapes=0)
+    condition = replace(CHOSEN, references=2, mode="joint")
+    measured = generate_images(pipeline, adapters, triples, condition, steps=1)
+    for image, triple in zip(measured, triples, strict=True):
+        references = torch.cat([image_to_tensor(triple.reference(n)) for n in range(2)])
+        masks = torch.from_numpy(np.stack([triple.reference_mask(n) for n in range(2)]))
+        drawn = pipeline(
+            triple.prompt,
+            ReferenceUse(pipeline.encode_reference(references, mask=masks), adapters),
+            guidance_scale=condition.guidance_scale,
+            guidance="joint",
+            num_inference_steps=1,
+            generator=torch.Generator().manual_seed(triple.seed),
+            output_type="pt",
+        )[0]
+        expected = (drawn.permute(1, 2, 0) * 255.0).round().byte().numpy()
+        assert np.abs(image.astype(int) - expected.astype(int)).max() <= 1
 
 
 def test_reference_changes_the_image_and_another_subject_changes_it_otherwise(
