@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import InputError, StateError
 from .backends import require_fit, select_sites
 from .blending import LayerReference, ReferenceUse, blend_references, prepare_layer
-from .compiling import is_compiled, plain_module
+from .compiling import OwnClass, is_compiled, plain_module
 from .layers import AttentionSite
 
 _injected: "WeakSet[nn.Module]" = WeakSet()
@@ -63,14 +63,14 @@ def inject(
             for site in sites:
                 site.uses = _LayerUses(site.name, active, injection)
                 if unet in _compilable and not torch.is_grad_enabled():
-                    site.uses.prepare_ahead(site.parameter)
+                    site.uses.prepare_ahead()
             yield injection
     finally:
         _injected.discard(unet)
 
 
 def prepare_for_compile(unet: nn.Module, layers: Sequence[str] | None = None) -> None:
-    """Let ``inject`` work on a U-Net that is compiled afterwards by ``torch.compile``.
+    """Let ``inject`` work on a U-Net that is compiled afterwards by ``torch.compile``, as a whole or in parts.
 
     Hooks that come after compiling are ignored, so these come before it and stay; they do nothing while no reference
     is injected. Other references, adapters and scales of the same shapes need no compiling anew.
@@ -171,7 +171,6 @@ class _Site:
 
     def __init__(self, site: AttentionSite) -> None:
         self.name, self.heads = site.name, site.heads
-        self.parameter = next(site.module.parameters())
         self.uses: _LayerUses | None = None
         self.size = (0, 0)
         self.hidden_states: Tensor | None = None
@@ -179,6 +178,7 @@ class _Site:
             site.hook_input(self.read_size),
             site.block.norm1.register_forward_pre_hook(self.read_hidden_states),
             site.block.attn1.register_forward_hook(self.replace_output),
+            *map(OwnClass, (site.module, site.block, site.block.norm1, site.block.attn1)),
         ]
 
     def end(self) -> None:
@@ -229,18 +229,19 @@ class _LayerUses:
                     f"{count} rows, {use.reference.num_references} references."
                 )
 
-    def prepare_ahead(self, like: Tensor) -> None:
-        """Let compiled code find keys and values instead of computing them."""
+    def prepare_ahead(self) -> None:
+        """Let compiled code find keys and values instead of computing them, where the adapters are."""
         self.is_compiled = True
-        self.references(like)
-        self.injection.index_on(like.device)
+        weight = next(self.uses[0].adapters[self.layer].parameters())
+        self.references(weight)
+        self.injection.index_on(weight.device)
 
     def references(self, x: Tensor) -> list[LayerReference]:
         """Keys and values for hidden states like these."""
         is_autocast = torch.is_autocast_enabled(x.device.type)
         if torch.is_grad_enabled():  # keys and values are part of the graph
             return self.prepare(x, is_autocast)
-        key = (x.device, x.dtype, is_autocast)
+        key = (x.device, x.dtype if is_autocast else None)
         if key not in self.known:
             self.known[key] = self.prepare(x, is_autocast)
         return self.known[key]

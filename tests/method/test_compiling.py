@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 from tiny_diffusers import random_adapters, random_unet
@@ -38,6 +39,38 @@ def call(unet, batch=3):
 
 def encode(unet, seed, size=8):
     return capture_reference(unet, randn(1, 4, size, size, seed=seed), 1, randn(1, 5, 48, seed=9))
+
+
+EAGER = {"backend": "eager", "fullgraph": True}
+
+
+def compile_parts(*kinds):
+    def compile_(unet):
+        for part in unet.modules():
+            if type(part).__name__ in kinds:
+                part.compile(**EAGER)
+
+    return compile_
+
+
+def replace_children(unet):
+    unet.mid_block = torch.compile(unet.mid_block, **EAGER)
+    for index, block in enumerate(unet.up_blocks):
+        unet.up_blocks[index] = torch.compile(block, **EAGER)
+
+
+def replace_forward(unet):
+    unet.forward = torch.compile(unet.forward, **EAGER)
+
+
+WAYS_TO_COMPILE = {
+    "in place": lambda unet: unet.compile(**EAGER),
+    "repeated blocks": lambda unet: unet.compile_repeated_blocks(**EAGER),
+    "attention modules": compile_parts("Transformer2DModel"),
+    "attention alone": compile_parts("Attention"),
+    "replaced children": replace_children,
+    "replaced forward": replace_forward,
+}
 
 
 def num_graphs():
@@ -152,6 +185,83 @@ def test_a_larger_reference_gives_what_it_gives_uncompiled(compiled, expected):
     assert torch.equal(result, output)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS_TO_COMPILE)
+def test_a_reference_is_drawn_with_however_a_prepared_unet_is_compiled(expected, way):
+    (use, _), (output, _), plain = expected
+    unet = small_unet()
+    prepare_for_compile(unet)
+    WAYS_TO_COMPILE[way](unet)
+    for _ in range(2):
+        assert torch.equal(call(unet), plain)
+        with inject(unet, use, rows=ROWS):
+            assert torch.equal(call(unet), output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["in place", "repeated blocks"])
+def test_a_plain_unet_that_was_compiled_before_lends_no_graph(expected, way):
+    (use, _), (output, _), plain = expected
+    other, unet = small_unet(), small_unet()
+    WAYS_TO_COMPILE[way](other)
+    assert torch.equal(call(other), plain)
+    prepare_for_compile(unet)
+    WAYS_TO_COMPILE[way](unet)
+    with inject(unet, use, rows=ROWS):
+        assert torch.equal(call(unet), output)
+        assert torch.equal(call(other), plain)
+    assert torch.equal(call(unet), plain)
+
+
+@torch.no_grad()
+def test_a_reference_is_drawn_with_in_a_compiled_function_that_calls_the_unet(expected):
+    (use, _), (output, _), plain = expected
+    unet = small_unet()
+    step = torch.compile(lambda: call(unet), backend="eager")
+    for _ in range(2):
+        assert torch.equal(step(), plain)
+        with inject(unet, use, rows=ROWS):
+            assert torch.equal(step(), output)
+
+
+@torch.no_grad()
+def test_repeated_blocks_of_sixteen_stay_within_torchs_number_of_graphs():
+    unet = random_unet(48).requires_grad_(False)
+    use = ReferenceUse(encode(unet, 8), random_adapters(layout_of(unet)).fuse())
+    with inject(unet, use, rows=ROWS):
+        output = call(unet)
+    prepare_for_compile(unet)
+    unet.compile_repeated_blocks(**EAGER)
+    call(unet)
+    with inject(unet, use, rows=ROWS):
+        assert torch.equal(call(unet), output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS_TO_COMPILE)
+def test_compiled_parts_are_seen_where_hooks_come_too_late(expected, way):
+    (use, _), _, _ = expected
+    unet = small_unet()
+    WAYS_TO_COMPILE[way](unet)
+    call(unet)
+    with pytest.raises(StateError, match="Call prepare_for_compile"), inject(unet, use):
+        pass
+    with pytest.raises(StateError, match="Call prepare_for_compile first"):
+        prepare_for_compile(unet)
+    features = encode(unet, 8).features
+    assert all(torch.equal(features[name], use.reference.features[name]) for name in features)
+
+
+def test_the_classes_of_a_unet_are_its_own_again_after_inject(expected):
+    (use, _), _, _ = expected
+    unet = small_unet()
+    before, shown = [type(part) for part in unet.modules()], repr(unet)
+    with inject(unet, use):
+        assert [type(part) for part in unet.modules()] != before
+        assert repr(unet) == shown
+    assert [type(part) for part in unet.modules()] == before
+
+
 def test_preparing_comes_before_compiling(compiled):
     with pytest.raises(StateError, match="Call prepare_for_compile first"):
         prepare_for_compile(compiled)
@@ -175,6 +285,30 @@ def test_preparing_again_leaves_the_new_hooks_only(expected):
         prepare_for_compile(unet)
     with torch.no_grad(), inject(unet, use, rows=ROWS):
         assert torch.equal(call(unet), output)
+
+
+def store_in_fp8(unet):
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def offload(unet):
+    accelerate.cpu_offload(unet, torch.device("cpu"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [store_in_fp8, offload])
+def test_a_compiled_unet_whose_weights_move_draws_the_same(expected, change):
+    (use, _), _, _ = expected
+    plain, compiled = small_unet(), small_unet()
+    change(plain)
+    change(compiled)
+    prepare_for_compile(compiled)
+    compiled.compile(backend="eager")
+    for uses in (use, []):
+        with inject(plain, uses, rows=ROWS):
+            output = call(plain)
+        with inject(compiled, uses, rows=ROWS):
+            assert torch.equal(call(compiled), output)
 
 
 def test_a_compiled_pipeline_draws_the_same_in_a_graph_for_each_number_of_predictions(tmp_path):
