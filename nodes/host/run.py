@@ -61,6 +61,7 @@ class Step:
         x: Its latents, (images, channels, height, width).
         active: Indices of the uses that act at its noise level.
         guidance: How its predictions are combined.
+        positive: Texts of the guider's prompt; ``None``: unknown.
         negative: Negative texts of the guider, for calls that come without; ``None``: it has none.
         unconditional: Texts of the prediction without references; ``None``: the negative's.
         offsets: How far image guidance has moved the negative's prediction, by the place of the latents.
@@ -69,6 +70,7 @@ class Step:
     x: Tensor
     active: tuple[int, ...]
     guidance: Guidance
+    positive: list[dict[str, Any]] | None = None
     negative: list[dict[str, Any]] | None = None
     unconditional: list[dict[str, Any]] | None = None
     offsets: dict[Place | None, Tensor] = field(default_factory=dict[Place | None, Tensor])
@@ -111,6 +113,8 @@ class RunStore:
         needs_unconditional: Whether a step has needed the prediction without references.
         has_unconditional: Whether a step has had it.
         asks_separately: Whether it is asked for in a call of its own.
+        has_pairs: Whether a text was asked for with its negative.
+        has_others: Whether a text besides the prompt was asked for otherwise, so that nothing tells whether it is a negative.
     """
 
     def __init__(self, applied: Applied, sampling: Any, guidance: Guidance | None = None) -> None:
@@ -126,6 +130,8 @@ class RunStore:
         self.needs_unconditional = False
         self.has_unconditional = False
         self.asks_separately = False
+        self.has_pairs = False
+        self.has_others = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RunStore":
         """Return the same store: ComfyUI copies options at every step."""
@@ -159,6 +165,18 @@ class RunStore:
             step = Step(x, active, self.guidance.step(sigma in self.image_range))
         self.needs_unconditional |= step.needs_unconditional
         return step
+
+    def take_note(self, step: Step, conds: list[Any]) -> None:
+        """Remember in which lists of texts the predictions of a step are asked for."""
+        if len(conds) == 2:
+            self.has_pairs = True
+        elif any(cond is not None and cond is not step.positive for cond in conds):
+            self.has_others = True
+
+    @property
+    def lacks_joint(self) -> bool:
+        """Whether joint guidance was wanted, and no negative known to leave the reference out of."""
+        return self.guidance.mode == "joint" and self.has_others and not self.has_pairs
 
     def row_index(self, is_on: tuple[bool, ...], device: torch.device) -> Tensor | None:
         """Indices of the rows that are on, int64; ``None`` where all are."""

@@ -53,6 +53,10 @@ def remove_references(model: ModelPatcher) -> None:
     model.attachments.pop(KEY, None)
 
 
+OWN_WAY = "the guider, or another node, asks for its predictions in a way of its own. "
+NEGATIVE_BY_HAND = "The negative sees the reference too; switch it off there with DreamCache Conditioning, or use CFGGuider."
+
+
 class Wrappers:
     """What ComfyUI calls around a sampling run, its steps and the U-Net.
 
@@ -84,7 +88,9 @@ class Wrappers:
             options.pop(KEY, None)
             store.clear()
         if store.needs_unconditional and not store.has_unconditional:
-            self._say_without_effect(guider)
+            self._say_without_effect("image_guidance", _why_without_third(guider))
+        if store.lacks_joint:
+            self._say_without_effect("guidance joint", OWN_WAY + NEGATIVE_BY_HAND)
         return result
 
     def prepare_sampling(
@@ -117,6 +123,7 @@ class Wrappers:
             self._store(model_options, guider.inner_model) as store,
             store.new_step(timestep, x) as step,
         ):
+            step.positive = guider.conds.get("positive")
             if not step.needs_unconditional:
                 return executor(x, timestep, model_options, *args, **kwargs)
             step.negative = guider.conds.get("negative")
@@ -143,6 +150,8 @@ class Wrappers:
         with self._store(model_options, model) as store, store.step_at(timestep, x) as step:
             if not step.active:
                 return predict(without_gates(conds))
+            if self._is_on(model):
+                store.take_note(step, conds)
             return Predictions(predict, store, step, x, model_options).of(conds)
 
     def apply_model(
@@ -192,21 +201,23 @@ class Wrappers:
     def _is_on(self, base_model: Any) -> bool:
         return applied_to(base_model.current_patcher) is self.attachment
 
-    def _say_without_effect(self, guider: Any) -> None:
-        """Tell the user that no step of a run could use image guidance."""
-        if guider.conds.get("negative") is None:
-            why = (
-                "this guider takes no negative text, and image_guidance needs one. Use CFGGuider or DreamCache Guider, or set "
-                "image_guidance to 1."
-            )
-        else:
-            why = (
-                "the guider, or another node, asks for its predictions in a way of its own. Set image_guidance to 1; to guide by "
-                "the reference all the same, mark the texts with DreamCache Conditioning."
-            )
-        message = f"image_guidance has no effect in this graph: {why}"
+    def _say_without_effect(self, setting: str, why: str) -> None:
+        """Tell the user that no step of a run could use a setting of Apply DreamCache."""
+        message = f"{setting} has no effect in this graph: {why}"
         logger.warning(message)
         show(message, self.applied.node_id)
+
+
+def _why_without_third(guider: Any) -> str:
+    """Say why no step of a run could use the prediction without references."""
+    if guider.conds.get("negative") is None:
+        return (
+            "this guider takes no negative text, and image_guidance needs one. Use CFGGuider or DreamCache Guider, or set "
+            "image_guidance to 1."
+        )
+    return OWN_WAY + (
+        "Set image_guidance to 1; to guide by the reference all the same, mark the texts with DreamCache Conditioning."
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import comfy.model_management
 import comfy.patcher_extension
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
+import comfy_extras.nodes_perpneg as perpneg
 import pytest
 import torch
 from test_company import COMPANIONS, run_core, run_extra
@@ -501,8 +502,38 @@ def test_two_models_of_one_network_are_said_to_take_no_image_guidance(parts, cap
     assert not warned(caplog)
 
 
+NO_JOINT = "guidance joint has no effect"
+
+
+def perp_neg(model):
+    guider = perpneg.Guider_PerpNeg(model)
+    guider.set_conds(make_text(model, 1), make_text(model, 2), make_text(model, 3))
+    guider.set_cfg(CFG, 1.0)
+    return guider
+
+
+def test_joint_guidance_is_said_to_be_missing_where_no_negative_is_known(parts, caplog):
+    model = apply(*parts, guidance="joint")
+    with caplog.at_level(logging.WARNING):
+        for guider in (basic(model), with_texts(comfy.samplers.CFGGuider(model))):
+            guide(guider, steps=1)
+        assert not warned(caplog)
+        guide(perp_neg(model), steps=1)
+    assert NO_JOINT in warned(caplog)
+
+
+def test_joint_guidance_is_said_to_be_missing_with_two_models_of_one_network(parts, caplog):
+    model = apply(*parts, guidance="joint")
+    with caplog.at_level(logging.WARNING):
+        guide(dual_model(model, make_model(seed=3)), steps=1)
+        assert not warned(caplog)
+        guide(dual_model(model, parts[0]), steps=1)
+    assert NO_JOINT in warned(caplog)
+
+
 if not hasattr(custom, "Guider_DualModel"):  # as in ComfyUI 0.3.64
     del test_the_negative_of_another_network_is_that_networks_own
+    del test_joint_guidance_is_said_to_be_missing_with_two_models_of_one_network
     del test_two_models_of_one_network_are_said_to_take_no_image_guidance
 
 
