@@ -62,7 +62,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     return Report(
         name="run",
         title=(
-            f"run: {settings.size} size, {settings.latent} x {settings.latent} latents, {steps} steps in ComfyUI "
+            f"run: {settings.size} size, {settings.latent} x {settings.latent} latents, {settings.dtype}, {steps} steps in ComfyUI "
             f"({comfyui.name}), {machine(torch.device(settings.device))}; median (low - high) of {arguments.rounds} "
             "rounds in turn. Of an image the sampling alone is timed, without text encoder and VAE"
             f"{', in processor time of all threads' if settings.device == 'cpu' else ''}."
@@ -148,6 +148,7 @@ def _measure(comfyui: Path, arguments: argparse.Namespace, latent: int) -> Mappi
             "text_width": size.text_width,
             "linear_projection": size.linear_projection,
             "vae_width": max(32, size.vae[0]),  # ComfyUI's VAE has norms of 32 groups
+            "dtype": arguments.dtype,
         },
         "latent": latent,
         "steps": arguments.steps,

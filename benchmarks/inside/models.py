@@ -12,6 +12,7 @@ SMALLEST = {
     "text_width": 32,
     "linear_projection": True,
     "vae_width": 32,
+    "dtype": "float32",
 }
 """Latents and model whose arithmetic takes no time beside the Python that asks for it."""
 
@@ -59,8 +60,7 @@ def make_model(size: dict[str, Any]) -> Any:
         }
     )
     device = comfy.model_management.get_torch_device()
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(getattr(torch, size["dtype"]), None)
     model = config.get_model({}, "", device=torch.device("cpu"))
     fill_weights(model.diffusion_model)
     return ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))

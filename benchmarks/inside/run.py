@@ -276,6 +276,7 @@ def main() -> None:
                 "own_python_s": [own_python_seconds(quick) for _ in range(rounds)],
                 "reads": {str(count): reads_by_name(smallest, count) for count in READ_STEPS},
                 "loading_s": loading,
+                "dtype": str(model.model.diffusion_model.dtype).removeprefix("torch."),
                 "torch": torch.__version__,
             }
     print(f"\n{json.dumps(results)}")

@@ -19,10 +19,22 @@ from benchmarks.inside.run import (
 
 
 def test_a_run_is_measured(comfyui, tmp_path: Path, capsys):
-    flags = ["--size", "small", "--latent", "8", "--steps", "2", "--rounds", "1"]
+    flags = [
+        "--size",
+        "small",
+        "--latent",
+        "8",
+        "--steps",
+        "2",
+        "--rounds",
+        "1",
+        "--dtype",
+        "bfloat16",
+    ]
     status = main(["run", *flags, "--comfyui", str(comfyui.path), "--out", str(tmp_path)])
     figures = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert status in (0, 1), capsys.readouterr().err
+    assert figures["dtype"] == "bfloat16"
     assert set(figures["seconds"]) == {*TIMED, ENCODE}
     assert set(figures["step_seconds"]) == {STEP_PLAIN, STEP_OURS}
     watched = figures["watched"]
