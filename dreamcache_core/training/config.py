@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..fitting.fit import FitSettings
 from ..fitting.noise_schedule import NUM_TIMESTEPS
 from .initialisation import Init
+from .objective import MIN_TIMESTEP
 
 MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
 LrSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
@@ -97,7 +98,7 @@ class TrainConfig(Config):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     min_snr_gamma: float | None = None
-    min_timestep: int = 0
+    min_timestep: int = MIN_TIMESTEP
     caption_dropout: float = 0.07
     ema_decay: float | None = None
     mixed_precision: MixedPrecision = "auto"

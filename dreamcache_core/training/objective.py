@@ -5,6 +5,9 @@ Source: METHOD.md section 7.
 
 from torch import Tensor
 
+MIN_TIMESTEP = 400
+"""Targets get this much noise at least: what has less tells little of the subject (docs/training.md); METHOD.md's is 0."""
+
 
 def denoising_loss(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Mean squared error of each row, weighted, averaged over the batch; in float32.

@@ -18,7 +18,7 @@ from ....dreamcache_core import AdapterSet, ReferenceCache, ReferenceUse, captur
 from ....dreamcache_core.data.order import SampleOrder, sample_seed
 from ....dreamcache_core.fitting.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
 from ....dreamcache_core.training.initialisation import FITS
-from ....dreamcache_core.training.objective import denoising_loss
+from ....dreamcache_core.training.objective import MIN_TIMESTEP, denoising_loss
 from ..model import compute_dtype
 from ..sampling import LoadedModel, clean_clone, inside_sampling
 from .frozen_model import (
@@ -233,7 +233,7 @@ class _Training:
         """Draw the sample at a position of the run, everything random from the position's own seed."""
         epoch, index = self.order(position)
         generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, position))
-        timestep = torch.randint(NUM_TIMESTEPS, (1,), generator=generator)
+        timestep = torch.randint(MIN_TIMESTEP, NUM_TIMESTEPS, (1,), generator=generator)
         is_dropped = bool(torch.rand((), generator=generator) < self.settings.caption_dropout)
         target, variants = self.data.targets[index], self.data.references[index]
         reference = variants[epoch % len(variants)]

@@ -224,7 +224,7 @@ def test_the_loss_is_the_one_of_the_method(make, inputs):
                 for x in (data.targets[index], data.references[index][1])
             )
             generator = torch.Generator().manual_seed(ORDER.sample_seed(seed, position))
-            t = torch.randint(1000, (1,), generator=generator)
+            t = torch.randint(400, 1000, (1,), generator=generator)
             torch.rand((), generator=generator)
             noise, reference_noise = (torch.randn(x.shape, generator=generator) for x in (z, r))
             is_dropped = inputs["caption_dropout"] == 1
