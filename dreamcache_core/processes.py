@@ -6,8 +6,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
+from uuid import uuid4
 
 from .errors import StateError
 from .packages import require
@@ -22,7 +24,7 @@ def join(extra: str, *, cpu: bool = False) -> Iterator[Any]:
 
     Args:
         extra: Extra of this project that brings accelerate.
-        cpu: Stay on the CPU.
+        cpu: Stay on the CPU; so does ``ACCELERATE_USE_CPU``.
 
     Yields:
         accelerate's ``PartialState`` of this process.
@@ -33,7 +35,10 @@ def join(extra: str, *, cpu: bool = False) -> Iterator[Any]:
     """
     with require("accelerate", extra):
         from accelerate import PartialState
-    state: Any = PartialState(cpu=cpu, timeout=MAX_WAIT)
+        from accelerate.utils import parse_flag_from_env
+    # of accelerate's states only that of training looks there by itself
+    on_cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state: Any = PartialState(cpu=on_cpu, timeout=MAX_WAIT)
     require_all_processes(state.num_processes)
     try:
         yield state
@@ -55,6 +60,39 @@ def require_all_processes(num_processes: int) -> None:
         raise StateError(
             f"The launcher started {started} processes, but each of them works alone and would write the same files. "
             "On CPUs set ACCELERATE_USE_CPU=true; on GPUs run 'accelerate config', and start with 'accelerate launch'."
+        )
+
+
+def require_shared_folder(folder: Path, processes: Any) -> None:
+    """Make a folder that all processes write to; refuse one that some of them do not see.
+
+    All processes call it.
+
+    Args:
+        folder: The folder; need not exist.
+        processes: accelerate's ``PartialState`` or ``Accelerator`` of this process.
+
+    Raises:
+        StateError: On another machine the folder is another one; raised by all processes.
+        OSError: It cannot be made.
+    """
+    if processes.num_processes == 1:
+        return
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    mark = folder / f".{uuid4().hex}"
+    if processes.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    (name,) = broadcast_object_list([mark.name])
+    is_seen = folder.is_dir() and name in os.listdir(folder)
+    blind = [number for number, sees in enumerate(gather_object([is_seen])) if not sees]
+    if processes.is_main_process:
+        mark.unlink()
+    if blind:
+        raise StateError(
+            f"Processes {', '.join(map(str, blind))} of {processes.num_processes} do not see what process 0 writes to {folder}. "
+            "Give all machines the same folder, on a shared file system."
         )
 
 

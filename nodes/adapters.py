@@ -97,8 +97,8 @@ class SaveAdapters(io.ComfyNode):
         cls, adapters: AdapterSet, filename_prefix: str, dtype: str = "float32"
     ) -> io.NodeOutput:
         """Save them under a new name."""
-        path = new_adapter_path(filename_prefix)
-        save_adapters(adapters, path, dtype=DTYPES[dtype])
+        with new_adapter_path(filename_prefix) as path:
+            save_adapters(adapters, path, dtype=DTYPES[dtype])
         text = f"{path}: {adapters.info.layout.describe()}"
         return io.NodeOutput(ui=report(cls, text))
 

@@ -14,7 +14,7 @@ from ..dreamcache_core.images.files import encode_thumbnails, read_image
 from ..dreamcache_core.images.masks import Subject, find_subject, on_white, shows_background
 from ..dreamcache_core.images.reference import subject_box
 from .host.encode import encode_reference, kept_on_disk
-from .host.folders import check_choice, choice_state, image_paths, list_image_folders
+from .host.folders import check_choice, choice_state, image_paths, left_out, list_image_folders
 from .host.report import node_id, preview, report
 from .host.sampling import plain_text
 from .sockets import (
@@ -306,7 +306,7 @@ class EncodeFolder(io.ComfyNode):
         names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
         if one_subject:
             references, names = [ReferenceCache.concatenate(references)], [os.path.basename(folder)]
-        told = f"{prepared.about_backgrounds()}{len(paths)} images, {references[0].describe()}"
+        told = f"{prepared.about_backgrounds()}{left_out(folder)}{len(paths)} images, {references[0].describe()}"
         return io.NodeOutput(references, names, ui=report(cls, told))
 
 

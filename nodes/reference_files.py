@@ -105,8 +105,8 @@ class SaveReference(io.ComfyNode):
     ) -> io.NodeOutput:
         """Save it under a new name."""
         rounded, loss = _round(reference, dtype)
-        path = new_reference_path(filename_prefix)
-        rounded.save(path)
+        with new_reference_path(filename_prefix) as path:
+            rounded.save(path)
         hint = "" if is_listed(path) else NOT_LISTED
         return io.NodeOutput(ui=report(cls, f"{hint}{path}: {loss}{rounded.describe()}"))
 

@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..files.tensor_file import FORMAT_KEY, read_header
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import load_adapters, save_adapters
+from ..names import printable
 from ..pipeline.loading import DTYPES
 
 
@@ -53,7 +54,7 @@ def run(options: ConvertOptions) -> None:
     dtype = DTYPES[options.dtype or _common_dtype(header.dtypes)]
     _refuse_overflow(adapters, dtype)
     save_adapters(adapters, target, dtype=dtype)
-    print(target)
+    print(printable(str(target)))
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import Config
 from ..data.packing import write_shards
@@ -10,12 +11,14 @@ from ..data.precomputed.encoding import EncodeOptions, encode_dataset
 from ..data.sources.opening import open_source
 from ..data.synthetic.building import build, summarise
 from ..data.synthetic.options import BuildOptions
-from ..processes import join
+from ..names import printable
+from ..processes import join, require_shared_folder
 
 
 def run_build(options: BuildOptions) -> None:
     """Build a set, as one process of several, and say how many samples were kept, and why others were not."""
     with join("train", cpu=options.cpu) as state:
+        require_shared_folder(Path(options.out), state)
         build(
             options,
             process_index=state.process_index,
@@ -30,7 +33,7 @@ def run_build(options: BuildOptions) -> None:
 
 def run_encode(options: EncodeOptions) -> None:
     """Encode a set and say where it lies."""
-    print(encode_dataset(options))
+    print(printable(str(encode_dataset(options))))
 
 
 @dataclass(frozen=True)
@@ -52,4 +55,4 @@ def run_shard(options: ShardOptions) -> None:
     """Write the shards and say how many there are."""
     source = open_source(options.path)
     shards = write_shards(source, options.out, max_count=options.max_count, has_bar=True)
-    print(f"{len(source.keys)} pairs in {len(shards)} shards: {options.out}")
+    print(printable(f"{len(source.keys)} pairs in {len(shards)} shards: {options.out}"))

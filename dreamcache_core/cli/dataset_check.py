@@ -83,7 +83,7 @@ def run(options: CheckOptions) -> None:
     sheet = training_sheet(source, **seen, num_samples=options.samples, alterations=alterations)
     if sheet is not None:
         save_png(options.out, sheet)
-        print(f"targets and references as training sees them: {options.out}")
+        print(printable(f"targets and references as training sees them: {options.out}"))
     if report.problems:
         raise SystemExit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..demo.options import DemoOptions
+from ..names import printable
 
 
 def run(options: DemoOptions) -> None:
@@ -10,4 +11,4 @@ def run(options: DemoOptions) -> None:
     from ..demo.show import show_demo
 
     for line in show_demo(options):
-        print(line)
+        print(printable(line))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..evaluation.dreambench.options import DreamBenchOptions
+from ..names import printable
 from ..processes import join
 
 
@@ -17,4 +18,4 @@ def run(options: DreamBenchOptions) -> None:
         results = evaluate_dreambench(options, state)
     if results is not None:
         print("\n".join(overall_lines(results)))
-        print(f"report: {Path(options.out) / REPORT_FILE}")
+        print(printable(f"report: {Path(options.out) / REPORT_FILE}"))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..config import Config, check_range
 from ..method.adapter_files import save_adapters
+from ..names import printable
 from ..pipeline.generate import fit_to_model
 from ..pipeline.loading import load_pipeline
 from ..pipeline.pipeline import DreamCachePipeline
@@ -66,4 +67,4 @@ def run(options: FitOptions) -> None:
         DreamCachePipeline(loaded), options.model, size=options.size, seed=options.seed
     )
     save_adapters(adapters, target)
-    print(target)
+    print(printable(str(target)))

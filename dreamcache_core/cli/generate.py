@@ -64,21 +64,28 @@ def _check_out(out: Path) -> Path:
 class _Files:
     """The files of one run: ``0001_reference.png``, ``0001_seed_7.png``, ..., ``0001_sheet.png``.
 
-    The number is the first free one of the folder, so nothing is overwritten.
+    The number is the first free one of the folder when the first image is there, so nothing is overwritten, whoever else
+    writes to it.
     """
 
     def __init__(
         self, folder: Path, parameters: Mapping[str, Any], references: list[Tensor]
     ) -> None:
         self.folder, self.parameters, self.references = folder, parameters, references
-        self.number = _first_free_number(folder)
+        self.number = 0
         self.images: list[tuple[Tensor, int]] = []
 
     def add_image(self, image: Tensor, seed: int) -> None:
         if not self.images:
-            for index, reference in enumerate(self.references, start=1):
-                suffix = "" if len(self.references) == 1 else f"_{index}"
-                self.write(f"reference{suffix}", reference, {})
+            one = len(self.references) == 1
+            names = (
+                ["reference"]
+                if one
+                else [f"reference_{i + 1}" for i in range(len(self.references))]
+            )
+            self.number = _claim_number(self.folder, names[0])
+            for name, reference in zip(names, self.references, strict=True):
+                self.write(name, reference, {})
         self.images.append((image, seed))
         self.write(f"seed_{seed}", image, {**self.parameters, "seed": seed})
 
@@ -95,6 +102,17 @@ class _Files:
         path = self.folder / f"{self.number:04d}_{name}.png"
         save_png(path, image, {METADATA_KEY: json.dumps(parameters)} if parameters else None)
         tqdm.write(str(path))
+
+
+def _claim_number(folder: Path, name: str) -> int:
+    """Take the first free number by making its first file."""
+    while True:
+        number = _first_free_number(folder)
+        try:
+            (folder / f"{number:04d}_{name}.png").open("xb").close()
+        except FileExistsError:
+            continue
+        return number
 
 
 def _first_free_number(folder: Path) -> int:

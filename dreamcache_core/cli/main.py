@@ -65,6 +65,10 @@ def guarded(run: Callable[[Any], None], given: Any) -> int:
             run(given)
         except (DreamCacheError, OSError) as error:
             return _fail(str(error))
+        except UnicodeEncodeError as error:
+            return _fail(
+                f"A name or text is no Unicode: {error}. Rename the file, or mend the text."
+            )
         except torch.cuda.OutOfMemoryError:
             return _fail(
                 "The device ran out of memory. Generating: --dtype float16 or a smaller --size; training: a smaller "

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, cast, get_origin, get_type_hints
 
 from ..config import Config, ConfigT
-from ..errors import InputError
+from ..errors import FileFormatError, InputError
+from ..files.texts import read_text
 from ..packages import require
+
+NO_FLAG = "\x1a"
+"""Put before an entry of a file's list that begins like a flag."""
 
 
 def parse_config(
@@ -55,7 +59,13 @@ def parse_config(
             prog=program,
             args=_as_argv(kind, given),
         )
-    return kind.from_dict({name: getattr(parsed, name) for name in _names(kind)})
+    return kind.from_dict({name: _unmarked(getattr(parsed, name)) for name in _names(kind)})
+
+
+def _unmarked(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    return type(value)(e.removeprefix(NO_FLAG) if isinstance(e, str) else e for e in value)
 
 
 def require_tyro() -> Any:
@@ -160,8 +170,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
             "--config needs Python 3.11 or newer. Give the fields as flags."
         ) from error
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(read_text(path))
+    except (FileFormatError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(
             f"Expected --config to be a TOML file; {path} cannot be read as one: {error}. Write a line such as "
             'steps = 1000 for each field, texts in "quotes".'
@@ -174,8 +184,8 @@ def _as_flags(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         if isinstance(value, Mapping):
             raise InputError(f"Expected plain fields in the file; [{key}] is a table. Remove it.")
         if isinstance(value, list):
-            entries = cast(list[Any], value)
-            yield key, [f"--{key}", *(str(entry) for entry in entries)]
+            entries = (str(entry) for entry in cast(list[Any], value))
+            yield key, [f"--{key}", *(e if e[:1] != "-" else NO_FLAG + e for e in entries)]
         else:
             yield key, [f"--{key}={value}"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..names import printable
 from ..training.config import TrainConfig
 
 
@@ -17,4 +18,4 @@ def run(config: TrainConfig) -> None:
         return
     finished = train(opened)
     if opened.accelerator.is_main_process:
-        print(finished)
+        print(printable(str(finished)))

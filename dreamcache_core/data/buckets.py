@@ -75,11 +75,14 @@ def target_sizes(
 def crop_target(image: Tensor, height: int, width: int) -> Tensor:
     """Resize images until they just cover a size, without aliasing, and cut out their centre.
 
+    What is far outside is cut off before: scaled up, a thin image may take more room than there is.
+
     Args:
         image: (batch, height, width, channels), float, in [0, 1].
         height: New height, pixels.
         width: New width, pixels.
     """
+    image = _near_centre(image, height / width)
     old_height, old_width = image.shape[1:3]
     factor = max(height / old_height, width / old_width)
     covered = max(height, round(old_height * factor)), max(width, round(old_width * factor))
@@ -87,3 +90,12 @@ def crop_target(image: Tensor, height: int, width: int) -> Tensor:
     resized = resize_smoothly(image.permute(0, 3, 1, 2), *covered).permute(0, 2, 3, 1)
     top, left = (covered[0] - height) // 2, (covered[1] - width) // 2
     return resized[:, top : top + height, left : left + width].clamp(0, 1).contiguous()
+
+
+def _near_centre(image: Tensor, aspect: float) -> Tensor:
+    """Cut off what lies farther from the centre than the longer side of a crop of this height over width."""
+    sides = image.shape[1:3]
+    most = (math.ceil(2 * sides[1] * aspect), math.ceil(2 * sides[0] / aspect))
+    # as much on both sides, so that the centre stays where it is
+    cuts = [max(0, (side - limit) // 2) for side, limit in zip(sides, most, strict=True)]
+    return image[:, cuts[0] : sides[0] - cuts[0], cuts[1] : sides[1] - cuts[1]]

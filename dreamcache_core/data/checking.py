@@ -33,7 +33,7 @@ FULL_MASK = "full masks"
 WEAK_MASK = "weak masks"
 NO_CAPTION = "empty captions"
 
-MAX_THREADS = 8
+MAX_THREADS, NUM_WAITING = 8, 1024
 FULL_FROM = 0.5
 """A mask all of whose values are at least this says nothing of where the subject is."""
 
@@ -112,7 +112,8 @@ def check_source(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = pool.map(examine, range(count))
+            parts = (range(count)[i : i + NUM_WAITING] for i in range(0, count, NUM_WAITING))
+            found = chain.from_iterable(pool.map(examine, part) for part in parts)
             results = list(
                 tqdm(found, total=count, unit="pair", desc="checking", disable=not has_bar)
             )

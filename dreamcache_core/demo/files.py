@@ -1,12 +1,12 @@
 """Where the demo model's weights lie: a diffusers folder and the adapters beside it."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import FileFormatError
+from ..files.texts import read_json
 
 Part = Literal["unet", "vae", "text_encoder"]
 
@@ -51,15 +51,15 @@ class DemoFiles:
 
     def config(self, part: Part) -> dict[str, Any]:
         """Read the settings of one part."""
-        return _read_json(self.model / part / "config.json")
+        return read_json(self.model / part / "config.json")
 
     def scheduler_config(self) -> dict[str, Any]:
         """Read the noise schedule's settings."""
-        return _read_json(self.model / SCHEDULER_CONFIG)
+        return read_json(self.model / SCHEDULER_CONFIG)
 
     def preview(self) -> dict[str, Any]:
         """Read the linear map from latents to colours: ``factors``, 4 rows of 3, and ``bias``."""
-        return _read_json(self.model / PREVIEW_FILE)
+        return read_json(self.model / PREVIEW_FILE)
 
     def __iter__(self) -> Iterator[Path]:
         """Yield every file that the model needs."""
@@ -97,7 +97,3 @@ def require_demo_files(folder: Path | None = None) -> DemoFiles:
             "download or clone it again, as a whole."
         )
     return files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

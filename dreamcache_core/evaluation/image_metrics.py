@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..pipeline.transformers_loading import load_with_processor, require_kind
 
+MAX_ASPECT = 8
+
 
 def check_model_folders(*, dino: str | Path, clip: str | Path) -> None:
     """Refuse folders that cannot be what the encoders need, before any work is done.
@@ -94,6 +96,10 @@ class ClipEncoder(ImageEncoder):
     def _load(self, folder: str | Path) -> tuple[Any, Any]:
         return load_with_processor(folder, "--clip", "CLIPModel", ["clip"], extra="eval")
 
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embed the middle square of images; see ``ImageEncoder.images``."""
+        return super().images([_without_far_ends(image) for image in images])
+
     def _embed(self, inputs: Any) -> Tensor:
         return self.model.visual_projection(self.model.vision_model(**inputs).pooler_output)
 
@@ -129,6 +135,15 @@ def cosine_similarity(one: Tensor, other: Tensor) -> Tensor:
         (rows, other rows), float32, in [-1, 1].
     """
     return (_unit(one) @ _unit(other).T).clamp(-1, 1)
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """Cut a thin image, of which the processor would make a huge one before it takes the middle square."""
+    most = MAX_ASPECT * min(image.size)
+    left, top = (max(0, side - most) // 2 for side in image.size)
+    if not left and not top:
+        return image
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def _unit(vectors: Tensor) -> Tensor:

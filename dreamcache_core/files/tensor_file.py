@@ -274,6 +274,10 @@ def _digest(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> str:
     }
     digest.update(json.dumps(header, sort_keys=True).encode())
     for _, tensor in sorted(tensors.items()):
-        raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        digest.update(raw)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """A CPU tensor's values as a buffer of bytes."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()

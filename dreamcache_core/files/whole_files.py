@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, also where the machine stops."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +24,30 @@ def whole_file(path: Path, *, by: str = "") -> Iterator[Path]:
     temporary = path.with_name(f".{by or path.name}.tmp")
     try:
         yield temporary
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's contents, or a folder's entries, are on the disk; Windows does that for folders by itself."""
+    if os.name == "nt" and path.is_dir():
+        return
+    with suppress(PermissionError):  # of a folder that may be written to, but not read
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's contents, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,16 +1,20 @@
 """Image files in and out, by Pillow; knows nothing of models or of how a reference is placed."""
 
 import io
+import math
 import os
 import struct
 import warnings
 import zlib
+from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 from uuid import uuid4
 
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
@@ -26,6 +30,14 @@ MAX_PIXELS = 100_000_000
 """Images with more pixels are refused from their header alone."""
 
 THUMBNAIL_PX, THUMBNAILS_IN_ROW = 128, 4
+
+MAX_KEPT_PIXELS = 2**24
+"""Images with more are shrunk before they become tensors, which take four times the room."""
+
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""What Pillow multiplies the values of a PNG of 2 or 4 bits with."""
+
+DEEP_GREY = ("I", "F")
 
 # Formats that Pillow decodes by itself; EPS, which would start another program, is not among them.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")
@@ -90,11 +102,26 @@ def open_image(file: ImageFile, name: str | None = None) -> Iterator[Image.Image
         ) from error
 
 
+@cache
+def image_endings() -> tuple[str, ...]:
+    """Endings of the names of images that are read, ``.png`` and so on."""
+    known = _known_formats()
+    return tuple(
+        sorted(end for end, kind in Image.registered_extensions().items() if kind in known)
+    )
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file, by its name, is an image that is read; those that begin with a dot are not."""
+    return name.lower().endswith(image_endings()) and not os.path.basename(name).startswith(".")
+
+
 def read_image(file: ImageFile, name: str | None = None) -> tuple[Tensor, Tensor | None]:
     """Read an image as it is meant to be seen, and its alpha channel.
 
     EXIF orientation is applied. Greyscale, palette, 16-bit and CMYK images become RGB, and colours
-    of 8 bits with an ICC profile sRGB. Of an animation the first frame is read.
+    of 8 bits with an ICC profile sRGB. Of an animation the first frame is read. Images of 8 bits above
+    16 megapixels are shrunk by a whole number, each pixel the mean of those it covers.
 
     Args:
         file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
@@ -110,12 +137,18 @@ def read_image(file: ImageFile, name: str | None = None) -> tuple[Tensor, Tensor
         FileFormatError: The file is no image, or is damaged.
     """
     with open_image(file, name) as opened:
-        upright = _to_plain_mode(ImageOps.exif_transpose(opened))
-    pixels = image_to_tensor(upright)
-    if pixels.shape[-1] == 3:
+        clear = _transparent_colour(opened)
+        ImageOps.exif_transpose(opened, in_place=True)
+        plain = _to_plain_mode(opened)
+        is_deep = plain.mode in DEEP_GREY
+        pixels = image_to_tensor(plain if is_deep else _at_most(plain, MAX_KEPT_PIXELS))
+    if is_deep and isinstance(clear, int):
+        alpha = (pixels[..., 0] != torch.tensor(clear).float() / 65535).float()
+    elif pixels.shape[-1] == 4:
+        alpha = pixels[..., 3].contiguous()
+    else:
         return pixels, None
-    image, alpha = pixels[..., :3].contiguous(), pixels[..., 3].contiguous()
-    return image, None if bool((alpha == 1).all()) else alpha
+    return pixels[..., :3].contiguous(), None if bool((alpha == 1).all()) else alpha
 
 
 def read_mask(file: ImageFile, name: str | None = None) -> Tensor:
@@ -300,7 +333,28 @@ def _to_plain_mode(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return image if image.mode == "F" else image.convert("I")
     has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
-    return colours_in_srgb(image, image.convert("RGBA" if has_alpha else "RGB"))
+    mode = "RGBA" if has_alpha else "RGB"
+    # convert would copy what has the mode already
+    return colours_in_srgb(image, image if image.mode == mode else image.convert(mode))
+
+
+def _transparent_colour(image: Image.Image) -> object:
+    """Return a PNG's transparent colour, if it has one, in the values that Pillow gives its pixels."""
+    clear, tile = image.info.get("transparency"), getattr(image, "tile", None)
+    stored = tile[0][3] if tile else None
+    if isinstance(clear, int) and stored in GREY_STEPS:
+        clear = image.info["transparency"] = clear * GREY_STEPS[stored]
+    elif isinstance(clear, tuple) and stored == "RGB;16B":
+        clear = image.info["transparency"] = tuple(value >> 8 for value in clear)
+    return clear
+
+
+def _at_most(image: Image.Image, num_pixels: int) -> Image.Image:
+    """Shrink an image by a whole number until it has at most so many pixels; a side that is shorter becomes 1."""
+    factor = math.ceil(math.sqrt(image.width * image.height / num_pixels))
+    if factor == 1:
+        return image
+    return image.reduce((min(factor, image.width), min(factor, image.height)))
 
 
 def _write_caption(sheet: Image.Image, text: str, corner: tuple[int, int], width: int) -> None:
@@ -308,8 +362,9 @@ def _write_caption(sheet: Image.Image, text: str, corner: tuple[int, int], width
     # Pillow's built-in bitmap font, used where FreeType is missing, holds Latin-1 only.
     text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    if draw.textlength(text, font=font) > width - 8:
-        while text and draw.textlength(text + "...", font=font) > width - 8:
-            text = text[:-1]
-        text += "..."
+    if len(text) > width or draw.textlength(text, font=font) > width - 8:
+        text = text[:width]  # no letter is narrower than a pixel
+        sizes = range(1, len(text) + 1)
+        fits = bisect(sizes, width - 8, key=lambda n: draw.textlength(f"{text[:n]}...", font=font))
+        text = f"{text[:fits]}..."
     draw.text((corner[0] + 4, corner[1] + 4), text, fill="black", font=font)

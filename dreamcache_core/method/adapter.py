@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import check_range
 from .layers import Layout
 
 
@@ -220,6 +221,14 @@ class AdapterInfo:
     base_model: str = ""
     prediction: str = "epsilon"
     extra: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        """Refuse a timestep that no model has.
+
+        Raises:
+            InputError: It is out of range.
+        """
+        check_range("timestep", self.timestep, 0, 999)
 
 
 class AdapterModules(nn.Module):

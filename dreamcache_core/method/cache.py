@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import check_range
 from ..errors import FileFormatError, InputError, MismatchError
 from ..files.tensor_file import read_tensor_file, shorten, write_tensor_file
 from .layers import Layout, check_layer_names
@@ -49,7 +50,8 @@ class ReferenceCache:
         """Check shapes and freeze the mappings.
 
         Raises:
-            InputError: No layer, differing numbers of references, or masks or thumbnails that do not fit the features.
+            InputError: No layer, differing numbers of references, masks or thumbnails that do not fit the features, or a
+                number out of range.
         """
         object.__setattr__(self, "features", MappingProxyType(dict(self.features)))
         if self.masks is not None:
@@ -61,6 +63,8 @@ class ReferenceCache:
                 f"Expected a thumbnail for each reference or none; given {len(self.thumbnails)} thumbnails for "
                 f"{self.num_references} references."
             )
+        check_range("context_width", self.context_width, 1)
+        check_range("timestep", self.timestep, 0, 999)
 
     def _check_features(self) -> None:
         if not self.features:
@@ -68,10 +72,11 @@ class ReferenceCache:
                 "A reference cache needs the features of at least one layer; none was given."
             )
         shapes = {name: tuple(f.shape) for name, f in self.features.items()}
-        fits = all(len(shape) == 4 and min(shape) > 0 for shape in shapes.values())
+        is_float = all(feature.is_floating_point() for feature in self.features.values())
+        fits = is_float and all(len(shape) == 4 and min(shape) > 0 for shape in shapes.values())
         if not fits or len({shape[0] for shape in shapes.values()}) != 1:
             raise InputError(
-                "Features must be (references, channels, height, width) with the same number of references in "
+                "Features must be (references, channels, height, width), float, with the same number of references in "
                 f"every layer; given {shapes}."
             )
 
@@ -256,6 +261,11 @@ class ReferenceCache:
             height, width = json.loads(metadata["latent_size"])
             masks = {n: tensors.pop(f"masks.{n}") for n in layers if f"masks.{n}" in tensors}
             features = {n: tensors.pop(f"features.{n}") for n in layers}
+            if not all(bool(feature.isfinite().all()) for feature in features.values()):
+                raise InputError("features with NaN or infinite values")
+            seed = json.loads(metadata["seed"])
+            if not isinstance(seed, int | None):
+                raise InputError("a seed that is no number")
             if tensors:
                 raise InputError(f"unknown tensors {shorten(sorted(tensors))}")
             return cls(
@@ -263,7 +273,7 @@ class ReferenceCache:
                 context_width=int(metadata["context_width"]),
                 latent_size=(int(height), int(width)),
                 timestep=int(metadata["timestep"]),
-                seed=json.loads(metadata["seed"]),
+                seed=seed,
                 masks=masks or None,
                 thumbnails=tuple(
                     b64decode(one) for one in json.loads(metadata.get("thumbnails", "[]"))

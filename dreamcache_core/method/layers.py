@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..config import check_range
 from ..errors import MismatchError
 
 Part = Literal["encoder", "middle", "decoder"]
@@ -130,6 +131,14 @@ class Layout:
 
     context_width: int
     channels: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        """Refuse a width that no model has.
+
+        Raises:
+            InputError: It is below 1.
+        """
+        check_range("context_width", self.context_width, 1)
 
     @property
     def family(self) -> str:

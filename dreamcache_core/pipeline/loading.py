@@ -1,6 +1,5 @@
 """Load a diffusers pipeline from local files onto a device. Nothing is downloaded; diffusers is imported on first use."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..errors import FileFormatError, InputError, UnsupportedModelError
 from ..files.tensor_file import refuse_non_weights
+from ..files.texts import read_json
 from ..packages import require
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -201,17 +201,22 @@ def _config_folder(path: Path, config: str | os.PathLike[str] | None) -> Path:
     return Path(config)
 
 
+def _class_name(entry: object) -> object:
+    """Return what a part is: the second of library and class."""
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
 def _read_model_index(folder: Path) -> dict[str, Any]:
     file = folder / "model_index.json"
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        unet, tokenizer = index.get("unet"), index.get("tokenizer")
-    except (OSError, ValueError, AttributeError) as error:
+        index = read_json(file)
+        unet, tokenizer = (_class_name(index.get(part)) for part in ("unet", "tokenizer"))
+    except FileFormatError as error:
         raise FileFormatError(
-            f"{folder} is not a diffusers folder: no valid model_index.json in it ({type(error).__name__}). Give the "
-            "folder that holds unet, vae, text_encoder, tokenizer and scheduler."
+            f"{folder} is not a diffusers folder: no valid model_index.json in it. {error} Give the folder that holds "
+            "unet, vae, text_encoder, tokenizer and scheduler."
         ) from error
-    if not unet or unet[1] != "UNet2DConditionModel" or not tokenizer or not tokenizer[1]:
+    if unet != "UNet2DConditionModel" or tokenizer is None:
         raise UnsupportedModelError(
             f"DreamCache works on Stable Diffusion 1.x, 2.x and SDXL; {folder} holds a {index.get('_class_name')}."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import FileFormatError, InputError, UnsupportedModelError
+from ..files.texts import read_json
 from ..packages import require
 from .loading import quiet_loading
 
@@ -81,8 +81,8 @@ def require_kind(folder: str | Path, flag: str, kinds: Sequence[str]) -> None:
             f"Expected {flag} to be a local model folder; there is no {folder}. Nothing is downloaded: fetch it first."
         )
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read_json(folder / "config.json")["model_type"]
+    except (FileFormatError, KeyError) as error:
         raise FileFormatError(
             f"Expected {flag} to be a folder with a {kinds[0]} model; {folder} has no config.json that names a model "
             f"({type(error).__name__}). Give the folder that holds config.json and the weights."

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 
 from ..config import differences
-from ..errors import InputError, StateError
+from ..errors import FileFormatError, InputError, StateError
 from ..files.jsonl import append_lines, read_lines
-from ..files.whole_files import whole_file
+from ..files.texts import read_json
+from ..files.whole_files import digest_of, flush, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ ADAPTERS_FILE = "adapters.safetensors"
 _NAME = re.compile(r"step-(\d+)")
 _STATE_FILE = "run.json"
 _UNFINISHED = ".unfinished"
+_CONTENTS_FILE = "contents.json"
+"""Of a checkpoint: the digest of each of its files."""
 
 
 class Checkpoint(NamedTuple):
@@ -90,13 +93,29 @@ class Checkpoints:
                 f"The run in {self.run_folder} cannot be resumed with other settings: {changes}. Set them back, "
                 "or start a run of its own with another --out (--adapters takes over what this one has learnt)."
             )
+        damage = _damage(newest.path)
+        if damage:
+            raise self.damaged(newest, damage)
         return newest
+
+    def damaged(self, checkpoint: Checkpoint, damage: str) -> InputError:
+        """Return the error for a checkpoint that cannot be gone on from, with the good one before it."""
+        earlier = (each for each in reversed(self.complete()) if each.step < checkpoint.step)
+        good = next((each for each in earlier if not _damage(each.path)), None)
+        goes_on = "begins at step 0" if good is None else f"goes on from {good.path}"
+        return InputError(
+            f"The checkpoint {checkpoint.path} is damaged: {damage}. Remove that folder (and damaged ones before it): "
+            f"--resume then {goes_on}."
+        )
 
     def _read_identity(self) -> dict[str, Any]:
         file = self.run_folder / _STATE_FILE
         try:
-            return json.loads(file.read_text(encoding="utf-8"))["identity"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            identity = read_json(file).get("identity")
+            if not isinstance(identity, dict):
+                raise FileFormatError("it holds no identity")
+            return identity
+        except FileFormatError as error:
             raise InputError(
                 f"{file} is missing or damaged ({error}), so nothing tells what the checkpoints "
                 "are of. Give another --out."
@@ -142,15 +161,45 @@ class Checkpoints:
         if processes.is_main_process:
             if target.exists():
                 shutil.rmtree(target)
+            _seal(unfinished)
             unfinished.rename(target)
+            flush(self.folder)
             for old in self.complete()[: -self.keep]:
                 shutil.rmtree(old.path)
         processes.wait_for_everyone()
 
 
+def _seal(folder: Path) -> None:
+    """Write down the digests of a checkpoint's files; all is on the disk when this returns."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    digests = {file.relative_to(folder).as_posix(): digest_of(file) for file in files}
+    contents = folder / _CONTENTS_FILE
+    contents.write_text(json.dumps(digests, indent=2), encoding="utf-8")
+    for path in (*files, contents, folder):
+        flush(path)
+
+
+def _damage(folder: Path) -> str:
+    """Say what of a checkpoint is not as it was written, if anything; of one from before there were digests nothing is known."""
+    contents = folder / _CONTENTS_FILE
+    if not contents.exists():
+        return ""
+    try:
+        for name, digest in read_json(contents).items():
+            if digest_of(folder / name) != digest:
+                return f"{name} has other contents than were written"
+    except (FileFormatError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _is_until(value: object, step: int) -> bool:
+    return isinstance(value, int | float) and value <= step
+
+
 def cut_log(file: Path, step: int) -> None:
     """Drop a log's entries after a step, which are about to be written again."""
     if file.exists():
-        kept = [entry for entry in read_lines(file) if entry.get("step", math.inf) <= step]
+        kept = [entry for entry in read_lines(file) if _is_until(entry.get("step"), step)]
         with whole_file(file) as temporary:
             append_lines(temporary, kept)

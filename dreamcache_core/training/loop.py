@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import InputError, StateError
+from ..errors import DreamCacheError, InputError, StateError
 from ..files.jsonl import append_lines
 from ..fitting.fit import NUM_PASSES, FitSettings, without_fit
 from ..method.adapter import AdapterSet
@@ -123,9 +123,16 @@ class Loop:
         return self.accelerator.prepare(run.module, run.optimizer, loader, lr_schedule)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.accelerator.load_state(str(checkpoint.path))
+        try:
+            self.accelerator.load_state(str(checkpoint.path))
+            self.average.load(checkpoint.path, checkpoint.step)
+        except DreamCacheError:
+            raise
+        except Exception as error:  # a damaged file of torch can raise nearly anything
+            raise self.run.checkpoints.damaged(
+                checkpoint, f"{type(error).__name__}: {error}"
+            ) from error
         self.accelerator.step = 0  # a checkpoint lies between steps, however they are accumulated
-        self.average.load(checkpoint.path, checkpoint.step)
         logger.info("Going on from %s.", checkpoint.path)
 
     def train(self) -> None:

@@ -20,7 +20,7 @@ from ..method.backends import require_fit
 from ..packages import require
 from ..pipeline.base_model import BaseModel
 from ..pipeline.fingerprint import UNET_PARTS, model_fingerprint
-from ..processes import MAX_WAIT, require_all_processes
+from ..processes import MAX_WAIT, require_all_processes, require_shared_folder
 from .checkpoints import Checkpoint, Checkpoints
 from .config import TrainConfig
 from .dataset import TrainingData, open_training_data
@@ -123,6 +123,7 @@ class Run:
         accelerator, device = self.accelerator, self.accelerator.device
         free_memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         self.plan.require_room(self.folder, self.checkpoints.num_bytes, free_memory)
+        require_shared_folder(self.folder, accelerator)
         step = -1 if self.start is None else self.start.step
         steps: list[int] = accelerator.gather(torch.tensor([step], device=device)).tolist()
         if len(set(steps)) > 1:

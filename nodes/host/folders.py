@@ -3,11 +3,15 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
 
 import folder_paths
 
 from ...dreamcache_core import InputError
+from ...dreamcache_core.files.tensor_file import shorten
+from ...dreamcache_core.files.walking import Listing, list_folder, walk_folders
+from ...dreamcache_core.images.files import image_endings, is_image_name
 from ...dreamcache_core.method.adapter_files import WHERE_FROM
 from ...dreamcache_core.names import printable
 
@@ -17,7 +21,6 @@ FOLDER = "dreamcache"
 EXTENSIONS = {".safetensors", ".pt"}
 REFERENCES = "references"
 NO_ADAPTERS = "no adapter file found: put one into models/dreamcache and press R"
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NO_FOLDER = "no folder with images found: make one below ComfyUI's input folder"
 NO_REFERENCE = "no saved reference found: make one with Save Reference"
 
@@ -41,12 +44,17 @@ def register_folders() -> None:
 
 def list_adapter_files() -> list[str]:
     """List adapter files for the combo; a hint where there is none."""
-    names = [
-        name
-        for name in folder_paths.get_filename_list(FOLDER)
-        if name.replace("\\", "/").split("/")[0] != REFERENCES
-    ]
-    return names or [NO_ADAPTERS]
+    # not get_filename_list, which follows links in circles
+    folders, endings = folder_paths.folder_names_and_paths[FOLDER]
+    names = {
+        os.path.join(below, file)
+        for folder in folders
+        for below, files in _walk(folder)
+        if below.split(os.sep)[0] != REFERENCES
+        for file in files
+        if os.path.splitext(file)[1].lower() in endings
+    }
+    return sorted(names) or [NO_ADAPTERS]
 
 
 def adapter_path(name: str) -> str:
@@ -61,7 +69,7 @@ def adapter_path(name: str) -> str:
     Raises:
         InputError: No such file; the message lists the folders and where adapters come from.
     """
-    path = folder_paths.get_full_path(FOLDER, name)
+    path = folder_paths.get_full_path(FOLDER, str(name))  # over the API it may be anything
     if path is None:
         searched = ", ".join(folder_paths.get_folder_paths(FOLDER))
         raise InputError(
@@ -81,7 +89,10 @@ def list_reference_files() -> list[str]:
     for label, folder in _reference_roots():
         walked = _walk(folder)
         if label != REFERENCES:
-            walked = chain(islice(walked, 1), _walk(os.path.join(folder, FOLDER), FOLDER))
+            below = _walk(os.path.join(folder, FOLDER))
+            walked = chain(
+                islice(walked, 1), ((os.path.join(FOLDER, path), found) for path, found in below)
+            )
         files = [
             os.path.join(path, file)
             for path, found in walked
@@ -110,7 +121,7 @@ def reference_path(choice: str) -> str:
     Raises:
         InputError: No such file, or one outside the named folder.
     """
-    name, _, label = choice.rpartition(" [")
+    name, _, label = str(choice).rpartition(" [")
     for root_label, folder in _reference_roots():
         if f"{root_label}]" != label:
             continue
@@ -129,13 +140,15 @@ def list_image_folders() -> list[str]:
     names = [
         path.replace("\\", "/")
         for path, files in _walk(folder_paths.get_input_directory())
-        if path and any(file.lower().endswith(IMAGES) for file in files)
+        if path and any(map(is_image_name, files))
     ]
     return sorted(names) or [NO_FOLDER]
 
 
 def image_paths(name: str) -> list[str]:
     """Find the images of a folder below ComfyUI's input folder, sorted by name; not those of its subfolders.
+
+    Files whose names begin with a dot are passed over.
 
     Args:
         name: Entry of the combo.
@@ -147,16 +160,20 @@ def image_paths(name: str) -> list[str]:
         InputError: There is no such folder with images, or it is outside the input folder.
     """
     root = os.path.abspath(folder_paths.get_input_directory())
-    folder = os.path.abspath(os.path.join(root, name))
-    is_there = _is_inside(folder, root) and os.path.isdir(folder)
-    files = sorted(os.listdir(folder)) if is_there else []
-    paths = [os.path.join(folder, file) for file in files if file.lower().endswith(IMAGES)]
+    paths = [path for path in _files_of(root, name) if is_image_name(path)]
     if not paths:
         raise InputError(
-            f"There is no folder {name!r} with images below {root}. Expected {', '.join(IMAGES)} files in it. Make one, "
-            "and press R."
+            f"There is no folder {name!r} with images below {root}. Expected {', '.join(image_endings())} files in it. Make "
+            "one, and press R."
         )
     return paths
+
+
+def left_out(name: str) -> str:
+    """Name the files of a folder below ComfyUI's input folder that are no images to us; empty where there are none."""
+    files = _files_of(os.path.abspath(folder_paths.get_input_directory()), name)
+    others = shorten(os.path.basename(file) for file in files if not is_image_name(file))
+    return f"left out, as it is no image of a kind that is read: {others}; " if others else ""
 
 
 def check_choice(find: Callable[[str], object], choice: str | None) -> bool | str:
@@ -177,14 +194,14 @@ def check_choice(find: Callable[[str], object], choice: str | None) -> bool | st
     return True
 
 
-def new_adapter_path(prefix: str) -> str:
+def new_adapter_path(prefix: str) -> AbstractContextManager[str]:
     """Choose the file that adapters are saved to, in the first ``models/dreamcache`` folder.
 
     Args:
         prefix: File name prefix, subfolders allowed.
 
     Returns:
-        A path that does not exist yet; its folder exists.
+        Context of the path, which is nobody else's: an empty file to be replaced, removed after an exception.
 
     Raises:
         InputError: The prefix has no name, leads out of the folder or to where references lie, or the folder cannot be
@@ -195,14 +212,14 @@ def new_adapter_path(prefix: str) -> str:
     return _new_path(prefix, root, rule, "my_adapters", reserved=REFERENCES)
 
 
-def new_reference_path(prefix: str) -> str:
+def new_reference_path(prefix: str) -> AbstractContextManager[str]:
     """Choose the file that a reference is saved to, below ComfyUI's output folder.
 
     Args:
         prefix: File name prefix, subfolders allowed.
 
     Returns:
-        A path that does not exist yet; its folder exists.
+        See ``new_adapter_path``.
 
     Raises:
         InputError: The prefix has no name or leads out of the output folder, or the folder cannot be made.
@@ -229,30 +246,29 @@ def choice_state(find: Callable[[str], str | list[str]], choice: str | None) -> 
     return "\n".join(f"{path}:{stat.st_mtime_ns}:{stat.st_size}" for path, stat in stats)
 
 
-_listed: dict[str, tuple[float, list[str], list[str]]] = {}
-"""When a folder that was listed had changed last, its subfolders and its files."""
+_listed: dict[str, tuple[float, Listing]] = {}
+"""When a folder that was listed had changed last, and what lay in it."""
 
 
-def _walk(folder: str, name: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Yield a folder and those below it, by name, each with its files; one that did not change is not listed again.
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Walk a folder, see ``walk_folders``; one that did not change is not listed again."""
+    return walk_folders(folder, read=_list_changed)
 
-    Args:
-        folder: Full path; one that is not there or cannot be read is left out.
-        name: Its name in what is yielded.
-    """
-    try:
-        changed = os.path.getmtime(folder)
-        if folder not in _listed or _listed[folder][0] != changed:
-            with os.scandir(folder) as entries:
-                kinds = {entry.name: entry.is_dir() for entry in entries}
-            folders = [entry for entry, is_folder in kinds.items() if is_folder]
-            _listed[folder] = (changed, folders, [entry for entry in kinds if not kinds[entry]])
-    except OSError:
-        return
-    _, folders, files = _listed[folder]
-    yield name, files
-    for subfolder in folders:
-        yield from _walk(os.path.join(folder, subfolder), os.path.join(name, subfolder))
+
+def _list_changed(folder: str) -> Listing:
+    changed = os.path.getmtime(folder)
+    if folder not in _listed or _listed[folder][0] != changed:
+        _listed[folder] = (changed, list_folder(folder))
+    return _listed[folder][1]
+
+
+def _files_of(root: str, name: str) -> list[str]:
+    """Full paths of a folder's files, but for hidden ones; none where it is not inside ``root``."""
+    folder = os.path.abspath(os.path.join(root, str(name)))
+    if not _is_inside(folder, root) or not os.path.isdir(folder):
+        return []
+    paths = [os.path.join(folder, f) for f in sorted(os.listdir(folder)) if not f.startswith(".")]
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def _is_inside(path: str, folder: str) -> bool:
@@ -270,7 +286,8 @@ def _reference_roots() -> Iterator[tuple[str, str]]:
         yield REFERENCES, os.path.join(folder, REFERENCES)
 
 
-def _new_path(prefix: str, root: str, rule: str, example: str, reserved: str = "") -> str:
+@contextmanager
+def _new_path(prefix: str, root: str, rule: str, example: str, reserved: str = "") -> Iterator[str]:
     """Number a new file below a folder; refuse a prefix without a name, outside, or in a reserved subfolder."""
     name = prefix.strip().replace("\\", "/")
     parts = [part for part in name.split("/") if part != "."]
@@ -281,10 +298,26 @@ def _new_path(prefix: str, root: str, rule: str, example: str, reserved: str = "
     root = os.path.abspath(root)
     try:
         os.makedirs(root, exist_ok=True)
-        folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), root)
+        path = _claim("/".join(parts), root)
     except OSError as error:
         raise InputError(
             f"Cannot write into {root}: {error.strerror}. Make the folder writable, or give ComfyUI another one "
             "(extra_model_paths.yaml for models, --output-directory for outputs)."
         ) from error
-    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+    try:
+        yield path
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def _claim(prefix: str, root: str) -> str:
+    """Make the first file of a prefix whose number is free, empty; another process may be doing the same."""
+    while True:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+        path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+        try:
+            with open(path, "xb"):
+                return path
+        except FileExistsError:
+            continue

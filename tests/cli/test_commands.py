@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import docstring_parser
 import pytest
+import torch
+from PIL import Image
 
 from dreamcache_core import __version__
+from dreamcache_core.cli import generate
 from dreamcache_core.cli.commands import PROGRAM, Command, Group
 from dreamcache_core.cli.main import main
 from dreamcache_core.cli.parsing import parse_config
@@ -222,3 +226,32 @@ def test_help_loads_no_model_library():
     assert "--lr-schedule" in done.stdout
     heavy = {"accelerate", "datasets", "diffusers", "transformers", "matplotlib", "webdataset"}
     assert not heavy & set(done.stdout.partition("\nmodules ")[2].split())
+
+
+def test_two_runs_into_one_folder_at_the_same_time_overwrite_nothing(tmp_path: Path):
+    image = torch.zeros(1, 8, 8, 3)
+    runs = [generate._Files(tmp_path, {"prompt": "a"}, [image]) for _ in range(2)]
+    for seed, files in enumerate(runs):
+        files.add_image(image, seed)
+    for files in runs:
+        files.finish()
+    names = [
+        f"{n:04d}_{name}.png" for n in (1, 2) for name in ("reference", f"seed_{n - 1}", "sheet")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such file names")
+def test_file_name_that_is_no_unicode_is_shown_and_not_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / os.fsdecode(b"caf\xe9\x1b")
+    folder.mkdir()
+    Image.new("RGB", (80, 64), "red").save(folder / "a.png")
+    (folder / "set.csv").write_text("image,caption\na.png,red\n")
+    out = ("--out", str(folder / "check.png"))
+    assert main(["dataset", "check", str(folder / "set.csv"), "--size", "64", *out]) == 0
+    assert main(["inspect", str(folder / "missing.pt")]) == 2
+    printed = capsys.readouterr()
+    assert r"caf\udce9\x1b/check.png" in printed.out
+    assert r"caf\udce9\x1b/missing.pt" in printed.err

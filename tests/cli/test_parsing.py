@@ -169,3 +169,33 @@ def test_fields_without_a_default_are_given_by_position():
         parse_config(Conversion, ["a"], program="dreamcache x", is_positional=True)
     with pytest.raises(InputError, match="no field 'config'"):
         parse_config(Conversion, ["--config=a"], program="dreamcache x", is_positional=True)
+
+
+def test_entries_of_a_list_in_a_file_become_no_flags(tmp_path):
+    text = 'data = "d"\nwords = ["a dog", "--steps=9", "--no-is-fast", "-x", "-5"]'
+    assert parse(in_file(tmp_path, text)) == Options(
+        "d", words=["a dog", "--steps=9", "--no-is-fast", "-x", "-5"]
+    )
+
+
+@dataclass(frozen=True)
+class Filled(Config):
+    """Do something.
+
+    Attributes:
+        words: There are some.
+    """
+
+    words: list[str] = field(default_factory=lambda: ["a", "b"])
+
+
+def test_empty_list_in_a_file_empties_the_list(tmp_path):
+    file = in_file(tmp_path, "words = []")
+    assert parse_config(Filled, [file], program="p") == Filled([])
+    assert parse_config(Filled, [], program="p") == Filled()
+
+
+@pytest.mark.parametrize("text", ["words = " + "[" * 100_000, "words = [1, \0]"])
+def test_deeply_nested_or_odd_file_is_refused_in_words(tmp_path, text):
+    with pytest.raises(InputError, match="Expected --config to be a TOML file"):
+        parse("--data=d", in_file(tmp_path, text))

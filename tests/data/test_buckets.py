@@ -1,5 +1,6 @@
 """Sizes of targets: buckets of about one area, the nearest of them, and cropping without distortion."""
 
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from dreamcache_core.data.buckets import aspect_buckets, crop_target, nearest_bucket, target_sizes
 from dreamcache_core.data.sources.source import Pair
 from dreamcache_core.errors import InputError
+from dreamcache_core.images.reference import resize_smoothly
 
 
 class Sizes:
@@ -128,3 +130,25 @@ def test_crop_shrinks_without_aliasing():
     stripes[:, :, ::2] = 1
     crop = crop_target(stripes, 16, 16)
     assert crop[:, :, 2:-2].sub(0.5).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("size", [(8, 60_000), (60_000, 8), (1, 4_000_000)])
+@pytest.mark.parametrize("target", [(512, 512), (704, 384), (384, 704)])
+def test_thin_image_is_cropped_before_it_is_scaled(size: tuple[int, int], target: tuple[int, int]):
+    """Scaled whole, 60,000 x 8 pixels take 23 GB."""
+    image = torch.rand(1, *size, 1).expand(-1, -1, -1, 3)
+    start = time.process_time()
+    assert crop_target(image, *target).shape == (1, *target, 3)
+    assert time.process_time() - start < 5
+
+
+def test_crop_of_a_thin_image_is_its_centre():
+    image = torch.zeros(1, 10, 1001, 3)
+    image[:, :, 490:511] = 1
+    assert float(crop_target(image, 16, 16).min()) > 0.999
+
+
+def test_images_of_ordinary_aspect_are_not_cropped_before():
+    image = torch.rand(1, 40, 79, 3)
+    whole = resize_smoothly(image.permute(0, 3, 1, 2), 64, 126).permute(0, 2, 3, 1)
+    assert torch.equal(crop_target(image, 64, 64), whole[:, :, 31:95].clamp(0, 1))

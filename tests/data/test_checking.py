@@ -2,13 +2,16 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from dreamcache_core.cli.main import main
+from dreamcache_core.data import checking
 from dreamcache_core.data.checking import (
     BAD_MASK,
     FULL_MASK,
@@ -21,6 +24,7 @@ from dreamcache_core.data.checking import (
 )
 from dreamcache_core.data.sources.folder import FolderSource
 from dreamcache_core.data.sources.manifest import ManifestSource
+from dreamcache_core.errors import FileFormatError
 from dreamcache_core.images.files import read_image
 
 
@@ -291,3 +295,51 @@ def test_names_cannot_forge_lines_of_the_report_or_command_the_terminal(
     assert all(line.isprintable() for line in lines)
     assert "no problems" not in lines
     assert r"a\nno problems\x1b[2J" in printed.out
+
+
+def test_pairs_are_shown_one_by_one_and_not_submitted_all_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Of 400,000 pairs the first result took 22 s and 700 MiB."""
+    submitted: list[int] = []
+    submit = ThreadPoolExecutor.submit
+
+    def count(pool: ThreadPoolExecutor, function: Any, index: int) -> Any:
+        submitted.append(index)
+        return submit(pool, function, index)
+
+    shown: list[int] = []
+
+    class Bar:
+        def __init__(self, found: Any, **_: Any) -> None:
+            self.found = found
+
+        def __iter__(self) -> Any:
+            for result in self.found:
+                shown.append(len(submitted))
+                yield result
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", count)
+    monkeypatch.setattr(checking, "tqdm", Bar)
+    report = check_source(NothingReadable(5000), resolution=64)
+    assert report.num_pairs == len(submitted) == 5000
+    assert shown[0] <= checking.NUM_WAITING
+    assert submitted == list(range(5000))
+    assert [text.split(" ")[0] for text in report.problems[UNREADABLE]] == [
+        str(i) for i in range(5000)
+    ]
+
+
+class NothingReadable:
+    """So many pairs, none of which can be read."""
+
+    problems = ()
+
+    def __init__(self, count: int) -> None:
+        self.keys = [str(i) for i in range(count)]
+
+    def files(self, index: int) -> tuple[str, ...]:
+        return (f"{index}.png",)
+
+    def read(self, index: int) -> Any:
+        raise FileFormatError(f"no {index}")
+
+    size = caption = stamp = read

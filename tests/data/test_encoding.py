@@ -218,3 +218,45 @@ def test_a_changed_caption_makes_it_another_set(options, tmp_path):
 def test_options_out_of_range_are_refused(options, wrong):
     with pytest.raises(InputError, match=r"must be|multiple of 8"):
         EncodeOptions.from_dict({**options, **wrong})
+
+
+def test_changed_bytes_of_a_shard_are_refused_and_not_trained_with(options):
+    encoded = encode(options)
+    shard = encoded.folder / "000000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    damaged = EncodedSet(encoded.folder)
+    with pytest.raises(DreamCacheError, match=r"000000\.safetensors .* other values than were wri"):
+        [damaged.read_target(index) for index in range(2)]
+
+
+def test_shard_of_another_set_is_refused(options, tmp_path):
+    encoded = encode(options)
+    other = encode(options, out=str(tmp_path / "other"), seed=7)
+    name = "000000.safetensors"
+    (encoded.folder / name).write_bytes((other.folder / name).read_bytes())
+    with pytest.raises(DreamCacheError, match="belongs to another set"):
+        EncodedSet(encoded.folder).read_target(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keys": ["a"]},
+        {"captions": [1, 2, 3, 4, 5]},
+        {"samples_per_shard": 0},
+        {"samples_per_shard": "2"},
+        {"sizes": [[64, 64, 3]]},
+        {"sizes": [[64, -8]] * 5},
+        {"more": 1},
+        None,
+    ],
+)
+def test_index_that_does_not_fit_together_is_refused(options, change):
+    encoded = encode(options)
+    index = encoded.folder / "index.json"
+    values = None if change is None else {**json.loads(index.read_text()), **change}
+    index.write_text(json.dumps(values))
+    with pytest.raises(DreamCacheError, match="no complete precomputed set"):
+        EncodedSet(encoded.folder)

@@ -614,3 +614,111 @@ def test_files_that_vanish_after_opening_are_named(tmp_path: Path):
             with pytest.raises(DreamCacheError, match=r"0_|a\.tar"):
                 source.read(0)
             (tmp_path / "away").rename(file.split(":")[0])
+
+
+# --- what vanishes, hangs or blows up
+
+
+def test_every_kind_of_image_that_is_read_makes_a_pair(tmp_path: Path):
+    for kind in ("png", "jpg", "webp", "bmp", "gif", "tif", "tiff"):
+        write_pair(tmp_path, kind)
+        with Image.open(tmp_path / f"{kind}_generation.png") as image:
+            image.save(tmp_path / f"{kind}_x.{kind}")
+        (tmp_path / f"{kind}_generation.png").unlink()
+        (tmp_path / f"{kind}_x.{kind}").rename(tmp_path / f"{kind}_generation.{kind}")
+    assert len(FolderSource(tmp_path).keys) == 7
+
+
+def test_csv_row_with_more_cells_than_columns_is_named(tmp_path: Path):
+    make_image().save(tmp_path / "a.png")
+    path = write_lines(tmp_path / "set.csv", "image,caption", "a.png,good", "a.png,a dog, running")
+    source = ManifestSource(path)
+    assert source.keys == ("a.png",)
+    assert "line 3: has more cells than columns" in source.problems[0]
+
+
+@pytest.mark.parametrize("change", ["joined", "header", "end"])
+def test_pairs_that_vanish_from_a_shard_are_named(tmp_path: Path, change: str):
+    whole = write_tar(tmp_path / "a.tar", members("0")).read_bytes()
+    end = sum(512 + -(-len(data) // 512) * 512 for data in members("0").values())
+    more = write_tar(tmp_path / "b.tar", members("1")).read_bytes()
+    (tmp_path / "b.tar").unlink()
+    changed = {
+        "joined": whole + more,
+        "header": whole[:end] + b"x" * 512 + more,
+        "end": whole[:end],
+    }
+    (tmp_path / "a.tar").write_bytes(changed[change])
+    source = ShardSource(tmp_path)
+    assert source.keys == ("a/0",)
+    (problem,) = source.problems
+    assert f"a.tar is cut short, damaged, or several tar files in one, at byte {end}" in problem
+
+
+def test_links_and_doubles_in_a_shard_are_named(tmp_path: Path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in [*members("0").items(), *members("0").items()]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name in members("1"):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, "0.mask.png"
+            tar.addfile(info)
+    source = ShardSource(tmp_path)
+    assert source.keys == ("a/0",)
+    assert sum("is there twice" in text for text in source.problems) == 3
+    assert sum("is a link" in text for text in source.problems) == 3
+
+
+@pytest.mark.parametrize(
+    "field", [b"-1", b"99999999999", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"abc", b"\0" * 12]
+)
+@pytest.mark.parametrize("start", [124, 136, 100, 329])
+def test_tar_header_with_nonsense_numbers_is_one_problem_or_harmless(
+    tmp_path: Path, field: bytes, start: int
+):
+    content = bytearray(write_tar(tmp_path / "a.tar", members("0") | members("1")).read_bytes())
+    second = 512 + -(-len(members("0")["0.generation.png"]) // 512) * 512
+    header = content[second : second + 512]
+    header[start : start + len(field)] = field
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[second : second + 512] = header
+    (tmp_path / "a.tar").write_bytes(content)
+    try:
+        source = ShardSource(tmp_path)
+    except DreamCacheError:
+        return
+    assert len(source.keys) == 2 or source.problems
+
+
+def test_images_beside_shards_are_not_passed_over_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    write_tar(tmp_path / "a.tar", members("0"))
+    assert open_source(tmp_path).keys == ("a/0",)
+    assert not caplog.records
+    write_pair(tmp_path / "more", "1")
+    assert open_source(tmp_path).keys == ("a/0",)
+    assert "tar files are read, images beside them are not" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes by name")
+@pytest.mark.parametrize("name", ["a_caption.txt", "a_mask.png", "set.csv", "set.jsonl"])
+def test_pipes_are_refused_and_not_waited_for(tmp_path: Path, name: str):
+    write_pair(tmp_path, "a")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    path = tmp_path / name if name.startswith("set") else tmp_path
+    with pytest.raises(DreamCacheError, match=r"Expected a"):
+        open_source(path).read(0)
+
+
+def test_captions_have_a_size_limit(tmp_path: Path):
+    write_pair(tmp_path, "a", caption="word " * 20_000)
+    with pytest.raises(FileFormatError, match=r"at most 65536 bytes of text in .*a_caption\.txt"):
+        FolderSource(tmp_path).read(0)
+    long = members("0") | {"0.caption.txt": b"word " * 20_000}
+    with pytest.raises(FileFormatError, match=r"at most 65536 bytes of text in .*0\.caption\.txt"):
+        ShardSource(write_tar(tmp_path / "a.tar", long)).caption(0)

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -356,3 +357,14 @@ def test_a_prompt_longer_than_clips_limit_is_cut(files):
     short, long = encoder.texts(["a b c", "a b c " * 20])
     assert torch.isfinite(long).all()
     assert float(short @ long) < 0.999
+
+
+def test_thin_image_is_cut_before_it_is_enlarged(files):
+    """60,000 x 8 pixels would take gigabytes for a middle square of 32 x 32."""
+    encoder = ClipEncoder(files / "clip", CPU)
+    thin = Image.effect_noise((60_000, 8), 60).convert("RGB")
+    start = time.process_time()
+    whole = encoder.images([thin, thin.rotate(90, expand=True)])
+    assert time.process_time() - start < 2
+    middle = thin.crop((29_900, 0, 30_100, 8))
+    assert torch.allclose(whole[0], encoder.images([middle])[0], atol=1e-4)

@@ -233,3 +233,10 @@ def test_options_that_do_not_go_together_are_refused(
     given = {"dataset": "d", "out": "o", "dino": "d", "clip": "c", **changes}
     with pytest.raises(InputError, match=message):
         DreamBenchOptions.from_dict(given)
+
+
+def test_list_of_subjects_that_is_no_csv_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "subjects.csv"
+    path.write_text(f"subject,class,kind\nmug,{'x' * 200_000},object\n")
+    with pytest.raises(InputError, match=r"Expected CSV in .*field"):
+        read_benchmark(subjects=path)

@@ -1,5 +1,7 @@
 """Files that appear whole or not at all."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,24 @@ def test_writers_of_the_same_file_do_not_meet(tmp_path: Path):
         assert one != two
     assert path.read_text() == "1"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are flushed by Windows itself")
+def test_file_is_on_the_disk_before_it_appears_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, done = tmp_path / "a.txt", list[str]()
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("appears") or replace(*paths))
+    with whole_file(path) as temporary:
+        temporary.write_text("1")
+    assert done == ["file", "appears", "folder"]
 
 
 def test_missing_folder_and_folder_in_place_of_the_file_are_errors(tmp_path: Path):

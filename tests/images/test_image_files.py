@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from dreamcache_core.errors import DreamCacheError, FileFormatError, InputError
+from dreamcache_core.images import files
 from dreamcache_core.images.files import (
     contact_sheet,
     encode_png,
@@ -331,10 +333,10 @@ def test_pillow_warning_below_our_limit_does_not_leak(
         assert torch.equal(read_image(tmp_path / "a.png")[0], tensor_of(pil_image))
 
 
-def test_image_of_6000_by_6000_is_read(tmp_path: Path):
+def test_image_of_6000_by_6000_is_read_at_half_its_size(tmp_path: Path):
     Image.new("L", (6000, 6000), 255).save(tmp_path / "a.png", compress_level=1)
     image, _ = read_image(tmp_path / "a.png")
-    assert image.shape == (1, 6000, 6000, 3)
+    assert image.shape == (1, 3000, 3000, 3)
     assert image.min() == 1
 
 
@@ -464,3 +466,79 @@ def test_thumbnails_are_small_and_show_the_images_in_rows_of_four():
 def test_a_thumbnail_of_a_stranger_that_is_none_is_refused(thumbnail: bytes, said: str):
     with pytest.raises(FileFormatError, match=rf"cat\.safetensors.*{said}"):
         read_thumbnails([thumbnail], "cat.safetensors")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(depth: int, kind: int, row: bytes, clear: bytes) -> bytes:
+    """16 x 16 pixels, each row alike, with a transparent colour."""
+    header = struct.pack(">IIBBBBB", 16, 16, depth, kind, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * 16)
+    chunks = ((b"IHDR", header), (b"tRNS", clear), (b"IDAT", pixels), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def two(form: str, left: tuple[int, ...], right: tuple[int, ...]) -> bytes:
+    return struct.pack(form, *left) * 8 + struct.pack(form, *right) * 8
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png(1, 0, b"\x00\xff", b"\0\1"),
+        png(2, 0, b"\x55\x55\xff\xff", b"\0\3"),
+        png(2, 0, b"\xff\xff\x55\x55", b"\0\1"),
+        png(4, 0, b"\x55" * 4 + b"\xee" * 4, b"\0\x0e"),
+        png(8, 0, bytes([0] * 8 + [200] * 8), b"\0\xc8"),
+        png(16, 0, two(">H", (51401,), (51400,)), struct.pack(">H", 51400)),
+        png(16, 0, two(">H", (1,), (0,)), b"\0\0"),
+        png(8, 2, two(">BBB", (0, 0, 0), (200, 7, 0)), struct.pack(">HHH", 200, 7, 0)),
+        png(16, 2, two(">HHH", (0, 0, 0), (51401, 7, 0)), struct.pack(">HHH", 51401, 7, 0)),
+    ],
+    ids=["1", "2", "2 dark", "4", "8", "16", "16 black", "rgb 8", "rgb 16"],
+)
+def test_transparent_colour_of_a_png_is_transparent_at_every_depth(content: bytes):
+    image, alpha = read_image(content)
+    assert alpha is not None
+    assert alpha[0, 3].tolist() == [1.0] * 8 + [0.0] * 8
+    assert image.shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_image_above_16_megapixels_is_shrunk_by_a_whole_number(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(files, "MAX_KEPT_PIXELS", 64)
+    image = Image.new("L", (20, 12), 0)
+    image.paste(255, (0, 0, 3, 3))
+    stream = io.BytesIO()
+    image.convert(mode).save(stream, format="PNG")
+    read, _ = read_image(stream.getvalue())
+    assert read.shape == (1, 6, 10, 3)
+    assert read[0, 0, :3, 0].tolist() == pytest.approx([1, 0.5, 0], abs=0.01)
+
+
+def test_thin_image_above_16_megapixels_keeps_its_shorter_side(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "MAX_KEPT_PIXELS", 64)
+    stream = io.BytesIO()
+    Image.new("RGB", (900, 1)).save(stream, format="PNG")
+    assert read_image(stream.getvalue())[0].shape == (1, 1, 225, 3)
+
+
+def test_caption_of_any_length_is_drawn_at_once():
+    """4,000 characters took 35 s."""
+    rows = [[torch.rand(1, 8, 8, 3)]]
+    start = time.process_time()
+    long = contact_sheet(rows, [["word " * 100_000]])
+    assert time.process_time() - start < 2
+    assert torch.equal(long, contact_sheet(rows, [["word " * 60]]))
+    assert not torch.equal(long, contact_sheet(rows, [["word"]]))
+
+
+@pytest.mark.parametrize("count", [1, 5, 20, 40, 80])
+def test_caption_is_cut_where_it_no_longer_fits(count: int):
+    rows, text = [[torch.ones(1, 8, 8, 3)]], "i" * count + "W" * count
+    sheet = contact_sheet(rows, [[text]], cell_px=200)
+    assert (sheet[:, :, 196:] == 1).all()

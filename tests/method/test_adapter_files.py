@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dreamcache_core.errors import DreamCacheError, FileFormatError, InputError
-from dreamcache_core.files.tensor_file import write_tensor_file
+from dreamcache_core.files.tensor_file import read_tensor_file, write_tensor_file
 from dreamcache_core.method.adapter import AdapterInfo, AdapterSet
 from dreamcache_core.method.adapter_files import (
     adapters_from_released,
@@ -190,6 +190,22 @@ def test_what_a_file_says_of_its_base_model_is_printable(tmp_path: Path):
     )
     info = load_adapters(tmp_path / "a.pt").info
     assert (info.base_model, info.prediction) == (r"a\nwarning: b", r"\x1b[2J")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"timestep": "-5"}, {"timestep": "2048"}, {"context_width": "0"}, {"layers": "[" * 99999}],
+)
+def test_own_file_with_the_right_checksum_of_nonsense_is_refused(
+    tmp_path: Path, entries: dict[str, str]
+):
+    path = tmp_path / "a.safetensors"
+    save_adapters(make_adapters(), path)
+    tensors, metadata = read_tensor_file(path, "adapters/1")
+    del metadata["sha256"]
+    write_tensor_file(path, tensors, {**metadata, **entries})
+    with pytest.raises(FileFormatError, match="lacks a valid metadata entry"):
+        load_adapters(path)
 
 
 # the released format

@@ -14,6 +14,7 @@ from torch import Tensor
 from dreamcache_core.errors import FileFormatError, InputError, MismatchError, StateError
 from dreamcache_core.method.adapter import AdapterInfo, AdapterSet
 from dreamcache_core.method.blending import ReferenceUse
+from dreamcache_core.files.tensor_file import read_tensor_file, write_tensor_file
 from dreamcache_core.method.cache import ReferenceCache
 from dreamcache_core.method.capture import cache_from_features
 from dreamcache_core.method.tokens import subject_tokens
@@ -434,3 +435,51 @@ def test_reference_with_a_name_that_is_no_layer_is_refused_on_one_line(tmp_path:
     ) as e:
         ReferenceCache.load(path)
     assert str(e.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timestep": -5},
+        {"timestep": 2048},
+        {"context_width": 0},
+        {"features": {name: torch.ones(2, *s, dtype=torch.int32) for name, s in SHAPES.items()}},
+    ],
+    ids=["timestep", "late timestep", "width", "integers"],
+)
+def test_values_that_no_model_has_are_refused(change: dict[str, Any]):
+    with pytest.raises(
+        InputError, match=r"timestep must be|context_width must be|width\), float, with"
+    ):
+        make_cache(**change)
+
+
+def rewritten(path: Path, tensors: dict[str, Tensor] | None = None, **entries: str) -> Path:
+    """Save a reference with other contents, and the checksum of these."""
+    make_cache().save(path)
+    stored, metadata = read_tensor_file(path, "reference/1")
+    del metadata["sha256"]
+    write_tensor_file(path, {**stored, **(tensors or {})}, {**metadata, **entries})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("entries", "value"),
+    [
+        ({}, torch.nan),
+        ({}, torch.inf),
+        ({"timestep": "-5"}, 0.0),
+        ({"timestep": "2048"}, 0.0),
+        ({"context_width": "0"}, 0.0),
+        ({"seed": '["a"]'}, 0.0),
+        ({"layers": "[" * 100_000}, 0.0),
+        ({"latent_size": '{"a": 1}'}, 0.0),
+    ],
+)
+def test_own_file_with_the_right_checksum_of_nonsense_is_refused(
+    tmp_path: Path, entries: dict[str, str], value: float
+):
+    tensors = {"features.middle_block.1": torch.full((2, *SHAPES["middle_block.1"]), value)}
+    path = rewritten(tmp_path / "a.safetensors", tensors, **entries)
+    with pytest.raises(FileFormatError, match="not a complete saved reference"):
+        ReferenceCache.load(path)

@@ -1,5 +1,6 @@
 """``DreamCachePipeline`` on tiny real diffusers pipelines, against loops written out by hand."""
 
+import dataclasses
 import gc
 import sys
 import weakref
@@ -592,3 +593,14 @@ def test_arguments_of_the_wrong_kind_are_refused(pipe, changes, message):
     arguments = {"prompt": "a dog", "uses": [], **changes}
     with pytest.raises(InputError, match=message):
         pipe(**arguments)
+
+
+def test_reference_for_adapters_has_their_layers_and_timestep(pipe):
+    layout = Layout(pipe.layout.context_width, dict(list(pipe.layout.channels.items())[1:]))
+    adapters = random_adapters(layout)
+    adapters.info = dataclasses.replace(adapters.info, timestep=40)
+    reference = pipe.encode_reference(images(), adapters=adapters)
+    assert reference.layout == layout
+    assert reference.timestep == 40
+    alone = pipe.encode_reference(images(), layers=layout.layers, timestep=40)
+    assert all(torch.equal(f, alone.features[name]) for name, f in reference.features.items())

@@ -1,6 +1,7 @@
 """Checkpoints appear whole or not at all, and a run resumes only as itself."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,3 +93,48 @@ def test_log_is_cut_back_to_the_step_that_is_resumed(tmp_path: Path) -> None:
     cut_log(log, 20)
     lines = log.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [10, 20]
+
+
+@pytest.mark.parametrize("change", ["bytes", "cut", "gone", "contents"])
+def test_a_damaged_newest_checkpoint_is_named_with_the_good_one_before_it(
+    checkpoints: Checkpoints, change: str
+) -> None:
+    save(checkpoints, 5)
+    save(checkpoints, 10)
+    newest = checkpoints.folder / "step-000010"
+    changed = {"bytes": b"weighty", "cut": b"weig", "gone": None, "contents": b"weights"}[change]
+    if change == "contents":
+        (newest / "contents.json").write_text("[1]")
+    elif changed is None:
+        (newest / "file").unlink()
+    else:
+        (newest / "file").write_bytes(changed)
+    match = r"step-000010 is damaged: .*Remove that folder.*goes on from .*step-000005"
+    with pytest.raises(InputError, match=match):
+        checkpoints.choose_start(IDENTITY, resume=True)
+    shutil.rmtree(newest)
+    (checkpoints.folder / "step-000005" / "file").write_text("other")
+    with pytest.raises(InputError, match=r"step-000005 is damaged: .*begins at step 0"):
+        checkpoints.choose_start(IDENTITY, resume=True)
+
+
+def test_a_checkpoint_from_before_there_were_digests_is_taken(checkpoints: Checkpoints) -> None:
+    save(checkpoints, 5)
+    (checkpoints.folder / "step-000005" / "contents.json").unlink()
+    assert checkpoints.choose_start(IDENTITY, resume=True) == checkpoints.newest()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"identity": [1]}', "[" * 100_000, ""])
+def test_run_json_that_is_no_object_is_explained(checkpoints: Checkpoints, text: str) -> None:
+    save(checkpoints, 5)
+    (checkpoints.run_folder / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json is missing or damaged"):
+        checkpoints.choose_start(IDENTITY, resume=True)
+
+
+def test_log_with_entries_that_are_no_objects_or_have_no_step_is_cut(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    odd = ("[1]", "null", '{"step": "x"}', '{"step": null}', "[" * 100_000, "\udcff")
+    log.write_text("\n".join(('{"step": 10}', *odd, '{"step": 30}')), errors="surrogateescape")
+    cut_log(log, 20)
+    assert log.read_text() == '{"step": 10}\n'

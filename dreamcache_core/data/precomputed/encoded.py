@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ...config import differences
 from ...errors import FileFormatError, InputError
+from ...files.tensor_file import raw_bytes
+from ...files.texts import parse_json, read_json
 from ...files.whole_files import whole_file
 
 FORMAT = "encoded/1"
@@ -37,7 +39,7 @@ COMPARED = (
 """Fields of the index in which a set must agree with what is already in its folder."""
 
 IDENTITY_KEY = "dreamcache.encoded"
-"""Key in a shard's metadata of its set's identity."""
+"""Key in a shard's metadata of its set's identity and its tensors' digests."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,34 @@ class EncodedIndex:
             FileFormatError: There is none, or it is damaged or of another version.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             if values["format"] != FORMAT:
                 raise ValueError(f"format {values['format']}")
             values["sizes"] = [(height, width) for height, width in values["sizes"]]
-            return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            index = cls(**values)
+            index._check()
+            return index
+        except (ValueError, KeyError, TypeError) as error:
             raise FileFormatError(
                 f"{path.parent} is no complete precomputed set ({type(error).__name__}: {error}). Run 'dataset encode' again: "
                 "it goes on where it stopped."
             ) from error
+
+    def _check(self) -> None:
+        """Refuse what no program of ours has written.
+
+        Raises:
+            ValueError: It is that.
+        """
+        texts = [*self.keys, *self.captions, self.data_fingerprint, self.model_fingerprint]
+        lowest = {"samples_per_shard": 1, "num_variants": 0, "resolution": 8, "seed": 0}
+        numbers = [(getattr(self, name), low) for name, low in lowest.items()]
+        numbers += [(side, 8) for size in self.sizes for side in size]
+        is_sound = len(self.keys) == len(self.sizes) == len(self.captions) > 0
+        is_sound &= all(isinstance(text, str) for text in texts)
+        is_sound &= all(isinstance(number, int) and number >= low for number, low in numbers)
+        if not is_sound:
+            raise ValueError("its entries do not fit together")
 
 
 class EncodedSet:
@@ -154,16 +174,49 @@ class EncodedSet:
         path = self.folder / shard_name(shard)
         try:
             if shard not in self._open:
-                self._open[shard] = safe_open(path, framework="pt", device="cpu")
-            return self._open[shard].get_tensor(key)
-        except (SafetensorError, OSError) as error:
+                self._open[shard] = self._open_shard(path)
+            file, digests = self._open[shard]
+            tensor: Tensor = file.get_tensor(key)
+            if digests and digests.get(key) != _digest(tensor):
+                raise ValueError(f"{key} has other values than were written")
+            return tensor
+        except (SafetensorError, OSError, ValueError) as error:
             raise FileFormatError(
                 f"{path} is missing or damaged ({error}). Delete it and run 'dataset encode' again."
             ) from error
 
+    def _open_shard(self, path: Path) -> tuple[Any, Mapping[str, str]]:
+        """Open a shard -> the file, and the digests of its tensors; none where it is older than they are."""
+        file: Any = safe_open(path, framework="pt", device="cpu")
+        identity, digests = split_metadata(file.metadata())
+        if identity != self.index.identity:
+            raise ValueError("it belongs to another set")
+        digests = parse_json(digests or "{}")
+        if not isinstance(digests, dict):
+            raise ValueError("its digests are none")  # noqa: TRY004
+        return file, digests
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave open files behind: every reading process opens its own."""
         return {**self.__dict__, "_open": {}}
+
+
+def shard_metadata(tensors: Mapping[str, Tensor], index: EncodedIndex) -> dict[str, str]:
+    """Metadata of a shard: its set's identity, and the digest of each tensor."""
+    digests = {key: _digest(tensor) for key, tensor in tensors.items()}
+    # one entry: the order of several in the file is not always the same
+    return {IDENTITY_KEY: f"{index.identity} {json.dumps(digests)}"}
+
+
+def split_metadata(metadata: Mapping[str, str] | None) -> tuple[str, str]:
+    """Return the identity of a shard's set and the digests of its tensors as JSON, empty where it is older than these."""
+    identity, _, digests = (metadata or {}).get(IDENTITY_KEY, "").partition(" ")
+    return identity, digests
+
+
+def _digest(tensor: Tensor) -> str:
+    shape = f"{tensor.dtype} {list(tensor.shape)}:".encode()
+    return hashlib.sha256(shape + bytes(raw_bytes(tensor))).hexdigest()
 
 
 def shard_name(number: int) -> str:

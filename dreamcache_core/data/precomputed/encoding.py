@@ -21,13 +21,21 @@ from ...images.reference import check_placement
 from ...pipeline.base_model import MAX_CHECKED_CAPTIONS, BaseModel
 from ...pipeline.fingerprint import ENCODER_PARTS, model_fingerprint
 from ...pipeline.loading import DTYPES, require_diffusers
-from ...processes import join
+from ...processes import join, require_shared_folder
 from ..augmentation import Alterations, augment_reference
 from ..buckets import crop_target, target_sizes
 from ..order import sample_seed
 from ..sources.opening import open_source
 from ..sources.source import Pair, PairSource, fingerprint
-from .encoded import COMPARED, IDENTITY_KEY, INDEX_FILE, EncodedIndex, require_same_set, shard_name
+from .encoded import (
+    COMPARED,
+    INDEX_FILE,
+    EncodedIndex,
+    require_same_set,
+    shard_metadata,
+    shard_name,
+    split_metadata,
+)
 
 UNFINISHED_FILE = "index.unfinished.json"
 
@@ -99,6 +107,7 @@ def encode_dataset(options: EncodeOptions) -> Path:
         index = _index(options, source, base)
         base.warn_about_long_captions(index.captions[:MAX_CHECKED_CAPTIONS])
         folder = Path(options.out)
+        require_shared_folder(folder, state)
         if state.is_main_process:
             _begin(folder, index)
         state.wait_for_everyone()
@@ -168,7 +177,7 @@ class _Encoder:
         try:
             with whole_file(path) as temporary:
                 # save_file's are their owner's alone
-                temporary.write_bytes(save(tensors, {IDENTITY_KEY: self.index.identity}))
+                temporary.write_bytes(save(tensors, shard_metadata(tensors, self.index)))
         except OSError as error:
             raise InputError(
                 f"Cannot write {path}: {error}. Make room and start the command again: it goes on where it stopped."
@@ -177,7 +186,7 @@ class _Encoder:
     def _is_written(self, path: Path) -> bool:
         try:
             with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-                return (file.metadata() or {}).get(IDENTITY_KEY) == self.index.identity
+                return split_metadata(file.metadata())[0] == self.index.identity
         except (OSError, SafetensorError):
             return False
 

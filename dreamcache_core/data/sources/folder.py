@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import InputError
+from ...files.texts import MAX_CAPTION_BYTES, read_text
+from ...files.walking import walk_folders
 from ...names import printable
 from .reading import (
     FileSource,
     NamedFile,
     Part,
     one_line,
-    read_text,
     require_pairs,
     stamp_files,
 )
 
 PARTS = ("generation", "mask", "caption")
 _MEMBER = re.compile(
-    r"(?P<stem>.*)_(?:(?P<image>generation|mask)\.(?:png|jpe?g|webp)|(?P<text>caption)\.txt)",
+    r"(?P<stem>.*)_(?:(?P<image>generation|mask)\.(?:png|jpe?g|webp|avif|bmp|gif|jp2|tiff?)|(?P<text>caption)\.txt)",
     re.IGNORECASE | re.DOTALL,
 )
 
@@ -40,7 +41,7 @@ class _Files(NamedTuple):
 class FolderSource(FileSource):
     """Pairs in folders of any depth, in the order of their names; no file is opened until a pair is read.
 
-    Files and folders whose names begin with a dot are passed over. Images may be PNG, JPEG or WebP.
+    Files and folders whose names begin with a dot are passed over. Images may be of any kind that is read.
 
     Args:
         folder: The folder.
@@ -79,20 +80,18 @@ class FolderSource(FileSource):
 
     def caption(self, index: int) -> str:
         """Caption of a pair."""
-        return one_line(read_text(self._pairs[index].path("caption")))
+        return one_line(read_text(self._pairs[index].path("caption"), MAX_CAPTION_BYTES))
 
 
 def _scan(root: Path, problems: list[str]) -> Iterator[tuple[str, _Files]]:
     """Yield key and files of every complete pair; note the others."""
-    seen_links = {os.path.realpath(root)}  # links may lead in circles
 
     def note(error: OSError) -> None:
         problems.append(f"{error.filename} cannot be opened: {error.strerror}.")
 
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=note):
-        subfolders[:] = [n for n in subfolders if _is_new(os.path.join(folder, n), seen_links)]
-        below = os.path.relpath(folder, root).replace(os.sep, "/")
-        prefix = "" if below == "." else f"{below}/"
+    for below, names in walk_folders(str(root), note=note):
+        folder = os.path.join(root, below)
+        prefix = f"{below.replace(os.sep, '/')}/" if below else ""
         for stem, parts in _by_stem(names).items():
             key = printable(prefix + stem)
             doubt = _incomplete(parts)
@@ -102,23 +101,17 @@ def _scan(root: Path, problems: list[str]) -> Iterator[tuple[str, _Files]]:
                 yield key, _Files(folder, *(parts[part][0] for part in PARTS))
 
 
-def _is_new(folder: str, seen_links: set[str]) -> bool:
-    if os.path.basename(folder).startswith("."):
-        return False
-    if not os.path.islink(folder):
-        return True
-    real = os.path.realpath(folder)
-    is_new = real not in seen_links
-    seen_links.add(real)
-    return is_new
+def is_part_name(name: str) -> bool:
+    """Whether a file, by its name, is a part of a pair."""
+    return not name.startswith(".") and _MEMBER.fullmatch(name) is not None
 
 
 def _by_stem(names: list[str]) -> dict[str, dict[str, list[str]]]:
     """Group the files of one folder: stem to part to names."""
     stems: dict[str, dict[str, list[str]]] = {}
     for name in names:
-        match = None if name.startswith(".") else _MEMBER.fullmatch(name)
-        if match:
+        match = _MEMBER.fullmatch(name)
+        if match and not name.startswith("."):
             part = (match["image"] or match["text"]).lower()
             stems.setdefault(match["stem"], {}).setdefault(part, []).append(name)
     return stems

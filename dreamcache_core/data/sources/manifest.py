@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import FileFormatError, InputError
+from ...files.texts import parse_json, read_text
 from ...names import printable
 from .reading import (
     FileSource,
     NamedFile,
     Part,
     one_line,
-    read_text,
     require_pairs,
     stamp_files,
 )
@@ -96,7 +95,7 @@ def _entries(path: Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str
     if path.suffix.lower() == ".jsonl":
         yield from _json_lines(path, text, problems)
     else:
-        yield from _csv_lines(path, text)
+        yield from _csv_lines(path, text, problems)
 
 
 def _json_lines(
@@ -106,8 +105,8 @@ def _json_lines(
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(line)
+        except ValueError as error:
             problems.append(f"{path.name}, line {number}: no JSON ({error}); write one object.")
             continue
         if isinstance(entry, dict):
@@ -116,7 +115,9 @@ def _json_lines(
             problems.append(f"{path.name}, line {number}: no object in {{}}; write one.")
 
 
-def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _csv_lines(
+    path: Path, text: str, problems: list[str]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
     try:
         missing = [name for name in COLUMNS[:2] if name not in (reader.fieldnames or ())]
@@ -126,7 +127,12 @@ def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]
                 f"{' and '.join(missing)} missing in {list(reader.fieldnames or ())}. Name the columns so."
             )
         for row in reader:
-            yield reader.line_num, row
+            if "" in row:
+                problems.append(
+                    f"{path.name}, line {reader.line_num}: has more cells than columns; put a text with commas into quotes."
+                )
+            else:
+                yield reader.line_num, row
     except csv.Error as error:
         raise FileFormatError(
             f"Expected CSV in {path}, line {reader.line_num}: {error}. Mind the quotes."

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from ...errors import DreamCacheError, InputError
+from ...files.walking import walk_folders
 from . import manifest
-from .folder import FolderSource
+from .folder import FolderSource, is_part_name
 from .manifest import ManifestSource
 from .shards import ShardSource, shard_files
 from .source import PairSource
@@ -59,11 +60,18 @@ def _open_folder(path: Path) -> PairSource:
         except InputError as error:
             raise InputError(f"{error} A training set is {FORMS}.") from error
     try:
-        return form(path)
+        source = form(path)
     except DreamCacheError as error:  # perhaps they lie there by chance
         try:
             source = FolderSource(path)
         except InputError:
             raise error from None
         logger.warning("%s: its images are read, its %s are not: %s", path, name, error)
-        return source
+    else:
+        if any(is_part_name(file) for _, files in walk_folders(str(path)) for file in files):
+            logger.warning(
+                "%s: its %s are read, images beside them are not. Give their folders one by one.",
+                path,
+                name,
+            )
+    return source

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
-from ...errors import FileFormatError, InputError
+from ...errors import InputError
 from ...images.files import ImageFile, open_image, read_image, read_mask
 from ...images.reference import check_image, subject_box, subject_opacity
 from ...names import printable
@@ -113,38 +113,9 @@ def _has_late_exif(stream: IO[bytes]) -> bool:
         stream.seek(place)
 
 
-def decode_text(data: bytes, name: str) -> str:
-    """Decode UTF-8 text, with or without a byte order mark.
-
-    Raises:
-        FileFormatError: It is not UTF-8; the message calls it ``name``.
-    """
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(
-            f"Expected text in UTF-8, got {name}: {error}. Save it again as UTF-8 text."
-        ) from error
-
-
 def one_line(text: str) -> str:
     """Replace line breaks and runs of spaces by one space."""
     return " ".join(text.split())
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 file.
-
-    Raises:
-        FileFormatError: It cannot be read.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise FileFormatError(
-            f"Expected a readable file, got {path}: {error.strerror}. Check its place and permissions."
-        ) from error
-    return decode_text(data, str(path))
 
 
 class FileSource(ABC):

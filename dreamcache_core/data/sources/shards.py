@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...errors import FileFormatError, InputError
+from ...files.texts import MAX_CAPTION_BYTES, decode_text
 from ...names import printable
 from .reading import (
     FileSource,
     NamedFile,
     Part,
-    decode_text,
     one_line,
     require_pairs,
     stamp_files,
@@ -23,10 +23,15 @@ from .reading import (
 UNFINISHED = ".unfinished-shards"
 """Folder in the set in which its shards lie, each by a digest of what it holds, until the last one is written."""
 
+IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp", "avif", "bmp", "gif", "jp2", "tif", "tiff")
 PARTS = ("generation", "mask", "subject", "caption")
 _ENDINGS = {"caption.txt": "caption"} | {
-    f"{part}.{kind}": part for part in PARTS[:3] for kind in ("png", "jpg", "jpeg", "webp")
+    f"{part}.{kind}": part for part in PARTS[:3] for kind in IMAGE_ENDINGS
 }
+
+
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, EOFError)
+"""What tarfile raises, of headers with nonsense numbers also the latter."""
 
 
 class _Member(NamedTuple):
@@ -99,6 +104,12 @@ class ShardSource(FileSource):
     def caption(self, index: int) -> str:
         """Caption of a pair."""
         entry = self._entries[index]
+        size = entry.caption.size
+        if size > MAX_CAPTION_BYTES:
+            raise FileFormatError(
+                f"Expected at most {MAX_CAPTION_BYTES} bytes of text in {_name(entry, entry.caption)}, got {size}. Is it "
+                "another file?"
+            )
         return one_line(decode_text(*_contents(entry, entry.caption)))
 
 
@@ -126,24 +137,48 @@ def _index(shard: Path, problems: list[str]) -> dict[str, dict[str, _Member]]:
             try:
                 end = shard.stat().st_size
                 for info in tar:
-                    if info.offset_data + info.size <= end:
-                        _add(keys, info)
-            except (tarfile.TarError, OSError) as error:
+                    if 0 <= info.size <= end - info.offset_data:
+                        problems += (f"{shard.name}: {doubt}" for doubt in _add(keys, info))
+                if not _ends_at(tar):
+                    problems.append(
+                        f"{shard.name} is cut short, damaged, or several tar files in one, at byte {tar.offset}: what "
+                        "follows is not read; write it again."
+                    )
+            except (*_TAR_ERRORS, OSError) as error:
                 problems.append(f"{shard.name} is cut short or damaged ({error}); fetch it again.")
-    except (tarfile.TarError, OSError) as error:
+    except (*_TAR_ERRORS, OSError) as error:
         raise FileFormatError(
             f"Expected an uncompressed tar file, got {shard}: {error}. Unpack or fetch it again."
         ) from error
     return keys
 
 
-def _add(keys: dict[str, dict[str, _Member]], info: tarfile.TarInfo) -> None:
+def _add(keys: dict[str, dict[str, _Member]], info: tarfile.TarInfo) -> Iterator[str]:
+    """Take in a member, if it is a part of a pair; yield what is wrong with it."""
     folder, slash, name = info.name.rpartition("/")
     stem, _, ending = name.partition(".")
     part = _ENDINGS.get(ending.lower())
-    if part is not None and info.isreg() and not info.issparse():
-        member = _Member(info.name, info.offset_data, info.size)
-        keys.setdefault(f"{folder}{slash}{stem}", {})[part] = member
+    if part is None or name.startswith("."):
+        return
+    parts = keys.setdefault(f"{folder}{slash}{stem}", {})
+    if not info.isreg() or info.issparse():
+        yield f"{info.name} is a link or has holes; store the file itself."
+    elif part in parts:
+        yield f"{info.name} is there twice, and one of them is not read; give each pair a name of its own."
+    else:
+        parts[part] = _Member(info.name, info.offset_data, info.size)
+
+
+def _ends_at(tar: tarfile.TarFile) -> bool:
+    """Whether reading a tar file ended at its end mark: a block of zeros, and nothing but zeros after it."""
+    stream: Any = tar.fileobj
+    stream.seek(tar.offset)
+    is_marked = False
+    while block := stream.read(2**20):
+        if block.strip(b"\0"):
+            return False
+        is_marked = True
+    return is_marked
 
 
 def _incomplete(parts: Mapping[str, _Member]) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import InputError
+from ...errors import FileFormatError, InputError
+from ...files.texts import read_text
 
 LISTS = Path(__file__).parent / "lists"
 SUBJECTS_FILE = LISTS / "subjects.txt"
@@ -84,8 +85,8 @@ def captions_digest(captions: Sequence[Caption]) -> str:
 def _numbered_lines(path: str | Path) -> list[tuple[int, str]]:
     """Return the lines that are not blank, stripped but for tabs, with their numbers from 1."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except FileFormatError as error:
         raise InputError(
             f"Expected a UTF-8 text file with one entry per line; {path} cannot be read as one: {error}. Check the "
             "path, or save the file as UTF-8."

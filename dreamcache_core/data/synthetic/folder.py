@@ -25,8 +25,9 @@ from typing import Any
 from torch import Tensor
 
 from ...config import differences
-from ...errors import InputError
+from ...errors import FileFormatError, InputError
 from ...files.jsonl import append_lines, read_lines
+from ...files.texts import read_json
 from ...files.whole_files import whole_file
 from ...images.files import encode_png
 from ..packing import write_tar
@@ -94,8 +95,8 @@ class BuildFolder:
                 )
             return
         try:
-            changes = differences(json.loads(file.read_text(encoding="utf-8")), settings)
-        except (OSError, ValueError, AttributeError) as error:
+            changes = differences(read_json(file), settings)
+        except FileFormatError as error:
             raise InputError(
                 f"Expected {file} to say what the set is built from; it cannot be read: {error}. Give another --out."
             ) from error
@@ -181,4 +182,8 @@ def read_rejections(root: Path) -> dict[int, str]:
     """Read which samples of a build were rejected, by all processes: number to reason."""
     # a line that an interruption cut short is left out: its sample is made again
     entries = chain.from_iterable(map(read_lines, sorted(root.glob("rejected-*.jsonl"))))
-    return {entry["number"]: entry["reason"] for entry in entries}
+    return {
+        entry["number"]: str(entry.get("reason"))
+        for entry in entries
+        if isinstance(entry.get("number"), int)
+    }

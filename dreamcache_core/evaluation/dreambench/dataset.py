@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import InputError
+from ...names import printable
 from .prompts import Benchmark, SubjectEntry
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Candidate:
     def name(self) -> str:
         """Folder and file."""
         place = "real/" if self.prompt_number is None else ""
-        return f"{place}{self.subject.name}/{self.photo.image.name}"
+        return printable(f"{place}{self.subject.name}/{self.photo.image.name}")
 
     @property
     def prompt(self) -> str | None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ...data.order import sample_seed
 from ...errors import InputError
+from ...files.texts import parse_json
 from ...images.files import open_image, save_png
 from ...images.reference_files import prepare_references, read_references
 from ...method.blending import ReferenceUse
@@ -119,6 +120,6 @@ def _made_with(path: Path) -> dict[str, Any]:
     with open_image(path) as image:
         text = image.info.get(METADATA_KEY, "{}")
     try:
-        return dict(json.loads(text))
+        return dict(parse_json(text))
     except (ValueError, TypeError):
         return {}

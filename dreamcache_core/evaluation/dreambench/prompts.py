@@ -123,7 +123,10 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def _read_subjects(path: Path) -> tuple[SubjectEntry, ...]:
-    rows = csv.DictReader(line for _, line in _numbered_lines(path))
+    try:
+        rows = list(csv.DictReader(line for _, line in _numbered_lines(path)))
+    except csv.Error as error:
+        raise InputError(f"Expected CSV in {path}: {error}. Mind the quotes.") from error
     entries: list[SubjectEntry] = []
     for row in rows:
         name, word, kind = (row.get(key) or "" for key in ("subject", "class", "kind"))

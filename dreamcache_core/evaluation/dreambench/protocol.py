@@ -15,6 +15,7 @@ from typing import Any
 from ...errors import MissingPackageError
 from ...files.whole_files import whole_file
 from ...pipeline.generate import make_folder
+from ...processes import require_shared_folder
 from ..image_metrics import check_model_folders
 from .dataset import Candidate, Subject, all_items, find_candidates, read_subjects
 from .images import generate_images
@@ -57,6 +58,7 @@ def evaluate_dreambench(options: DreamBenchOptions, state: Any) -> Results | Non
     subjects = read_subjects(options.dataset, benchmark, options.subjects)
     out = Path(options.out)
     make_folder(out)
+    require_shared_folder(out, state)
     has_bar = state.is_local_main_process
     if options.generate:
         items = all_items(subjects, options.images_per_prompt)

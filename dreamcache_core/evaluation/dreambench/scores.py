@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -67,6 +68,18 @@ class ImageScore:
         """Whether it is of a real image."""
         return self.prompt_number is None
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether the entries are of their types, which a log may have lost."""
+        known, wanted = (
+            [self.dino, self.clip_i],
+            [self.clip_t, self.masked_dino, self.masked_clip_i],
+        )
+        known += [value for value in wanted if value is not None]
+        return isinstance(self.fingerprint, str) and all(
+            isinstance(value, int | float) and math.isfinite(value) for value in known
+        )
+
 
 class ScoreLog:
     """The folder's ``scores-*.jsonl``, one for each process: a line for each judged image."""
@@ -88,7 +101,8 @@ class ScoreLog:
             for entry in read_lines(path):
                 with suppress(TypeError):
                     score = ImageScore(**entry)
-                    scores[score.fingerprint] = score
+                    if score.is_sound:
+                        scores[score.fingerprint] = score
         return scores
 
     def append(self, scores: Iterable[ImageScore]) -> None:

@@ -219,8 +219,8 @@ class TrainingRun:
         except Exception:  # whatever it is: the weights matter more
             logger.exception("How the adapters were trained could not be written into them.")
         try:
-            path = new_adapter_path(RESCUED)
-            save_adapters(adapters, path)
+            with new_adapter_path(RESCUED) as path:
+                save_adapters(adapters, path)
         except (DreamCacheError, OSError):
             logger.exception("The adapters of the interrupted training could not be kept.")
             return None

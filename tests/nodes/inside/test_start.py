@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shutil
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -158,3 +160,98 @@ def test_a_name_on_another_drive_is_refused_in_words(monkeypatch):
         run("DreamCacheLoadReference", reference="D:/dog.safetensors [output]")
     with pytest.raises(CORE.InputError, match="no folder"):
         FOLDERS.image_paths("D:/cats")
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """Folders whose links lead in circles: listed along them, there are more names than could be counted."""
+    for name in "abcdefgh":
+        write(tmp_path / "dreamcache" / name / "deep" / f"{name}.png")
+        write(tmp_path / "dreamcache" / name / f"{name}.safetensors")
+    for name in "abcdefgh":
+        for other in "abcdefgh":
+            link = tmp_path / "dreamcache" / name / f"to_{other}"
+            try:
+                link.symlink_to(tmp_path / "dreamcache" / other, target_is_directory=True)
+            except OSError:
+                pytest.skip("this system makes no links for everybody")
+    (tmp_path / "dreamcache" / "up").symlink_to(tmp_path, target_is_directory=True)
+    return tmp_path
+
+
+def test_folders_with_links_in_circles_are_listed_once_and_at_once(linked, listed):
+    start = time.process_time()
+    assert FOLDERS.list_image_folders() == [f"dreamcache/{name}/deep" for name in "abcdefgh"]
+    mine = [name for name in FOLDERS.list_reference_files() if "[output]" in name]
+    assert mine == [
+        f"{os.path.join('dreamcache', name, name)}.safetensors [output]" for name in "abcdefgh"
+    ]
+    assert time.process_time() - start < 2
+    assert len(listed) == len(set(listed))
+
+
+def test_adapters_in_folders_with_links_in_circles_are_listed_once(linked, monkeypatch):
+    folders = folder_paths.folder_names_and_paths
+    monkeypatch.setitem(folders, "dreamcache", ([str(linked)], {".safetensors"}))
+    assert FOLDERS.list_adapter_files() == [
+        f"{os.path.join('dreamcache', name, name)}.safetensors" for name in "abcdefgh"
+    ]
+
+
+def test_a_folder_that_is_reached_by_a_link_alone_is_listed(tmp_path, listed):
+    write(tmp_path / "elsewhere" / "cats" / "cat.png")
+    (tmp_path / "in").mkdir()
+    try:
+        (tmp_path / "in" / "a").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    except OSError:
+        pytest.skip("this system makes no links for everybody")
+    folder_paths.input_directory = str(tmp_path / "in")
+    assert FOLDERS.list_image_folders() == ["a/cats"]
+
+
+def test_images_of_every_kind_are_found_and_what_is_left_out_is_said(tmp_path, listed):
+    names = ["a.png", "b.JPG", "c.webp", "e.tif", "f.gif", "h.jp2", "i.avif"]
+    for name in (*names, "g.heic", "notes.txt", "._a.png", ".DS_Store"):
+        write(tmp_path / "mixed" / name)
+    write(tmp_path / "mixed" / ".ipynb_checkpoints" / "a-checkpoint.png")
+    write(tmp_path / "only_hidden" / "._a.png")
+    assert FOLDERS.list_image_folders() == ["mixed"]
+    known = [name for name in names if name.lower().endswith(FOLDERS.image_endings())]
+    assert set(known) >= {"a.png", "b.JPG", "c.webp", "e.tif", "f.gif"}
+    assert [os.path.basename(path) for path in FOLDERS.image_paths("mixed")] == known
+    said = FOLDERS.left_out("mixed")
+    assert "g.heic" in said
+    assert "notes.txt" in said
+    assert "._a" not in said
+
+
+def test_two_that_save_at_the_same_time_get_two_files():
+    with (
+        FOLDERS.new_reference_path("claimed/dog") as one,
+        FOLDERS.new_reference_path("claimed/dog") as other,
+    ):
+        assert one != other
+        assert Path(one).exists()
+        assert Path(other).exists()
+    shutil.rmtree(Path(one).parent)
+
+
+def test_a_failed_save_leaves_no_empty_file():
+    def fail():
+        with FOLDERS.new_reference_path("claimed/cat") as path:
+            assert Path(path).exists()
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    folder = Path(folder_paths.get_output_directory(), "claimed")
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(("node", "name"), CHOICES)
+@pytest.mark.parametrize("value", [None, 5, ["a"], {}])
+def test_null_and_other_values_over_the_api_are_refused_in_words(node, name, value):
+    finds = {"adapters": "adapter_path", "reference": "reference_path", "folder": "image_paths"}
+    with pytest.raises(CORE.InputError, match="There is no"):
+        getattr(FOLDERS, finds[name])(value)
