@@ -484,6 +484,17 @@ def test_a_run_resumes_on_its_own_model_and_data_only(settings, tmp_path):
         open_run(TrainConfig.from_dict({**settings, "resume": True, "model": str(other)}))
 
 
+@pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors"])
+def test_a_damaged_checkpoint_from_before_there_were_digests_is_named_on_resume(settings, name):
+    train({**settings, "checkpoint_every": 2})
+    newest = Path(settings["out"]) / "checkpoints" / "step-000004"
+    (newest / "contents.json").unlink()
+    content = (newest / name).read_bytes()
+    (newest / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"step-000004 is damaged: .*goes on from .*step-000002"):
+        train({**settings, "resume": True, "steps": 6})
+
+
 def test_a_run_is_not_resumed_to_fewer_steps_than_it_has(settings):
     train({**settings, "checkpoint_every": 2})
     with pytest.raises(InputError, match="has 4 steps behind it, and steps = 3"):
