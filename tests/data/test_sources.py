@@ -637,6 +637,14 @@ def test_csv_row_with_more_cells_than_columns_is_named(tmp_path: Path):
     assert "line 3: has more cells than columns" in source.problems[0]
 
 
+def test_csv_with_empty_cells_at_the_end_or_a_column_without_a_name_is_read(tmp_path: Path):
+    make_image().save(tmp_path / "a.png")
+    path = write_lines(tmp_path / "set.csv", ",image,caption", "0,a.png,good", "1,a.png,too,,")
+    source = ManifestSource(path)
+    assert [source.caption(i) for i in range(2)] == ["good", "too"]
+    assert not source.problems
+
+
 @pytest.mark.parametrize("change", ["joined", "header", "end"])
 def test_pairs_that_vanish_from_a_shard_are_named(tmp_path: Path, change: str):
     whole = write_tar(tmp_path / "a.tar", members("0")).read_bytes()

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".csv")
 COLUMNS = ("image", "caption", "mask", "subject")
+FURTHER = "\0"
+"""Key of cells that have no column."""
 
 
 class _Row(NamedTuple):
@@ -118,7 +120,7 @@ def _json_lines(
 def _csv_lines(
     path: Path, text: str, problems: list[str]
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=FURTHER)
     try:
         missing = [name for name in COLUMNS[:2] if name not in (reader.fieldnames or ())]
         if missing:
@@ -127,7 +129,7 @@ def _csv_lines(
                 f"{' and '.join(missing)} missing in {list(reader.fieldnames or ())}. Name the columns so."
             )
         for row in reader:
-            if "" in row:
+            if any(row.pop(FURTHER, ())):
                 problems.append(
                     f"{path.name}, line {reader.line_num}: has more cells than columns; put a text with commas into quotes."
                 )
