@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dreamcache_core.errors import FileFormatError, InputError, MismatchError, StateError
+from dreamcache_core.files.tensor_file import read_tensor_file, write_tensor_file
 from dreamcache_core.method.adapter import AdapterInfo, AdapterSet
 from dreamcache_core.method.blending import ReferenceUse
-from dreamcache_core.files.tensor_file import read_tensor_file, write_tensor_file
 from dreamcache_core.method.cache import ReferenceCache
 from dreamcache_core.method.capture import cache_from_features
 from dreamcache_core.method.tokens import subject_tokens
