@@ -43,16 +43,18 @@ class ShardOptions(Config):
     Attributes:
         path: Training set: folder, manifest, shards or parquet.
         out: Folder for the shards, empty or new.
+        caption: Caption of images that have none.
         max_count: Most pairs to a shard.
     """
 
     path: str
     out: str
+    caption: str | None = None
     max_count: int = 1000
 
 
 def run_shard(options: ShardOptions) -> None:
     """Write the shards and say how many there are."""
-    source = open_source(options.path)
+    source = open_source(options.path, options.caption)
     shards = write_shards(source, options.out, max_count=options.max_count, has_bar=True)
     print(printable(f"{len(source.keys)} pairs in {len(shards)} shards: {options.out}"))

@@ -29,6 +29,7 @@ class CheckOptions(Config):
 
     Attributes:
         path: Training set: folder, manifest, shards or parquet.
+        caption: Caption of images that have none.
         size: Side of the images in training, pixels.
         buckets: Training keeps the aspect of targets, as buckets.
         reference_flip: Training now and then mirrors references.
@@ -40,6 +41,7 @@ class CheckOptions(Config):
     """
 
     path: str
+    caption: str | None = None
     size: int = 512
     buckets: bool = False
     reference_flip: bool = Alterations.flip
@@ -72,7 +74,7 @@ def run(options: CheckOptions) -> None:
         SystemExit: There are problems (code 1).
     """
     count, limit = load_token_counter(options.tokenizer) if options.tokenizer else (None, None)
-    source = open_source(options.path)
+    source = open_source(options.path, options.caption)
     seen: Any = {"resolution": options.size, "has_buckets": options.buckets}
     report = check_source(source, **seen, count_tokens=count, has_bar=True)
     for line in _report_lines(report, options, limit):

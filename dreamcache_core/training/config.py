@@ -29,6 +29,7 @@ class TrainConfig(Config):
         model: Base model: diffusers folder or single-file checkpoint.
         out: Folder of the run: checkpoints, log, final adapters.
         data: Training set: folder, manifest, shards or parquet.
+        caption: Caption of images that have none.
         encoded: Precomputed latents of it, from 'dataset encode'.
         model_config: For a single file: a diffusers folder like it.
         adapters: Adapter file to start from; else untrained ones.
@@ -76,6 +77,7 @@ class TrainConfig(Config):
     model: str
     out: str
     data: str | None = None
+    caption: str | None = None
     encoded: str | None = None
     model_config: str | None = None
     adapters: str | None = None

@@ -187,7 +187,7 @@ def open_training_data(config: TrainConfig, base: BaseModel) -> TrainingData:
         DreamCacheError: The set is missing, empty, or was precomputed for something else.
     """
     resolution = config.resolution or min(base.pipeline.default_size_px)
-    source = None if config.data is None else open_source(config.data)
+    source = None if config.data is None else open_source(config.data, config.caption)
     if config.encoded is None:
         assert source is not None
         sizes = target_sizes(source, resolution, has_buckets=config.buckets)

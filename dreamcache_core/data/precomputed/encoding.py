@@ -48,6 +48,7 @@ class EncodeOptions(Config):
         data: Training set: folder, manifest, shards or parquet.
         model: Base model: diffusers folder or single-file checkpoint.
         out: Folder for the shards.
+        caption: Caption of images that have none.
         model_config: For a single file: a diffusers folder like it.
         resolution: Side of the images in pixels; else the model's.
         buckets: Keep the targets' aspect: buckets of equal area.
@@ -64,6 +65,7 @@ class EncodeOptions(Config):
     data: str
     model: str
     out: str
+    caption: str | None = None
     model_config: str | None = None
     resolution: int | None = None
     buckets: bool = False
@@ -102,7 +104,7 @@ def encode_dataset(options: EncodeOptions) -> Path:
     """
     require_diffusers()
     with join("train") as state:
-        source = open_source(options.data)
+        source = open_source(options.data, options.caption)
         base = BaseModel(options.model, options.model_config, torch.float32)
         index = _index(options, source, base)
         base.warn_about_long_captions(index.captions[:MAX_CHECKED_CAPTIONS])

@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ SUFFIXES = (".jsonl", ".csv")
 COLUMNS = ("image", "caption", "mask", "subject")
 FURTHER = "\0"
 """Key of cells that have no column."""
+ALIASES = {"file_name": "image", "text": "caption"}
+"""Columns as Hugging Face's ImageFolder names them, and what they are here."""
 
 
 class _Row(NamedTuple):
@@ -45,7 +47,7 @@ class ManifestSource(FileSource):
     Columns (CSV) or keys (JSONL): ``image``, the target; ``caption``; optionally ``subject``, another image of the
     target's subject, else it is the target itself; optionally ``mask``, of the subject's image, else the alpha
     channel of that image serves, and without one the whole image is the subject. Paths are relative to the file's
-    folder. Further columns are not read.
+    folder. ``file_name`` and ``text`` (Hugging Face's ImageFolder) are image and caption. Further columns are not read.
 
     Args:
         path: The file, UTF-8, ending in ``.jsonl`` or ``.csv``.
@@ -112,7 +114,7 @@ def _json_lines(
             problems.append(f"{path.name}, line {number}: no JSON ({error}); write one object.")
             continue
         if isinstance(entry, dict):
-            yield number, entry
+            yield number, {_renamed(name, entry): value for name, value in entry.items()}
         else:
             problems.append(f"{path.name}, line {number}: no object in {{}}; write one.")
 
@@ -122,11 +124,13 @@ def _csv_lines(
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey=FURTHER)
     try:
-        missing = [name for name in COLUMNS[:2] if name not in (reader.fieldnames or ())]
+        given = list(reader.fieldnames or ())
+        reader.fieldnames = [_renamed(name, given) for name in given]
+        missing = [name for name in COLUMNS[:2] if name not in reader.fieldnames]
         if missing:
             raise InputError(
                 f"Expected a first line with the columns {', '.join(COLUMNS[:2])} in {path}, separated by commas; "
-                f"{' and '.join(missing)} missing in {list(reader.fieldnames or ())}. Name the columns so."
+                f"{' and '.join(missing)} missing in {given}. Name the columns so."
             )
         for row in reader:
             if any(row.pop(FURTHER, ())):
@@ -139,6 +143,12 @@ def _csv_lines(
         raise FileFormatError(
             f"Expected CSV in {path}, line {reader.line_num}: {error}. Mind the quotes."
         ) from error
+
+
+def _renamed(name: str, names: Container[str]) -> str:
+    """Name of a column here; an alias counts where its column is missing."""
+    known = ALIASES.get(name, name)
+    return name if known in names else known
 
 
 def _note_unread(path: Path, lines: Iterable[tuple[int, Mapping[str, Any]]]) -> None:

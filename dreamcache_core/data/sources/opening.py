@@ -8,7 +8,10 @@ from pathlib import Path
 
 from ...errors import DreamCacheError, InputError
 from ...files.walking import walk_folders
+from ...images.files import is_image_name
+from ...names import printable
 from . import manifest
+from .captioned import CaptionedSource
 from .folder import FolderSource, is_part_name
 from .manifest import ManifestSource
 from .shards import ShardSource, shard_files
@@ -17,18 +20,27 @@ from .subjects200k import Subjects200KSource, parquet_files
 
 logger = logging.getLogger(__name__)
 
+METADATA = "metadata"
+"""Name of ImageFolder's list, without its ending."""
+
 FORMS = (
-    "a folder, of any depth, with X_generation.png, X_mask.png and X_caption.txt for every pair; "
+    "a folder, of any depth, of images with captions: X.png with X.txt or X.caption and, if there are, X-masklabel.png or "
+    "masks/X.png; or X_generation.png, X_mask.png and X_caption.txt for every pair; or with metadata.jsonl or metadata.csv; "
     "a manifest (.jsonl or .csv) with image, caption and, if there are, mask and subject; "
     "WebDataset shards (a .tar file or a folder of them) with KEY.generation.png, KEY.mask.png and KEY.caption.txt; "
     "Subjects200K (a .parquet file or the folder of them)"
 )
 
 
-def open_source(path: str | os.PathLike[str]) -> PairSource:
+def open_source(path: str | os.PathLike[str], caption: str | None = None) -> PairSource:
     """Open a set. In a folder, shards count before parquet files, and these before single images.
 
-    Shards or parquet files that hold no pair are passed over for images beside them, with a warning.
+    Shards or parquet files that hold no pair are passed over for images beside them, with a warning. Of two layouts in one
+    folder the first of these is read, with a warning: ``metadata.jsonl`` or ``.csv``, the authors', images with captions.
+
+    Args:
+        path: File or folder.
+        caption: Caption of images that have none, in a folder of images with captions.
 
     Raises:
         InputError: It has none of the known forms, or no complete pair.
@@ -37,7 +49,7 @@ def open_source(path: str | os.PathLike[str]) -> PairSource:
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, caption)
     suffix = path.suffix.lower() if path.is_file() else ""
     if suffix in manifest.SUFFIXES:
         return ManifestSource(path)
@@ -49,21 +61,21 @@ def open_source(path: str | os.PathLike[str]) -> PairSource:
     raise InputError(f"Expected a training set: {FORMS}. {path} is {found}. Give one of these.")
 
 
-def _open_folder(path: Path) -> PairSource:
+def _open_folder(path: Path, caption: str | None) -> PairSource:
     if shard_files(path):
         form, name = ShardSource, "tar files"
     elif parquet_files(path):
         form, name = Subjects200KSource, "parquet files"
     else:
         try:
-            return FolderSource(path)
+            return _open_images(path, caption)
         except InputError as error:
             raise InputError(f"{error} A training set is {FORMS}.") from error
     try:
         source = form(path)
     except DreamCacheError as error:  # perhaps they lie there by chance
         try:
-            source = FolderSource(path)
+            source = _open_images(path, caption)
         except InputError:
             raise error from None
         logger.warning("%s: its images are read, its %s are not: %s", path, name, error)
@@ -75,3 +87,25 @@ def _open_folder(path: Path) -> PairSource:
                 name,
             )
     return source
+
+
+def _open_images(path: Path, caption: str | None) -> PairSource:
+    """Open a folder of images by what lies beside them."""
+    listed = [path / f"{METADATA}{suffix}" for suffix in manifest.SUFFIXES]
+    if lists := [file for file in listed if file.is_file()]:
+        if len(lists) > 1:
+            logger.warning("%s: %s is read, %s is not.", path, *(file.name for file in lists))
+        return ManifestSource(lists[0])
+    names = [name for _, files in walk_folders(str(path)) for name in files]
+    if not any(map(is_part_name, names)):
+        return CaptionedSource(path, caption)
+    others = [name for name in names if is_image_name(name) and not is_part_name(name)]
+    if others:
+        logger.warning(
+            "%s: pairs of X_generation, X_mask and X_caption are read; %d other images are not (%s). Give their folders one by "
+            "one.",
+            path,
+            len(others),
+            printable(", ".join(others[:3])),
+        )
+    return FolderSource(path)
