@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .errors import InputError
 
@@ -13,7 +13,13 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Base of all configurations: a frozen dataclass with defaults, validated by its own ``__post_init__``."""
+    """Base of all configurations: a frozen dataclass with defaults, validated by its own ``__post_init__``.
+
+    Attributes:
+        elsewhere: What to do instead, by names that other programs have for the same.
+    """
+
+    elsewhere: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -44,8 +50,8 @@ class Config:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in keys:
             if key not in known:
-                hint = nearest(key, known, "Fields")
-                raise InputError(f"{cls.__name__} has no field {key!r}. {hint}")
+                hint = cls.elsewhere.get(key) or nearest(key, known, "Those that there are")
+                raise InputError(f"There is no setting {key!r}. {hint}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, in the order of declaration."""

@@ -33,12 +33,16 @@ def test_dictionary_round_trip_in_order_of_declaration():
 
 
 def test_misspelt_field_is_refused_with_the_nearest_name():
-    with pytest.raises(InputError, match=r"no field 'lerning_rate'\. Did you mean 'learning_rate'"):
+    with pytest.raises(
+        InputError, match=r"no setting 'lerning_rate'\. Did you mean 'learning_rate'"
+    ):
         Settings.from_dict({"lerning_rate": 1.0})
 
 
 def test_unknown_field_is_refused_with_the_list_of_fields():
-    with pytest.raises(DreamCacheError, match="Fields: learning_rate, num_steps, name"):
+    with pytest.raises(
+        DreamCacheError, match="Those that there are: learning_rate, num_steps, name"
+    ):
         Settings.from_dict({"zzz": 1})
 
 

@@ -1,9 +1,10 @@
 """Everything that a training run can be told; each field is a key of the TOML file and a flag."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..config import Config, check_range
 from ..data.augmentation import Alterations
@@ -19,6 +20,57 @@ Tracker = Literal["tensorboard", "wandb", "none"]
 
 PATHS = ("data", "encoded", "model", "model_config", "out", "adapters", "validation_data")
 """Fields that name files or folders."""
+
+
+_SAME_AS = {
+    "pretrained_model_name_or_path": "model",
+    "instance_data_dir": "data",
+    "train_data_dir": "data",
+    "dataset_name": "data",
+    "output_dir": "out",
+    "network_weights": "adapters",
+    "instance_prompt": "caption",
+    "max_train_steps": "steps",
+    "max_train_epochs": "steps",
+    "num_train_epochs": "steps",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "unet_lr": "learning_rate",
+    "lr_scheduler": "lr_schedule",
+    "lr_warmup_steps": "warmup_steps",
+    "optimizer_type": "optimizer",
+    "use_8bit_adam": "optimizer",
+    "snr_gamma": "min_snr_gamma",
+    "proportion_empty_prompts": "caption_dropout",
+    "use_ema": "ema_decay",
+    "enable_bucket": "buckets",
+    "size": "resolution",
+    "max_data_loader_n_workers": "workers",
+    "dataloader_num_workers": "workers",
+    "report_to": "tracker",
+    "log_with": "tracker",
+    "checkpointing_steps": "checkpoint_every",
+    "save_every_n_steps": "checkpoint_every",
+    "checkpoints_total_limit": "keep_checkpoints",
+    "resume_from_checkpoint": "resume",
+    "validation_prompt": "validation_prompts",
+    "sample_every_n_steps": "validate_every",
+}
+"""What diffusers' examples and kohya's scripts call the fields."""
+
+_NOT_NEEDED = (
+    "xformers",
+    "enable_xformers_memory_efficient_attention",
+    "sdpa",
+    "mem_eff_attn",
+    "allow_tf32",
+    "network_module",
+    "network_dim",
+    "network_alpha",
+    "rank",
+    "cache_latents",
+    "center_crop",
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +125,10 @@ class TrainConfig(Config):
         validation_cfg: Text guidance of a validation image.
         dry_run: Print the plan and stop.
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        name: f"It is called {here!r} here." for name, here in _SAME_AS.items()
+    } | dict.fromkeys(_NOT_NEEDED, "It is not needed: leave it out.")
 
     model: str
     out: str

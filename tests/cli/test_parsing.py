@@ -167,7 +167,7 @@ def test_fields_without_a_default_are_given_by_position():
         assert found == Conversion("a", "b", True)
     with pytest.raises(InputError, match="TARGET"):
         parse_config(Conversion, ["a"], program="dreamcache x", is_positional=True)
-    with pytest.raises(InputError, match="no field 'config'"):
+    with pytest.raises(InputError, match="no setting 'config'"):
         parse_config(Conversion, ["--config=a"], program="dreamcache x", is_positional=True)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,31 @@ def test_losses_start_elsewhere_with_paper(settings, tmp_path):
     train(settings)
     train(settings, init="paper", out=str(tmp_path / "paper"))
     assert abs(losses(settings)[0] - losses({"out": tmp_path / "paper"})[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [
+        ("max_train_steps", "called 'steps'"),
+        ("train_batch_size", "called 'batch_size'"),
+        ("resume_from_checkpoint", "called 'resume'"),
+        ("lr_scheduler", "called 'lr_schedule'"),
+        ("report_to", "called 'tracker'"),
+        ("xformers", "not needed"),
+    ],
+)
+def test_names_of_other_trainers_are_answered_with_ours(settings, name, here, capsys):
+    assert main(["train", *flags(settings), f"--{name}=1"]) == 2
+    message = capsys.readouterr().err
+    assert here in message
+    assert "TrainConfig" not in message
+
+
+def test_every_answer_names_a_setting():
+    known = {field.name for field in fields(TrainConfig)}
+    named = {answer.split("'")[1] for answer in TrainConfig.elsewhere.values() if "'" in answer}
+    assert named <= known
+    assert known.isdisjoint(TrainConfig.elsewhere)
 
 
 def predict_v(model: Path) -> None:
