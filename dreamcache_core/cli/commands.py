@@ -35,11 +35,13 @@ class Command:
         options: What it is told.
         run: What it does.
         is_positional: Options without a default are given by position, not as flags.
+        first: Option that a first word without a flag is for; empty: there is none.
     """
 
     options: type[Config]
     run: Callable[[Any], None]
     is_positional: bool = False
+    first: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ PROGRAM = Group(
         "inspect": Command(inspect.InspectOptions, inspect.run, is_positional=True),
         "convert": Command(convert.ConvertOptions, convert.run, is_positional=True),
         "fit": Command(fit.FitOptions, fit.run),
-        "train": Command(TrainConfig, train.run),
+        "train": Command(TrainConfig, train.run, first="data"),
         "dataset": Group(
             "Build, check, precompute or pack a training set.",
             {

@@ -47,6 +47,8 @@ def _run(argv: Sequence[str]) -> None:
             hint = nearest(word, chosen.commands, "Commands")
             raise InputError(f"There is no command {f'{name} {word}'!r}. {hint}")
         name, chosen = f"{name} {word}", chosen.commands[word]
+    if chosen.first and rest and not rest[0].startswith("-"):
+        rest[0] = f"--{chosen.first}={rest[0]}"
     chosen.run(parse_config(chosen.options, rest, program=name, is_positional=chosen.is_positional))
 
 

@@ -27,6 +27,8 @@ ADAPTERS_FILE = "adapters.safetensors"
 
 _NAME = re.compile(r"step-(\d+)")
 _STATE_FILE = "run.json"
+SETTINGS_FILE = "run.toml"
+"""What the run was told, as ``--config`` takes it."""
 _UNFINISHED = ".unfinished"
 _CONTENTS_FILE = "contents.json"
 """Of a checkpoint: the digest of each of its files."""
@@ -127,6 +129,14 @@ class Checkpoints:
         text = json.dumps({"identity": identity, "settings": settings}, indent=2)
         with whole_file(self.run_folder / _STATE_FILE) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        # what JSON writes of texts, numbers and lists is TOML as well
+        lines = [
+            f"{name} = {json.dumps(value)}\n"
+            for name, value in settings.items()
+            if value is not None
+        ]
+        with whole_file(self.run_folder / SETTINGS_FILE) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     @contextmanager
     def new(self, step: int, processes: Any) -> Iterator[Path]:

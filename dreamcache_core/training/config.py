@@ -79,7 +79,7 @@ class TrainConfig(Config):
 
     Attributes:
         model: Base model: diffusers folder or single-file checkpoint.
-        out: Folder of the run: checkpoints, log, final adapters.
+        out: Folder of the run: checkpoints, log, final adapters; else runs/ and the set's name.
         data: Training set: folder, manifest, shards or parquet.
         caption: Caption of images that have none.
         encoded: Precomputed latents of it, from 'dataset encode'.
@@ -107,7 +107,7 @@ class TrainConfig(Config):
         min_timestep: Least noise that targets get, training index, 0 to 999.
         caption_dropout: Share of samples that get the empty prompt.
         ema_decay: Keep a moving average of the adapters, 0.999 say.
-        mixed_precision: Float type of the forward pass; auto: what accelerate is set to.
+        mixed_precision: Float type of the forward pass; auto: what accelerate is set to, else what the GPU does best.
         gradient_checkpointing: Trade a fifth more time for less memory.
         seed: Seed of order, noise and augmentation.
         workers: Processes that read images, per training process.
@@ -131,7 +131,7 @@ class TrainConfig(Config):
     } | dict.fromkeys(_NOT_NEEDED, "It is not needed: leave it out.")
 
     model: str
-    out: str
+    out: str = ""
     data: str | None = None
     caption: str | None = None
     encoded: str | None = None
@@ -146,10 +146,10 @@ class TrainConfig(Config):
     reference_flip: bool = Alterations.flip
     reference_jitter: bool = Alterations.jitter
     reference_erase: bool = Alterations.erase
-    steps: int = 25_000
+    steps: int = 1000
     batch_size: int = 4
     gradient_accumulation: int = 1
-    learning_rate: float = 1e-5
+    learning_rate: float = 1e-4
     lr_schedule: LrSchedule = "constant"
     warmup_steps: int = 0
     optimizer: str = "AdamW"
@@ -187,6 +187,9 @@ class TrainConfig(Config):
             raise InputError(
                 "Expected data (a training set) or encoded (its precomputed form); given neither."
             )
+        if not self.out:
+            name = Path(self.data or self.encoded or "").resolve().stem
+            object.__setattr__(self, "out", str(Path("runs") / name))
         if self.encoded is not None and self.buckets:
             raise InputError(
                 "A precomputed set has the sizes that it was made with: give buckets to 'dataset encode', not here."

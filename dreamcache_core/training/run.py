@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -216,6 +217,15 @@ def _starting_adapters(config: TrainConfig, base: BaseModel, prediction: str) ->
     )
 
 
+def precision(config: TrainConfig) -> str | None:
+    """Float type for accelerate; ``None`` leaves it to accelerate's own settings."""
+    if config.mixed_precision != "auto":
+        return config.mixed_precision
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or not torch.cuda.is_available():
+        return None
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def _make_accelerator(config: TrainConfig) -> Any:
     with require("accelerate", "train"):
         from accelerate import Accelerator
@@ -230,7 +240,7 @@ def _make_accelerator(config: TrainConfig) -> Any:
             f"The tracker {config.tracker} is not installed. Install it, or set tracker = none."
         )
     accelerator = Accelerator(
-        mixed_precision=None if config.mixed_precision == "auto" else config.mixed_precision,
+        mixed_precision=precision(config),
         gradient_accumulation_plugin=accumulation,
         step_scheduler_with_optimizer=False,
         log_with=None if config.tracker == "none" else config.tracker,

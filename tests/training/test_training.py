@@ -16,6 +16,7 @@ from training_set import save_base_model, write_pairs
 
 from dreamcache_core import InputError, StateError, load_adapters
 from dreamcache_core.cli.main import main
+from dreamcache_core.cli.parsing import read_toml
 from dreamcache_core.fitting.fit import FITTED, FitSettings
 from dreamcache_core.pipeline.fitting import adapters_from_model
 from dreamcache_core.pipeline.loading import load_diffusers_pipeline
@@ -23,7 +24,7 @@ from dreamcache_core.pipeline.pipeline import DreamCachePipeline
 from dreamcache_core.processes import Interruption
 from dreamcache_core.training import loop
 from dreamcache_core.training.config import TrainConfig
-from dreamcache_core.training.run import open_run
+from dreamcache_core.training.run import open_run, precision
 
 pytestmark = pytest.mark.diffusers
 
@@ -249,6 +250,42 @@ def test_targets_are_noised_to_min_timestep_at_least(settings):
         drawn[least] = torch.cat([batch["timestep"] for batch in batches])
     assert drawn[0].min() < 500
     assert drawn[990].unique().tolist() == list(range(990, 1000))
+
+
+def test_a_folder_and_a_model_are_enough_and_the_settings_are_kept(
+    model, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    few = ["--steps=1", "--init=identity", "--workers=0", "--validate_every=0", "--tracker=none"]
+    assert main(["train", str(data), "--model", str(model), *few]) == 0
+    folder = Path("runs") / data.name
+    assert (folder / "adapters.safetensors").is_file()
+    kept = TrainConfig.from_dict(read_toml(folder / "run.toml"))
+    assert kept == TrainConfig(
+        str(model), data=str(data), out=str(folder), steps=1, init="identity", workers=0,
+        validate_every=0, tracker="none",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "has_bf16", "asked", "set_up", "expected"),
+    [
+        (False, False, "auto", None, None),
+        (True, True, "auto", None, "bf16"),
+        (True, False, "auto", None, "fp16"),
+        (True, True, "auto", "no", None),
+        (True, True, "no", None, "no"),
+    ],
+)
+def test_precision_is_the_devices_unless_one_is_asked_for(
+    monkeypatch, has_gpu, has_bf16, asked, set_up, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    if set_up is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", set_up)
+    config = TrainConfig("model", data="data", mixed_precision=asked)
+    assert precision(config) == expected
 
 
 def test_losses_start_elsewhere_with_paper(settings, tmp_path):

@@ -41,6 +41,7 @@ TINY_BUILD = (
     "--allow_border"
 )
 ADDED = {
+    "train images": f"{SHORT_RUN} --validate_every 0",
     "train --config run.toml": SHORT_RUN,
     "train --config run.toml --dry-run": "",
     "train --config run.toml --resume": f"{SHORT_RUN} --steps 3 --validate_every 0",

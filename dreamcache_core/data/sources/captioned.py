@@ -103,7 +103,7 @@ class CaptionedSource(FileSource):
         if part == "subject":
             return None
         path = self._pairs[index].image if part == "target" else self._pairs[index].mask
-        return path and (path, None)
+        return (path, None) if path else None
 
     def caption(self, index: int) -> str:
         """Caption of a pair."""
