@@ -12,7 +12,6 @@ from dreamcache_core.cli.main import main
 from dreamcache_core.demo.files import demo_folder, require_demo_files
 from dreamcache_core.demo.gallery import (
     GUIDANCE_SCALE,
-    IMAGE_GUIDANCE_SCALE,
     IMAGE_RANGE,
     SCENES_SHOWN,
     SHAPES_SHOWN,
@@ -99,22 +98,19 @@ def test_themes_are_of_subjects_that_adapter_training_never_saw():
 
 def test_quickstart_workflow_samples_as_the_command_does():
     root = Path(__file__).parents[2]
-    text = (root / "example_workflows" / "quickstart_demo.json").read_text(encoding="utf-8")
+    text = (root / "example_workflows" / "DreamCache 1 - Quickstart (no download).json").read_text(
+        encoding="utf-8"
+    )
     nodes = json.loads(text)["nodes"]
-    values = {
-        kind: [node["widgets_values"] for node in nodes if node["type"] == kind]
-        for kind in ("KSampler", "DreamCacheApply", "DreamCacheGuidanceRange")
-    }
+    samplers = [node["widgets_values"] for node in nodes if node["type"] == "KSampler"]
     scheduler = require_demo_files().scheduler_config()
     assert scheduler["_class_name"] == "EulerAncestralDiscreteScheduler"
     assert scheduler["timestep_spacing"] == "trailing"
-    assert [sampler[2:6] for sampler in values["KSampler"]] == [
+    assert [sampler[2:6] for sampler in samplers] == [
         [STEPS, GUIDANCE_SCALE, "euler_ancestral", "sgm_uniform"]
     ] * 2
-    assert [apply[1] for apply in values["DreamCacheApply"]] == [IMAGE_GUIDANCE_SCALE]
-    assert values["DreamCacheGuidanceRange"] == [list(IMAGE_RANGE)]
-    (encode,) = (node for node in nodes if node["type"] == "DreamCacheEncode")
-    (mask,) = (slot for slot in encode["inputs"] if slot["name"] == "mask")
+    (photo,) = (node for node in nodes if node["type"] == "DreamCacheFromPhoto")
+    (mask,) = (slot for slot in photo["inputs"] if slot["name"] == "mask")
     assert (mask["link"] is not None) == CHOSEN.masked
 
 

@@ -2,7 +2,7 @@
 
 ComfyUI recognises checkpoints by the shapes in them. This pack makes one more family known, Stable Diffusion 2.x at a
 tenth of its width and with a text encoder of three layers, and writes such a checkpoint with random weights under the
-name of the real one. The stock loader nodes then load it; none of them is replaced.
+names of all that the shipped workflows load. The stock loader nodes then load it; none of them is replaced.
 """
 
 import os
@@ -15,7 +15,12 @@ import nodes
 
 from .tiny_sd21 import TinySD21, tiny_checkpoint
 
-CHECKPOINT = "v2-1_512-ema-pruned.safetensors"
+CHECKPOINTS = (
+    "v2-1_512-ema-pruned.safetensors",
+    "v1-5-pruned-emaonly-fp16.safetensors",
+    "sd_xl_base_1.0.safetensors",
+    "sam3.1_multiplex_fp16.safetensors",
+)
 NODE_CLASS_MAPPINGS: dict[str, type] = {}
 
 
@@ -38,15 +43,17 @@ class AbsentLoader:
         raise NotImplementedError(model_name)
 
 
-def _write_checkpoint() -> None:
+def _write_checkpoints() -> None:
     folder = os.path.join(folder_paths.models_dir, "checkpoints")
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, CHECKPOINT)
-    if not os.path.exists(path):
-        save_file(tiny_checkpoint(), path)
+    first, *others = (os.path.join(folder, name) for name in CHECKPOINTS)
+    if not os.path.exists(first):
+        save_file(tiny_checkpoint(), first)
+        for other in others:
+            os.link(first, other)
 
 
 if "UpscaleModelLoader" not in nodes.NODE_CLASS_MAPPINGS:
     NODE_CLASS_MAPPINGS["UpscaleModelLoader"] = AbsentLoader
 comfy.supported_models.models.append(TinySD21)
-_write_checkpoint()
+_write_checkpoints()

@@ -1,0 +1,21 @@
+"""All shipped workflows."""
+
+from collections.abc import Callable, Iterable
+
+from . import masked, regions, scenes, start
+from .workflow import Workflow
+
+TEMPLATES: Iterable[Callable[[], Workflow]] = (
+    start.quickstart,
+    start.your_photo_sd15,
+    start.your_photo_sdxl,
+    start.step_by_step,
+    masked.background_removed,
+    masked.subject_by_word,
+    regions.two_subjects,
+    regions.two_subjects_demo,
+    scenes.inpainting,
+    scenes.inpainting_demo,
+    scenes.image_to_image,
+    scenes.image_to_image_demo,
+)

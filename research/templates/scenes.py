@@ -1,0 +1,132 @@
+"""The subject in an image that is there already."""
+
+from typing import Any, NamedTuple
+
+from dreamcache_core.demo.world.world import IMAGE_SIZE
+
+from .parts import (
+    SD15,
+    Base,
+    Texts,
+    checkpoint,
+    demo,
+    empty,
+    from_photo,
+    sampler,
+    saved,
+    texts,
+    with_and_without,
+)
+from .workflow import Node, Output, Workflow
+
+HALF_PX = 72
+INPAINTING = (
+    "### Into an image, where you say\nOnly what the mask marks is drawn anew, with the subject in it; around it the image stays.\n\n"
+    "The prompt says what is to be seen there. Give the subject room: the mask should be about as large as it shall be."
+)
+REDRAWING = (
+    "### An image drawn again, with the subject\n**denoise** of the sampler says how much of the image may change: at 0.5 colours and "
+    "places stay, at 0.8 little more than the light does. The subject comes from the reference."
+)
+
+
+def _photos(flow: Workflow, note: str, scene: str) -> tuple[Base, Texts, Node, Output, Output]:
+    """A subject and a scene from files: model, texts, the scene, its latent, and the model with the subject."""
+    flow.column()
+    flow.note("What this is", note)
+    flow.column()
+    base = checkpoint(flow, SD15)
+    subject = flow.add("LoadImage", title="Your subject", width_px=340, image="example.png")
+    image = flow.add("LoadImage", title=scene, width_px=340, image="example.png")
+    flow.column()
+    sized = flow.add(
+        "ImageScale",
+        image=image["IMAGE"],
+        upscale_method="lanczos",
+        width=512,
+        height=512,
+        crop="center",
+    )
+    flow.column()
+    model = from_photo(flow, base, subject["IMAGE"], subject["MASK"])["model"]
+    latent = flow.add("VAEEncode", pixels=sized["IMAGE"], vae=base.vae)["LATENT"]
+    prompts = texts(flow, base, "a photo of a cat on a beach at sunset")
+    return base, prompts, image, latent, model
+
+
+def inpainting() -> Workflow:
+    """Into a photo."""
+    flow = Workflow("DreamCache 5 - Into a photo by inpainting (SD 1.5)")
+    note = f"{INPAINTING}\n\n**The scene**: right-click it, *Open in Mask Editor*, and paint where the subject shall be."
+    base, prompts, scene, latent, model = _photos(flow, note, "The scene, with a painted mask")
+    flow.column()
+    marked = flow.add("SetLatentNoiseMask", samples=latent, mask=scene["MASK"])
+    flow.column()
+    return saved(flow, base, sampler(flow, base, model, prompts, marked["LATENT"]))
+
+
+def image_to_image() -> Workflow:
+    """Over a photo."""
+    flow = Workflow("DreamCache 5 - Image to image (SD 1.5)")
+    base, prompts, _, latent, model = _photos(flow, REDRAWING, "The image to draw again")
+    flow.column()
+    return saved(flow, base, sampler(flow, base, model, prompts, latent, denoise=0.7))
+
+
+class Drawn(NamedTuple):
+    """A scene that the demo model drew, and what is to come into it."""
+
+    base: Base
+    prompts: Texts
+    scene: Output
+    model: Output
+
+
+def _drawn(flow: Workflow, note: str, scene: str, prompt: str) -> Drawn:
+    """Draw a scene, and prepare the subject."""
+    flow.column()
+    flow.note("What this is", f"{note}\n\nThe demo model draws it: nothing has to be downloaded.")
+    flow.column()
+    base = demo(flow)
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1)
+    latent = empty(flow, base, images=4)
+    flow.column()
+    model = from_photo(flow, base, subject["image"], subject["mask"])["model"]
+    prompts = texts(flow, base, prompt)
+    before = flow.add("CLIPTextEncode", title="The scene before", clip=base.clip, text=scene)
+    flow.column()
+    given = Texts(before, prompts.negative)
+    drawn = sampler(flow, base, base.model, given, latent, title="The scene before", seed=1)
+    return Drawn(base, prompts, drawn["LATENT"], model)
+
+
+def inpainting_demo() -> Workflow:
+    """Into a drawing."""
+    flow = Workflow("DreamCache 5 - Into an image by inpainting (no download)")
+    drawn = _drawn(flow, INPAINTING, "a tiny ball on the beach, left", "a mug on the beach, right")
+    size: dict[str, Any] = {"width": IMAGE_SIZE, "height": IMAGE_SIZE}
+    nothing = flow.add("SolidMask", title="Nothing", value=0.0, **size)
+    half = flow.add("SolidMask", title="A half", value=1.0, **(size | {"width": HALF_PX}))
+    flow.column()
+    mask = flow.add(
+        "MaskComposite",
+        title="What is drawn anew",
+        destination=nothing["MASK"],
+        source=half["MASK"],
+        x=IMAGE_SIZE - HALF_PX,
+        y=0,
+        operation="add",
+    )
+    flow.column()
+    marked = flow.add("SetLatentNoiseMask", samples=drawn.scene, mask=mask["MASK"])
+    with_and_without(flow, drawn.base, drawn.model, drawn.prompts, marked["LATENT"])
+    return flow
+
+
+def image_to_image_demo() -> Workflow:
+    """Over a drawing."""
+    flow = Workflow("DreamCache 5 - Image to image (no download)")
+    scene = "a mug on the beach, right"
+    drawn = _drawn(flow, REDRAWING, scene, scene)
+    with_and_without(flow, drawn.base, drawn.model, drawn.prompts, drawn.scene, denoise=0.8)
+    return flow
