@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from . import masked, regions, scenes, start
+from . import masked, more, regions, scenes, start
 from .workflow import Workflow
 
 TEMPLATES: Iterable[Callable[[], Workflow]] = (
@@ -18,4 +18,8 @@ TEMPLATES: Iterable[Callable[[], Workflow]] = (
     scenes.inpainting_demo,
     scenes.image_to_image,
     scenes.image_to_image_demo,
+    more.save_once,
+    more.attention_map,
+    more.several_images,
+    more.with_lora,
 )

@@ -1,6 +1,6 @@
 """The subject in an image that is there already."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dreamcache_core.demo.world.world import IMAGE_SIZE
 
@@ -19,7 +19,7 @@ from .parts import (
 )
 from .workflow import Node, Output, Workflow
 
-HALF_PX = 72
+BOX_PX = 96
 INPAINTING = (
     "### Into an image, where you say\nOnly what the mask marks is drawn anew, with the subject in it; around it the image stays.\n\n"
     "The prompt says what is to be seen there. Give the subject room: the mask should be about as large as it shall be."
@@ -103,18 +103,20 @@ def _drawn(flow: Workflow, note: str, scene: str, prompt: str) -> Drawn:
 def inpainting_demo() -> Workflow:
     """Into a drawing."""
     flow = Workflow("DreamCache 5 - Into an image by inpainting (no download)")
-    drawn = _drawn(flow, INPAINTING, "a tiny ball on the beach, left", "a mug on the beach, right")
-    size: dict[str, Any] = {"width": IMAGE_SIZE, "height": IMAGE_SIZE}
-    nothing = flow.add("SolidMask", title="Nothing", value=0.0, **size)
-    half = flow.add("SolidMask", title="A half", value=1.0, **(size | {"width": HALF_PX}))
+    scene = "a mug on the beach"
+    drawn = _drawn(flow, INPAINTING, scene, scene)
+    nothing, box = (
+        flow.add("SolidMask", title=title, value=value, width=size, height=size)
+        for title, value, size in (("Nothing", 0.0, IMAGE_SIZE), ("A box", 1.0, BOX_PX))
+    )
     flow.column()
     mask = flow.add(
         "MaskComposite",
         title="What is drawn anew",
         destination=nothing["MASK"],
-        source=half["MASK"],
-        x=IMAGE_SIZE - HALF_PX,
-        y=0,
+        source=box["MASK"],
+        x=(IMAGE_SIZE - BOX_PX) // 2,
+        y=(IMAGE_SIZE - BOX_PX) // 2,
         operation="add",
     )
     flow.column()

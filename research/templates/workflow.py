@@ -20,6 +20,9 @@ MODELS = {
 }
 """Files with a public address, by the folder that they belong in: where they lie on the Hugging Face hub."""
 
+MUTED = 2
+"""Mode of a node that does not run until somebody switches it on."""
+
 COLOURS = {
     "MarkdownNote": ("#222", "#000"),
     "Prompt": ("#232", "#353"),
@@ -46,7 +49,7 @@ class Node:
         inputs: By name: an ``Output``, or a widget's value in place of its default.
         box: Where it stands.
         title: In place of the class's name.
-        mode: 0 runs, 2 is muted, 4 bypassed.
+        mode: 0 runs, ``MUTED`` does not.
     """
 
     id: int
@@ -158,7 +161,7 @@ class Workflow:
         Args:
             kind: Its class.
             title: In place of the class's name.
-            mode: 0 runs, 2 is muted, 4 bypassed.
+            mode: 0 runs, ``MUTED`` does not.
             width_px: The node's.
             inputs: Values of widgets, and outputs of nodes in columns to the left.
         """

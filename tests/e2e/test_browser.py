@@ -206,9 +206,9 @@ def test_queueing_in_the_page_shows_the_images(
     assert_apart(page, rendering)
     images = {key: [server.shown_image(image) for image in of] for key, of in shown.items()}
     for image in (image for of in images.values() for image in of):
-        assert image.shape == (128, 128, 3)
+        assert image.shape[0] == 128
         assert image.std() > 5
-    if name in DEMOS:
+    if WITHOUT in {node.get("title") for node in opened_workflow["nodes"]}:
         assert (
             match(opened_workflow, images, WITH) > match(opened_workflow, images, WITHOUT) + CLEARLY
         )

@@ -1,0 +1,173 @@
+"""References kept in a file, looked into, of several images, and beside a LoRA."""
+
+from .parts import (
+    SD15,
+    checkpoint,
+    decoded,
+    demo,
+    empty,
+    from_photo,
+    sampler,
+    saved,
+    texts,
+)
+from .workflow import MUTED, Output, Workflow
+
+
+def save_once() -> Workflow:
+    """A reference that is saved on the left and loaded on the right."""
+    flow = Workflow("DreamCache 6 - Save once and reuse (no download)")
+    flow.column()
+    flow.note(
+        "Save",
+        "### 1. Save\n**Run**: the reference goes into `output/dreamcache`. From there it can be loaded in any workflow with the same "
+        "kind of model, without the photo and without encoding again.\n\nThe demo model draws it: nothing has to be downloaded.",
+    )
+    flow.note(
+        "Reuse",
+        "### 2. Reuse\nPress **R**, choose the file in **Load Reference**, select the grey nodes (Ctrl and drag) and press **Ctrl M**: now "
+        "they run too. Files that you want to keep go to `models/dreamcache/references`.",
+    )
+    flow.column()
+    base = demo(flow)
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1)
+    flow.column()
+    adapters = base.photo["loaded_adapters"]
+    encoded = flow.add(
+        "DreamCacheEncode",
+        model=base.model,
+        vae=base.vae,
+        clip=base.clip,
+        image=subject["image"],
+        mask=subject["mask"],
+        adapters=adapters,
+    )["reference"]
+    loaded = flow.add(
+        "DreamCacheLoadReference",
+        mode=MUTED,
+        reference="dreamcache/mug_00001_.safetensors [output]",
+    )
+    flow.column()
+    flow.add("DreamCacheSaveReference", reference=encoded, filename_prefix="dreamcache/mug")
+    applied = flow.add(
+        "DreamCacheApply",
+        mode=MUTED,
+        model=base.model,
+        adapters=adapters,
+        reference=loaded["reference"],
+        image_guidance=1.0,
+    )
+    prompts = texts(flow, base, "a mug in the snow")
+    latent = empty(flow, base, images=4)
+    flow.column()
+    drawn = sampler(flow, base, applied["model"], prompts, latent, mode=MUTED)
+    flow.column()
+    decode = flow.add("VAEDecode", mode=MUTED, width_px=220, samples=drawn["LATENT"], vae=base.vae)
+    flow.column()
+    flow.add("PreviewImage", mode=MUTED, width_px=420, images=decode["IMAGE"])
+    return flow
+
+
+def attention_map() -> Workflow:
+    """Where a new image looks in its reference."""
+    flow = Workflow("DreamCache 7 - Where it looks, attention map (no download)")
+    flow.column()
+    flow.note(
+        "What this is",
+        "### Where the new image looks\n**DreamCache Attention Map** shows on the left the reference, lit where it is looked at, and on the "
+        "right the new image, each place in the colour of what it looks at most. With a **mask**, for that part of the new image only; "
+        "**point_x** and **point_y** ask for one place.\n\nThe demo model draws it: nothing has to be downloaded.",
+    )
+    flow.column()
+    base = demo(flow)
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1)
+    flow.column()
+    model = from_photo(flow, base, subject["image"], subject["mask"])["model"]
+    prompts = texts(flow, base, "a mug on the grass, left")
+    latent = empty(flow, base)
+    flow.column()
+    drawn = sampler(flow, base, model, prompts, latent)
+    (shown,) = decoded(flow, base, drawn)
+    looked = flow.add(
+        "DreamCacheAttentionMap",
+        model=model,
+        positive=prompts.prompt["CONDITIONING"],
+        latent=drawn["LATENT"],
+        reference_image=subject["image"],
+    )
+    flow.column()
+    flow.add("PreviewImage", title="The new image", width_px=420, images=shown)
+    flow.add("PreviewImage", title="Where it looks", width_px=420, images=looked["image"])
+    return flow
+
+
+def several_images() -> Workflow:
+    """Three photos of one subject."""
+    flow = Workflow("DreamCache 8 - Several photos of one subject (SD 1.5)")
+    flow.column()
+    flow.note(
+        "What this is",
+        "### Several views, one subject\nA photo from the front does not show the back. **Combine References** lets the new image look at "
+        "all three; each is encoded once. Take each with its mask: a PNG with a transparent background, or paint over the subject in the "
+        "mask editor.\n\nOne more: Load Image, Encode Reference, and the next input of Combine References. For two *different* subjects take "
+        "the template *Two subjects in regions*.",
+    )
+    flow.column()
+    base = checkpoint(flow, SD15)
+    photos = [
+        flow.add("LoadImage", title=f"Photo {number}", width_px=340, image="example.png")
+        for number in (1, 2, 3)
+    ]
+    flow.column()
+    adapters = flow.add("DreamCacheModelAdapters", model=base.model, clip=base.clip)["adapters"]
+    flow.column()
+    references: list[Output] = [
+        flow.add(
+            "DreamCacheEncode",
+            model=base.model,
+            vae=base.vae,
+            clip=base.clip,
+            image=photo["IMAGE"],
+            mask=photo["MASK"],
+            adapters=adapters,
+        )["reference"]
+        for photo in photos
+    ]
+    flow.column()
+    named = {f"reference_{number}": one for number, one in enumerate(references, 1)}
+    combined = flow.add("DreamCacheCombineReferences", **named)
+    prompts = texts(flow, base, "a photo of a cat on a beach at sunset")
+    latent = empty(flow, base)
+    flow.column()
+    applied = flow.add(
+        "DreamCacheApply",
+        model=base.model,
+        adapters=adapters,
+        reference=combined["reference"],
+        image_guidance=1.0,
+    )
+    flow.column()
+    return saved(flow, base, sampler(flow, base, applied["model"], prompts, latent))
+
+
+def with_lora() -> Workflow:
+    """A photo's subject in a LoRA's style."""
+    flow = Workflow("DreamCache 8 - With a LoRA (SD 1.5)")
+    flow.column()
+    flow.note(
+        "What this is",
+        "### The subject in another style\nThe LoRA decides the style, the photo the subject. **DreamCache from Photo** comes after **Load "
+        "LoRA**, so that the reference is looked at with the LoRA, too. Choose your LoRA, and put its trigger words into the prompt.",
+    )
+    flow.column()
+    plain = checkpoint(flow, SD15)
+    image = flow.add("LoadImage", title="Your photo", width_px=340, image="example.png")
+    flow.column()
+    lora = flow.add("LoraLoader", model=plain.model, clip=plain.clip, lora_name="choose your LoRA")
+    base = plain._replace(model=lora["MODEL"], clip=lora["CLIP"])
+    flow.column()
+    photo = from_photo(flow, base, image["IMAGE"], image["MASK"])
+    prompts = texts(flow, base, "a drawing of a cat on a beach at sunset")
+    latent = empty(flow, base)
+    flow.column()
+    return saved(flow, base, sampler(flow, base, photo["model"], prompts, latent))
