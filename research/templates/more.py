@@ -1,5 +1,7 @@
 """References kept in a file, looked into, of several images, and beside a LoRA."""
 
+from typing import Any
+
 from .parts import (
     SD15,
     checkpoint,
@@ -134,7 +136,7 @@ def several_images() -> Workflow:
         for photo in photos
     ]
     flow.column()
-    named = {f"reference_{number}": one for number, one in enumerate(references, 1)}
+    named: dict[str, Any] = {f"reference_{number}": one for number, one in enumerate(references, 1)}
     combined = flow.add("DreamCacheCombineReferences", **named)
     prompts = texts(flow, base, "a photo of a cat on a beach at sunset")
     latent = empty(flow, base)
