@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dreamcache_core import AdapterSet, Guidance, ReferenceCache, ReferenceUse
 from ..dreamcache_core.images.masks import given_mask
 from ..dreamcache_core.method.layers import require_same_layout
-from .host.applied import Applied, AppliedUse, applied_to
+from .host.applied import FORMER_DEFAULT, Applied, AppliedUse, applied_to
 from .host.model import adapter_patcher, require_model_fit
 from .host.report import node_id, report
 from .host.wrappers import with_references
@@ -210,7 +210,8 @@ def _in_words(guidance: Guidance) -> str:
 
 def _conflict(before: str, own: str) -> Iterator[str]:
     """Two Apply nodes that both set the guidance, which belongs to the run."""
-    if len({before, own, default := _in_words(Guidance())}) == 3:
+    default, former = _in_words(Guidance()), _in_words(FORMER_DEFAULT)
+    if before != own and not {before, own} & {default, former}:
         yield (
             f"A run has one guidance, and two Apply DreamCache nodes set it: {before} before, {own} here. That of the last "
             f"one, {own}, holds for all subjects. Set it in one of them and leave the others at their defaults, {default} and "

@@ -12,10 +12,10 @@ from ..dreamcache_core import AdapterSet, load_adapters, prepare_reference_image
 from ..dreamcache_core.images.masks import find_subject
 from .apply import put_on_model
 from .host.folders import NO_ADAPTERS, adapter_path, check_choice, choice_state, list_adapter_files
+from .host.model import default_side_px
 from .host.report import node_id, report
 from .host.sampling import bypass_loras
 from .host.training.fit import fit_to_model
-from .host.training.run import default_side_px
 from .reference import MAX_SIDE_PX, empty_prompt, encode_images
 from .sockets import (
     PERSONALIZE,

@@ -15,6 +15,7 @@ from ..dreamcache_core.images.masks import Subject, find_subject, on_white, show
 from ..dreamcache_core.images.reference import subject_box
 from .host.encode import encode_reference, kept_on_disk
 from .host.folders import check_choice, choice_state, image_paths, left_out, list_image_folders
+from .host.model import default_side_px
 from .host.report import node_id, preview, report
 from .host.sampling import plain_text
 from .sockets import (
@@ -31,16 +32,16 @@ from .sockets import (
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
 
 
-def _square() -> list[Any]:
-    """Declare the square that images are prepared on."""
+def _square(size: int) -> list[Any]:
+    """Declare the square that images are prepared on; by default of this size."""
     return [
         io.Int.Input(
             "size",
-            default=512,
-            min=MIN_SIDE_PX,
+            default=size,
+            min=0,
             max=MAX_SIDE_PX,
             step=8,
-            tooltip="Side of the square in pixels: 512 for Stable Diffusion 1.x and 2.x-base, 1024 for SDXL.",
+            tooltip="Side of the square in pixels: 512 for Stable Diffusion 1.x and 2.x-base, 1024 for SDXL. 0: the model's own.",
         ),
         io.Float.Input(
             "fill",
@@ -86,7 +87,7 @@ class ReferenceImage(io.ComfyNode):
                     "image, and comes through in the new ones.",
                 ),
                 mask_marks_input(),
-                *_square(),
+                *_square(512),
                 advanced(
                     io.Combo.Input(
                         "background",
@@ -94,6 +95,11 @@ class ReferenceImage(io.ComfyNode):
                         default="white",
                         tooltip="Colour around the subject. White is what the adapters were trained on.",
                     )
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model that you generate with: needed at size 0 alone.",
                 ),
             ],
             outputs=[
@@ -115,8 +121,14 @@ class ReferenceImage(io.ComfyNode):
         background: str,
         mask: Tensor | None = None,
         mask_marks: str = "auto",
+        model: Any = None,
     ) -> io.NodeOutput:
         """Prepare the images."""
+        if size == 0 and model is None:
+            raise InputError(
+                "size 0 is the model's own, and no model is connected. Connect it, or set size to 512, for SDXL to 1024."
+            )
+        size = size or default_side_px(model)
         subject = find_subject(image, mask, mask_marks)
         prepared, masks = prepare_reference_image(
             image[..., :3], subject.opacity, size=size, fill=fill, background=background
@@ -243,7 +255,7 @@ class EncodeFolder(io.ComfyNode):
                     default=False,
                     tooltip="Off: each image is a subject of its own. On: all show ONE subject and become one reference.",
                 ),
-                *_square(),
+                *_square(0),
                 _adapters_input(),
             ],
             outputs=[
@@ -286,6 +298,7 @@ class EncodeFolder(io.ComfyNode):
         """Encode the images."""
         paths = image_paths(folder)
         text = empty_prompt(clip)
+        size = size or default_side_px(model)
         progress = ProgressBar(2 * len(paths), node_id=node_id(cls))
         prepared = _Prepared(progress)
         for path in paths:

@@ -56,7 +56,7 @@ def percent_input(name: str, default: float, tooltip: str) -> io.Float.Input:
 def image_guidance_input(tooltip: str) -> io.Float.Input:
     """Declare the strength of the pull towards the reference."""
     return io.Float.Input(
-        "image_guidance", default=0.4, min=0.0, max=20.0, step=0.05, tooltip=tooltip
+        "image_guidance", default=1.0, min=0.0, max=20.0, step=0.05, tooltip=tooltip
     )
 
 

@@ -7,10 +7,11 @@ from comfy_api.latest import io
 from ..dreamcache_core import InputError
 from ..dreamcache_core.images.loss_curve import draw_loss_curve
 from ..dreamcache_core.pipeline.latents import LATENT_FACTOR
+from .host.model import default_side_px
 from .host.report import describe_adapters, node_id, report
 from .host.training.fit import fit_to_model
 from .host.training.loop import DivergedError, train
-from .host.training.run import MAX_PX, MIN_PX, TrainingRun, default_side_px
+from .host.training.run import MAX_PX, MIN_PX, TrainingRun
 from .sockets import PERSONALIZE, Adapters, advanced, found_by, mask_marks_input, seed_input
 
 LISTS = ("images", "masks", "captions", "conditioning")

@@ -26,7 +26,7 @@ class Guidance(Config):
             which ``image_guidance_scale`` holds. Outside it counts as 1, which needs two predictions instead of three.
     """
 
-    image_guidance_scale: float = 0.4
+    image_guidance_scale: float = 1.0
     mode: GuidanceMode = "separate"
     image_range: tuple[float, float] = (0.0, 1.0)
 

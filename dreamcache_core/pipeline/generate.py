@@ -49,7 +49,7 @@ class GenerateOptions(Config):
         config: For a single file: a local diffusers folder of the same family.
         mask: Mask of each reference, white = subject; without it, the image's alpha channel.
         negative: What to avoid.
-        image_guidance: Pull of the reference.
+        image_guidance: Pull of the reference; 1 is fastest.
         cfg: Pull of the prompt; 1 = off.
         steps: Sampling steps.
         seed: Seed of the first image; the next adds 1.
@@ -73,7 +73,7 @@ class GenerateOptions(Config):
     config: str | None = None
     mask: Sequence[str] = ()
     negative: str = ""
-    image_guidance: float = 0.4
+    image_guidance: float = 1.0
     cfg: float = 7.5
     steps: int = 50
     seed: int = 0

@@ -9,6 +9,9 @@ from ...dreamcache_core import Guidance, ReferenceUse, StateError
 KEY = "dreamcache"
 """Under which everything of ours lies on a MODEL, and the store of a run in its options."""
 
+FORMER_DEFAULT = Guidance(0.4)
+"""Stands in older workflows where nobody chose it."""
+
 
 @dataclass(frozen=True, eq=False)
 class AppliedUse:
@@ -47,9 +50,10 @@ class Applied:
         return replace(self, uses=tuple(u for u in self.uses if u.use.is_active))
 
     def after(self, before: "Applied") -> "Applied":
-        """The same behind those of the Apply nodes before; guidance at its defaults gives way to theirs."""
+        """The same behind those of the Apply nodes before; guidance that nobody chose gives way to theirs."""
         uses = (*before.uses, *self.uses)
-        if self.guidance == Guidance():
+        was_chosen = replace(before.guidance, image_range=Guidance().image_range) != Guidance()
+        if self.guidance == Guidance() or (was_chosen and self.guidance == FORMER_DEFAULT):
             return replace(before, uses=uses)
         guidance = replace(self.guidance, image_range=before.guidance.image_range)
         return replace(self, uses=uses, guidance=guidance)

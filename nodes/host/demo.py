@@ -17,6 +17,7 @@ from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from torch import Tensor, nn
 
 from ...dreamcache_core.demo.files import DemoFiles, Part
+from ...dreamcache_core.demo.world.world import IMAGE_SIZE
 from .model import managed
 
 MODEL_TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
@@ -97,6 +98,7 @@ def load_unet(files: DemoFiles, *, disable_dynamic: bool = False) -> ModelPatche
     cast = management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
     model = config.get_model(weights, "").to(offload_device)
+    model.side_px = IMAGE_SIZE
     _set_groups(model.diffusion_model, settings["norm_num_groups"])
     # ComfyUI's layers may take over the float type of what they load
     model.load_model_weights({name: value.to(dtype) for name, value in weights.items()}, "")

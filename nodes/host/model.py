@@ -15,6 +15,8 @@ from ...dreamcache_core.method.adapter import FusedAdapter
 from ...dreamcache_core.method.backends import layout_of, require_fit
 from ...dreamcache_core.method.compiling import plain_module
 
+SIDE_PX, SDXL_SIDE_PX = 512, 1024
+
 _fused: "WeakKeyDictionary[AdapterSet, dict[tuple[Any, ...], ModelPatcher]]" = WeakKeyDictionary()
 
 
@@ -37,6 +39,12 @@ def _context_width(model: ModelPatcher) -> int | None:
     # other nodes replace the modules that it could be read off, and other packs' models have no settings
     config = getattr(model.model, "model_config", None)
     return config and config.unet_config.get("context_dim")
+
+
+def default_side_px(model: ModelPatcher) -> int:
+    """Side of the images that a MODEL of this family was trained on, pixels."""
+    family = SDXL_SIDE_PX if model_layout(model).family == "sdxl" else SIDE_PX
+    return getattr(model.model, "side_px", family)
 
 
 def compute_dtype(model: ModelPatcher) -> torch.dtype:

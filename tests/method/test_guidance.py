@@ -135,8 +135,9 @@ def test_range_that_is_no_part_of_the_run_is_refused(bad: tuple[float, float]):
         Guidance(image_range=bad)
 
 
-def test_defaults_are_those_of_the_paper():
-    assert Guidance() == Guidance(image_guidance_scale=0.4, mode="separate")
+def test_the_default_needs_two_predictions():
+    assert Guidance() == Guidance(image_guidance_scale=1.0, mode="separate")
+    assert not Guidance().needs_unconditional
 
 
 def test_unknown_mode_is_refused():

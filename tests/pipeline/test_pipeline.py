@@ -62,6 +62,7 @@ def noise(count=1, height=8, width=8, seed=0):
 
 def run(pipe, use, count=1, **options):
     settings = {"num_inference_steps": STEPS, "output_type": "latent", "negative_prompt": "bad"}
+    settings["image_guidance_scale"] = 0.4  # three predictions a step
     return pipe(["a cat"] * count, use, **{**settings, **options})
 
 
@@ -319,6 +320,13 @@ def test_one_call_per_step_with_no_more_rows_than_needed(pipe, options, rows):
     with Calls(pipe.pipeline.unet) as counted:
         run(pipe, use, **options)
     assert counted == [rows] * STEPS
+
+
+def test_the_default_takes_two_predictions_a_step(pipe):
+    use = make_use(pipe)
+    with Calls(pipe.pipeline.unet) as counted:
+        pipe("a cat", use, num_inference_steps=STEPS, output_type="latent")
+    assert counted == [2] * STEPS
 
 
 # --- identity

@@ -39,7 +39,7 @@ class DreamBenchOptions(Config):
         adapters: With --generate: adapter file (.safetensors or released .pt); without one, adapters
             are fitted to the model.
         negative: With --generate: what to avoid.
-        image_guidance: With --generate: pull of the reference.
+        image_guidance: With --generate: pull of the reference; 0.4 is the paper's.
         cfg: With --generate: pull of the prompt; 1 = off.
         steps: With --generate: sampling steps.
         seed: With --generate: seed of all noise.
@@ -69,7 +69,7 @@ class DreamBenchOptions(Config):
     model_config: str | None = None
     adapters: str | None = GenerateOptions.adapters
     negative: str = GenerateOptions.negative
-    image_guidance: float = GenerateOptions.image_guidance
+    image_guidance: float = 0.4
     cfg: float = GenerateOptions.cfg
     steps: int = GenerateOptions.steps
     seed: int = GenerateOptions.seed

@@ -26,7 +26,7 @@ from ....dreamcache_core.images.loss_curve import draw_loss_curve, moving_averag
 from ....dreamcache_core.pipeline.latents import LATENT_FACTOR
 from ....dreamcache_core.training.initialisation import FITS, new_adapters
 from ..folders import new_adapter_path
-from ..model import model_layout, require_model_fit, unet_of
+from ..model import default_side_px, model_layout, require_model_fit, unet_of
 from ..report import PREVIEW_PX, node_id, preview, report
 from .frozen_model import check_texts, noise_schedule
 from .images import (
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 RESCUED = "dreamcache-interrupted"
 NUM_PREVIEWS = 100
-SIDE_PX, SDXL_SIDE_PX = 512, 1024
 MIN_PX, MAX_PX = 64, 2048
 
 
@@ -260,8 +259,3 @@ class TrainingRun:
             f"{len(self.losses)} steps on {self.num_images} images ({self.about_masks}), loss {first:.4g} -> "
             f"{last:.4g}; {adapters.num_parameters / 1e6:.1f} M parameters, {adapters.info.layout.describe()}"
         )
-
-
-def default_side_px(model: Any) -> int:
-    """Side of the images that a MODEL of this family was trained on, pixels."""
-    return SDXL_SIDE_PX if model_layout(model).family == "sdxl" else SIDE_PX

@@ -138,6 +138,7 @@ def test_previews_have_the_images_colours():
 def test_it_runs_from_a_drawn_reference_to_an_image(loaded, adapters):
     model, clip, vae = loaded
     assert MODEL.model_layout(model).family == "custom-128"
+    assert MODEL.default_side_px(model) == 128
     image = run("DreamCacheDemoReference", shape="mug", seed=3)[0]
     reference = run("DreamCacheEncode", model=model, clip=clip, vae=vae, image=image)[0]
     applied = run("DreamCacheApply", model=model, adapters=adapters, reference=reference)[0]

@@ -191,6 +191,16 @@ def test_rows_per_step_of_dreamcache_guider(setup, cfg, image_guidance, rows):
     assert counter.rows == rows
 
 
+def test_the_default_takes_two_predictions_a_step(setup):
+    model, adapters, reference = setup
+    applied = run("DreamCacheApply", model=model, adapters=adapters, reference=reference)[0]
+    texts = {"positive": make_text(model, 1), "negative": make_text(model, 2)}
+    for guider in (cfg_guider(applied), run("DreamCacheGuider", model=applied, **texts)[0]):
+        with CallCounter(model) as counter:
+            predict(guider, batch=1)
+        assert counter.rows == [2]
+
+
 def limited(model, start, end):
     return run("DreamCacheGuidanceRange", model=model, start_percent=start, end_percent=end)[0]
 

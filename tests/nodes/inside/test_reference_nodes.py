@@ -298,6 +298,15 @@ def test_prepare_shrinks_an_image_of_6000_pixels():
     assert prepared.shape == (1, 512, 512, 3)
 
 
+@pytest.mark.parametrize(("kind", "side"), [("sd15", 512), ("sdxl", 1024)])
+def test_size_0_is_the_models_own(kind, side):
+    image = make_image(0)
+    prepared, _ = run("DreamCacheReferenceImage", image=image, size=0, model=make_model(kind))
+    assert prepared.shape == (1, side, side, 3)
+    with pytest.raises(CORE.InputError, match="no model is connected"):
+        run("DreamCacheReferenceImage", image=image, size=0)
+
+
 def test_combined_references_are_in_the_order_of_the_inputs(model):
     a, b, c = (encode(model, seed=i) for i in range(3))
     combined = run("DreamCacheCombineReferences", reference_1=a, reference_2=b, reference_8=c)[0]
@@ -409,6 +418,12 @@ def test_a_folder_gives_a_reference_for_each_image_as_the_single_nodes_do(model,
         pixels = torch.from_numpy(np.asarray(Image.open(path)).astype(np.float32) / 255)[None]
         image, _ = run("DreamCacheReferenceImage", image=pixels, size=64)
         assert equal(reference, encode(model, image=image))
+
+
+def test_a_folder_is_prepared_at_the_models_own_size(model, image_folder):
+    inputs = {"model": model, "vae": FlatVAE(), "clip": Clip(model)}
+    (reference, _), _ = run("DreamCacheEncodeFolder", folder=image_folder, **inputs)
+    assert reference.latent_size == (64, 64)
 
 
 def test_a_folder_of_one_subject_gives_one_reference(model, image_folder):

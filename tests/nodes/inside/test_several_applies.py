@@ -14,10 +14,14 @@ def parts():
         return model, make_adapters(model), encode(model)
 
 
+DEFAULTS = {"image_guidance": 1.0}
+FORMER_DEFAULTS = {"image_guidance": 0.4}
+
+
 def chain(parts, *settings):
     """Apply nodes one after the other, and what the last one says."""
     model, adapters, reference = parts
-    *before, last = settings
+    *before, last = [DEFAULTS | given for given in settings]
     for given in before:
         model = apply(model, adapters, reference, **given)
     return apply(model, adapters, reference, **last), said_by_apply(
@@ -25,10 +29,13 @@ def chain(parts, *settings):
     )
 
 
+@pytest.mark.parametrize("untouched", [DEFAULTS, FORMER_DEFAULTS], ids=["new", "saved"])
 @pytest.mark.parametrize("first", [{"image_guidance": 3.0}, {"guidance": "joint"}])
-def test_an_untouched_apply_inherits_the_guidance_before_it_and_says_so(parts, caplog, first):
+def test_an_untouched_apply_inherits_the_guidance_before_it_and_says_so(
+    parts, caplog, first, untouched
+):
     with caplog.at_level(logging.WARNING):
-        ours, said = chain(parts, first, {}, {})
+        ours, said = chain(parts, first, untouched, untouched)
     expected, _ = chain(parts, first, first, first)
     assert torch.equal(sample(ours, steps=1), sample(expected, steps=1))
     assert ("joint" if "guidance" in first else "image_guidance 3") in said
@@ -58,7 +65,14 @@ def test_of_two_guidances_the_last_holds_and_the_conflict_is_said(
 
 
 @pytest.mark.parametrize(
-    "settings", [({}, {}), ({}, {"image_guidance": 3.0}), ({"guidance": "joint"},) * 2]
+    "settings",
+    [
+        ({}, {}),
+        ({}, {"image_guidance": 3.0}),
+        (FORMER_DEFAULTS, {"image_guidance": 3.0}),
+        ({}, FORMER_DEFAULTS),
+        ({"guidance": "joint"},) * 2,
+    ],
 )
 def test_applies_that_agree_say_nothing_about_guidance(parts, caplog, settings):
     with caplog.at_level(logging.WARNING):
@@ -68,7 +82,8 @@ def test_applies_that_agree_say_nothing_about_guidance(parts, caplog, settings):
     assert not caplog.text
 
 
-def test_the_guidance_after_an_untouched_apply_is_that_of_the_run(parts):
-    ours, _ = chain(parts, {}, {"image_guidance": 3.0})
-    expected, _ = chain(parts, {"image_guidance": 3.0}, {"image_guidance": 3.0})
+@pytest.mark.parametrize("second", [{"image_guidance": 3.0}, FORMER_DEFAULTS])
+def test_the_guidance_after_an_untouched_apply_is_that_of_the_run(parts, second):
+    ours, _ = chain(parts, {}, second)
+    expected, _ = chain(parts, second, second)
     assert torch.equal(sample(ours, steps=1), sample(expected, steps=1))
