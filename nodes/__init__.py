@@ -19,6 +19,7 @@ from . import (
     training,
 )
 from .host.folders import register_folders
+from .host.report import shows_errors
 
 
 class DreamCacheExtension(ComfyExtension):
@@ -37,7 +38,7 @@ class DreamCacheExtension(ComfyExtension):
             training,
             demo,
         )
-        return [node for module in modules for node in module.NODES]
+        return [shows_errors(node) for module in modules for node in module.NODES]
 
 
 async def comfy_entrypoint() -> DreamCacheExtension:

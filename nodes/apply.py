@@ -149,13 +149,15 @@ def put_on_model(
     """
     layout = adapters.info.layout
     require_model_fit(model, layout)
-    require_same_layout(reference.layout, "The reference", layout, "the adapters")
+    require_same_layout(
+        reference.layout, "The reference was encoded with", layout, "the adapters are for"
+    )
     region, _ = given_mask(mask)
     warnings = list(_warnings(model, adapters, start_percent, end_percent, region))
     patcher = adapter_patcher(adapters, model)
     use = ReferenceUse(reference, patcher.model, scale=scale, mask=region)
     settings = Guidance.from_dict({"image_guidance_scale": image_guidance, "mode": guidance})
-    uses = (AppliedUse(use, patcher, start_percent, end_percent),)
+    uses = (AppliedUse(use, patcher, start_percent, end_percent, node_id(node)),)
     applied = Applied(uses, settings, node_id(node))
     own = _in_words(settings)
     if before := applied_to(model):
@@ -163,12 +165,24 @@ def put_on_model(
         warnings.extend(_conflict(_in_words(before.guidance), own))
     for warning in warnings:
         logger.warning(warning)
-    text = f"subject {len(applied.uses)}: scale {scale:g}, from {start_percent:g} to {end_percent:g} of the run"
+    text = _subject(len(applied.uses), applied.guidance, scale)
     if mask is not None and region is None:
         text += ", everywhere: the mask is what Load Image gives with an image that has none"
     if (held := _in_words(applied.guidance)) != own:
         text += f", {held} as set in the Apply DreamCache before"
     return with_references(model, applied), " ".join(warnings) or text
+
+
+def _subject(number: int, guidance: Guidance, scale: float) -> str:
+    """Which subject it is, and what a step costs with it."""
+    text = f"subject {number} of {number}" if number > 1 else "subject 1"
+    if not guidance.needs_unconditional:
+        text += ", two predictions a step"
+    else:
+        start, end = guidance.image_range
+        part = f" from {start:g} to {end:g} of the run, else two"
+        text += f", three predictions a step{part if (start, end) != (0, 1) else ''}"
+    return text if scale else f"{text}, but its strength is 0: it does not appear"
 
 
 def _warnings(

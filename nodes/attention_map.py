@@ -17,6 +17,7 @@ from ..dreamcache_core.method.attention_maps import (
     draw_attention,
     record_hidden_states,
 )
+from ..dreamcache_core.method.cache import LATENT_FACTOR
 from .host.applied import Applied, AppliedUse, require_applied
 from .host.run import RunStore
 from .host.sampling import LoadedModel, inside_sampling, plain_text
@@ -166,7 +167,7 @@ def _region(mask: Tensor | None, point: tuple[float, float], samples: Tensor) ->
     height, width = samples.shape[-2:]
     mask, _ = given_mask(mask)
     if mask is not None:
-        mask = fit_mask(mask, len(samples), height, width)
+        mask = fit_mask(mask, len(samples), LATENT_FACTOR * height, LATENT_FACTOR * width)
     if min(point) < 0:
         return mask
     if mask is not None:

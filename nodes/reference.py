@@ -319,7 +319,10 @@ class EncodeFolder(io.ComfyNode):
         names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
         if one_subject:
             references, names = [ReferenceCache.concatenate(references)], [os.path.basename(folder)]
-        told = f"{prepared.about_backgrounds()}{left_out(folder)}{len(paths)} images, {references[0].describe()}"
+        told = references[0].describe()
+        if not one_subject:
+            told = f"{len(references)} references, each {told}"
+        told = prepared.about_backgrounds() + left_out(folder) + told
         return io.NodeOutput(references, names, ui=report(cls, told))
 
 

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..dreamcache_core import InputError
 from ..dreamcache_core.images.loss_curve import draw_loss_curve
-from ..dreamcache_core.pipeline.latents import LATENT_FACTOR
+from ..dreamcache_core.method.cache import LATENT_FACTOR
 from .host.model import default_side_px
 from .host.report import describe_adapters, node_id, report
 from .host.training.fit import fit_to_model

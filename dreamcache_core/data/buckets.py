@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import check_range
 from ..errors import InputError
 from ..images.reference import resize_smoothly
-from ..pipeline.latents import LATENT_FACTOR
+from ..method.cache import LATENT_FACTOR
 from .sources.source import PairSource
 
 STEP = 64

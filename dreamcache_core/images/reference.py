@@ -94,11 +94,22 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(mask[:, None], size=(height, width), mode="area")[:, 0]
 
 
-def check_mask_aspect(mask: Tensor, height: int, width: int) -> None:
-    """Refuse a mask whose aspect is not that of the image or latent it belongs to.
+def has_aspect(mask: Tensor, height: int, width: int) -> bool:
+    """Whether a mask, (..., height, width), has the aspect of an image or latent.
 
     Aspects may differ by 2 %, and by one pixel of the smallest side among the two, as the
     rounding of a size to whole latents brings about.
+    """
+    mask_height, mask_width = mask.shape[-2:]
+    sides = (mask_height, mask_width, height, width)
+    if min(sides) < 1:
+        return False
+    one, other = mask_width * height, mask_height * width
+    return abs(one - other) / max(one, other) <= max(ASPECT_TOLERANCE, 1 / min(sides))
+
+
+def check_mask_aspect(mask: Tensor, height: int, width: int) -> None:
+    """Refuse a mask whose aspect is not that of the image or latent it belongs to, see ``has_aspect``.
 
     Args:
         mask: (..., height, width), any dtype.
@@ -108,12 +119,9 @@ def check_mask_aspect(mask: Tensor, height: int, width: int) -> None:
     Raises:
         InputError: The aspects differ by more; the message names both sizes.
     """
+    if has_aspect(mask, height, width):
+        return
     mask_height, mask_width = mask.shape[-2:]
-    sides = (mask_height, mask_width, height, width)
-    if min(sides) > 0:
-        one, other = mask_width * height, mask_height * width
-        if abs(one - other) / max(one, other) <= max(ASPECT_TOLERANCE, 1 / min(sides)):
-            return
     raise InputError(
         f"Expected a mask of the image's aspect, {width} x {height} (width x height), got a mask "
         f"of {mask_width} x {mask_height}. Make the mask from this image, or crop both alike."

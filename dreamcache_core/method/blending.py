@@ -60,7 +60,12 @@ class ReferenceUse:
                 f"{type(self.adapters).__name__}."
             )
         info = self.adapters.info
-        require_same_layout(self.reference.layout, "The reference", info.layout, "the adapters")
+        require_same_layout(
+            self.reference.layout,
+            "The reference was encoded with",
+            info.layout,
+            "the adapters are for",
+        )
         if self.reference.timestep != info.timestep:
             logger.warning(
                 "The reference was encoded at timestep %d, the adapters were trained with timestep %d: expect a "

@@ -20,6 +20,9 @@ from .layers import Layout, check_layer_names
 
 FORMAT = "reference/1"
 
+LATENT_FACTOR = 8
+"""Pixels of an image's side for one of its latent, of all VAEs here."""
+
 
 @dataclass(frozen=True, eq=False)
 class ReferenceCache:
@@ -190,9 +193,10 @@ class ReferenceCache:
         first = caches[0]
         for number, other in enumerate(caches[1:], start=2):
             if first._signature() != other._signature():
+                is_other = first.layers != other.layers
                 raise MismatchError(
-                    f"References 1 and {number} cannot be combined: {first.describe()}; {other.describe()}. "
-                    "Prepare them at one size and encode them with one model at one timestep."
+                    f"References 1 and {number} cannot be combined: {first.describe()}; {other.describe()}"
+                    f"{', of other layers' if is_other else ''}. Prepare them at one size and encode them with one model at one timestep."
                 )
         layers = first.layers
         features = {n: torch.cat([c.features[n] for c in caches]) for n in layers}
@@ -205,16 +209,18 @@ class ReferenceCache:
         return replace(first, features=features, masks=masks, seed=seed, thumbnails=thumbnails)
 
     def describe(self) -> str:
-        """One line for messages and reports; what matters first, as nodes show little of it."""
-        height, width = self.latent_size
+        """One line for messages and reports: images, their size in pixels, model family and memory."""
+        height, width = (LATENT_FACTOR * side for side in self.latent_size)
+        family = self.layout.describe().replace("Stable Diffusion", "SD")
+        size_mb = self.nbytes / 1e6
         parts = [
-            f"{self.num_references} reference{'s' if self.num_references > 1 else ''}",
-            f"{self.nbytes / 2**20:.1f} MiB",
-            f"{len(self.layers)} layers",
-            f"latent {height} x {width} (height x width)",
-            f"timestep {self.timestep}",
-            self.layout.describe(),
+            f"{self.num_references} image{'s' if self.num_references > 1 else ''}",
+            f"{width} x {height}",
+            family,
+            f"{size_mb:.0f} MB" if size_mb >= 10 else f"{max(size_mb, 0.1):.1f} MB",
         ]
+        if self.timestep != 1:
+            parts.append(f"timestep {self.timestep}")
         return ", ".join(parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:

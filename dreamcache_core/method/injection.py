@@ -48,7 +48,7 @@ def inject(
     unet = _usable(unet)
     uses = (uses,) if isinstance(uses, ReferenceUse) else tuple(uses)
     for use in uses:
-        require_fit(unet, use.adapters.info.layout, "the adapters")
+        require_fit(unet, use.adapters.info.layout, "the adapters are for")
     if unet in _injected:
         raise StateError(
             "This U-Net already has references injected. Leave the other inject context first, or give all uses "

@@ -3,6 +3,7 @@
 Knows module trees only through ``AttentionSite``; the back ends make those.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ Part = Literal["encoder", "middle", "decoder"]
 LAYER_NAME = "(?:input_blocks|output_blocks)[.][0-9]{1,3}[.][0-9]{1,3}|middle_block[.][0-9]{1,3}"
 """Regular expression of a canonical layer name."""
 
+logger = logging.getLogger(__name__)
+
 FAMILY_OF_CONTEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+FAMILY_NAMES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl": "SDXL"}
 
 
 def family_of(context_width: int) -> str:
@@ -151,9 +155,9 @@ class Layout:
         return tuple(self.channels)
 
     def describe(self) -> str:
-        """One line for messages: family, text width, and layers with their widths."""
-        layers = ", ".join(f"{name} ({width})" for name, width in self.channels.items())
-        return f"{self.family} (text width {self.context_width}), layers {layers}"
+        """Name the family for messages; one without a name by its text width."""
+        unknown = f"a model of text width {self.context_width}"
+        return FAMILY_NAMES.get(self.family, unknown)
 
 
 def require_same_layout(first: Layout, first_name: str, second: Layout, second_name: str) -> None:
@@ -161,19 +165,20 @@ def require_same_layout(first: Layout, first_name: str, second: Layout, second_n
 
     Args:
         first: Layout of the one thing.
-        first_name: What it is, for the message: ``"The reference"``.
+        first_name: What it is, with its verb: ``"The reference was encoded with"``.
         second: Layout of the other.
-        second_name: What that is: ``"the adapters"``.
+        second_name: What that is: ``"the adapters are for"``.
 
     Raises:
-        MismatchError: Context width, layer list or a width differs; the message names both sides.
+        MismatchError: Context width, layer list or a width differs; the message names both families, the log both layer lists.
     """
     same_widths = dict(first.channels) == dict(second.channels)
     if first.context_width == second.context_width and same_widths:
         return
+    logger.info("%s %s; %s %s", first_name, first.channels, second_name, second.channels)
+    structure = " too, but of another structure" if first.family == second.family else ""
     raise MismatchError(
-        f"{first_name} and {second_name} do not belong together. {first_name}: {first.describe()}. "
-        f"{second_name[:1].upper()}{second_name[1:]}: {second.describe()}. "
-        "Use adapters trained for this model, and encode the reference with this model for these adapters (Encode Reference's "
-        "input adapters; in Python encode_reference(image, adapters=adapters))."
+        f"{first_name} {first.describe()}, {second_name} {second.describe()}{structure}. Use adapters for this model, and "
+        "encode the reference with this model for these adapters (Encode Reference's input adapters; in Python "
+        "encode_reference(image, adapters=adapters))."
     )

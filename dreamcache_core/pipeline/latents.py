@@ -9,9 +9,6 @@ from torch import Tensor
 
 from .loading import is_sdxl
 
-LATENT_FACTOR = 8
-"""Pixels to a side of one latent value."""
-
 
 class LatentCodec:
     """The VAE of a pipeline, with its scale and its float type.

@@ -62,7 +62,7 @@ class DreamCachePipeline:
         self.codec = LatentCodec(pipeline)
         self.layout = layout_of(pipeline.unet)
         if adapters is not None:
-            require_fit(pipeline.unet, adapters.info.layout, "the adapters")
+            require_fit(pipeline.unet, adapters.info.layout, "the adapters are for")
         self.pipeline, self.adapters = pipeline, adapters
         self._fused = FusedAdapters()
         self._checked: WeakSet[AdapterModules] = WeakSet()

@@ -21,9 +21,9 @@ from ..data.sources.opening import open_source
 from ..data.sources.source import PairSource, fingerprint
 from ..errors import DreamCacheError, InputError
 from ..fitting.noise_schedule import NUM_TIMESTEPS
+from ..method.cache import LATENT_FACTOR
 from ..pipeline.base_model import MAX_CHECKED_CAPTIONS, BaseModel
 from ..pipeline.fingerprint import ENCODER_PARTS, model_fingerprint
-from ..pipeline.latents import LATENT_FACTOR
 from ..processes import ignore_signals
 from .config import TrainConfig
 

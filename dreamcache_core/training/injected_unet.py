@@ -14,11 +14,10 @@ from ..fitting.noise_schedule import NoiseSchedule
 from ..method.adapter import AdapterSet
 from ..method.backends import backend_for, layout_of, require_fit
 from ..method.blending import ReferenceUse
-from ..method.cache import ReferenceCache
+from ..method.cache import LATENT_FACTOR, ReferenceCache
 from ..method.capture import capture_features
 from ..method.injection import inject
 from ..pipeline.base_model import BaseModel
-from ..pipeline.latents import LATENT_FACTOR
 from ..pipeline.sampling import Text
 from .config import TrainConfig
 from .objective import denoising_loss
@@ -41,7 +40,7 @@ class InjectedUNet(nn.Module):
 
     def __init__(self, unet: nn.Module, adapters: AdapterSet) -> None:
         super().__init__()
-        require_fit(unet, adapters.info.layout, "the adapters")
+        require_fit(unet, adapters.info.layout, "the adapters are for")
         self.adapters = adapters
         self._beside = (unet.requires_grad_(False),)
         self._backend = backend_for(unet)

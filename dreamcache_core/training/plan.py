@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..method.adapter import AdapterSet
-from ..pipeline.latents import LATENT_FACTOR
+from ..method.cache import LATENT_FACTOR
 from .injected_unet import InjectedUNet
 
 logger = logging.getLogger(__name__)

@@ -203,7 +203,7 @@ def _digest(levels: torch.Tensor) -> str:
 def _starting_adapters(config: TrainConfig, base: BaseModel, prediction: str) -> AdapterSet:
     if config.adapters is not None:
         adapters = load_adapters(config.adapters)
-        require_fit(base.unet, adapters.info.layout, "the adapters to start from")
+        require_fit(base.unet, adapters.info.layout, "the adapters to start from are for")
         logger.info("init, layers and timestep are those of %s.", config.adapters)
         return adapters
     return new_adapters(

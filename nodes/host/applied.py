@@ -22,12 +22,14 @@ class AppliedUse:
         patcher: ModelPatcher of the adapters, as the Apply node made it.
         start_percent: Progress from which on it acts, 0 to 1, inclusive.
         end_percent: Progress up to which it acts, 0 to 1, exclusive.
+        node_id: Id of the Apply node; ``None`` where nodes are executed without a graph.
     """
 
     use: ReferenceUse
     patcher: ModelPatcher
     start_percent: float
     end_percent: float
+    node_id: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

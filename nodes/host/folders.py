@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
@@ -286,10 +288,32 @@ def _reference_roots() -> Iterator[tuple[str, str]]:
         yield REFERENCES, os.path.join(folder, REFERENCES)
 
 
+def _fill_dates(prefix: str) -> str:
+    """Fill in ``%date:yyyy-MM-dd%`` and the like, which ComfyUI's page does for its own nodes alone."""
+    now = time.localtime()
+    numbers = {
+        "d": now.tm_mday,
+        "M": now.tm_mon,
+        "h": now.tm_hour,
+        "m": now.tm_min,
+        "s": now.tm_sec,
+    }
+
+    def number(code: re.Match[str]) -> str:
+        if code[0] in ("yy", "yyyy"):
+            return str(now.tm_year)[-len(code[0]) :]
+        return f"{numbers[code[0][0]]:0{len(code[0])}}"
+
+    def date(form: re.Match[str]) -> str:
+        return re.sub("yyyy|yy|dd?|MM?|hh?|mm?|ss?", number, form[1])
+
+    return re.sub("%date:(.*?)%", date, prefix)
+
+
 @contextmanager
 def _new_path(prefix: str, root: str, rule: str, example: str, reserved: str = "") -> Iterator[str]:
     """Number a new file below a folder; refuse a prefix without a name, outside, or in a reserved subfolder."""
-    name = prefix.strip().replace("\\", "/")
+    name = _fill_dates(prefix.strip()).replace("\\", "/")
     parts = [part for part in name.split("/") if part != "."]
     is_outside = ".." in parts or os.path.isabs(name) or ":" in name or name != printable(name)
     is_nameless = os.path.basename(name).strip() in ("", ".")

@@ -32,7 +32,7 @@ def model_layout(model: ModelPatcher, layers: Sequence[str] | None = None) -> La
 
 def require_model_fit(model: ModelPatcher, layout: Layout) -> None:
     """Refuse a MODEL that adapters were not made for, see ``require_fit``."""
-    require_fit(unet_of(model), layout, "the adapters", _context_width(model))
+    require_fit(unet_of(model), layout, "the adapters are for", _context_width(model))
 
 
 def _context_width(model: ModelPatcher) -> int | None:

@@ -1,13 +1,16 @@
 """What a node tells its user after it ran."""
 
+import functools
 import html
 import sys
+from typing import Any
 
 from comfy_api.latest import io, ui
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ...dreamcache_core import AdapterSet
+from ...dreamcache_core import AdapterSet, DreamCacheError
 from ...dreamcache_core.fitting.fit import FITTED
 from ...dreamcache_core.images.tensors import tensor_to_image
 from ...dreamcache_core.names import printable
@@ -33,7 +36,7 @@ def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
 def describe_adapters(adapters: AdapterSet) -> str:
     """One line on adapters: how large, for which models, and whether they were trained at all."""
     info = adapters.info
-    size = f"{adapters.num_parameters / 1e6:.1f} M parameters, {len(adapters)} layers, {info.layout.describe()}"
+    size = f"{adapters.num_parameters / 1e6:.1f} M parameters, {info.layout.describe()}"
     if FITTED not in info.extra:
         return size
     name = info.base_model or "a model"
@@ -52,6 +55,32 @@ def show(text: str, node: str | None) -> None:
     if server is not None and node is not None:
         # older pages put it into their HTML as it is
         server.send_progress_text(html.escape(text), node)
+
+
+def shows_errors(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """Let a node show on itself what goes wrong in it, see ``without_path``; returns the node."""
+    execute: Any = node.execute.__func__
+
+    @functools.wraps(execute)
+    def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        try:
+            return execute(cls, *args, **kwargs)
+        except DreamCacheError as error:
+            context = get_executing_context()
+            show(str(error), context and context.node_id)
+            raise without_path(error) from error
+
+    node.execute = classmethod(run)
+    return node
+
+
+def without_path(error: DreamCacheError) -> DreamCacheError:
+    """Return an error of the same kind and words that ComfyUI shows by its plain name.
+
+    ComfyUI writes the module of an error in front of it, which is this pack's folder; of built-in ones it leaves that out.
+    """
+    kind = type(error)
+    return type(kind.__name__, (kind,), {"__module__": "builtins"})(str(error))
 
 
 def node_id(node: type[io.ComfyNode]) -> str | None:

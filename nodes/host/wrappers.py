@@ -11,13 +11,14 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...dreamcache_core import Guidance, InputError
-from ...dreamcache_core.images.reference import fit_mask
+from ...dreamcache_core.images.reference import has_aspect
+from ...dreamcache_core.method.cache import LATENT_FACTOR
 from .applied import KEY, Applied, AppliedUse, applied_to
 from .gates import ADDED, GATE, ON, without_gates
 from .guider import UNCONDITIONAL, DreamCacheCFGGuider
 from .model import compute_dtype
 from .predictions import Predictions
-from .report import show
+from .report import show, without_path
 from .run import PART_UNKNOWN, REGION, RunStore
 from .unet.compiled import call_compiled
 from .unet.patches import add_patches, prepare_references
@@ -75,7 +76,8 @@ class Wrappers:
     def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Keep a store for this run, and empty it whatever happens."""
         guider = executor.class_obj
-        _check_regions(self.applied.uses, noise)
+        for applied_use in self.applied.uses:
+            _fit_region(applied_use, noise)
         own_guidance = guider.guidance if isinstance(guider, DreamCacheCFGGuider) else None
         sampling = guider.model_patcher.get_model_object("model_sampling")
         store = RunStore(self.applied, sampling, own_guidance)
@@ -232,19 +234,26 @@ def _entry(options: dict[str, Any], key: str, value: Any) -> Iterator[None]:
         options.update(before)
 
 
-def _check_regions(uses: Sequence[AppliedUse], noise: Tensor) -> None:
-    """Refuse region masks that do not fit the images to be made, before anything is computed."""
-    for applied_use in uses:
-        region = applied_use.use.regions
-        if region is not None:
-            size = noise.shape[-2:]
-            try:
-                fit_mask(region, len(noise), *size, name="region mask for Apply DreamCache")
-            except InputError as error:
-                raise InputError(
-                    f"The mask of Apply DreamCache does not fit the images that are sampled. {error} If a node samples "
-                    "tiles or crops of a larger image, give it a model without a mask on Apply DreamCache."
-                ) from error
+def _fit_region(applied_use: AppliedUse, noise: Tensor) -> None:
+    """Say of a region mask that the images have another shape; refuse one for another number of images."""
+    region, (height, width) = applied_use.use.regions, noise.shape[-2:]
+    if region is None:
+        return
+    if len(region) not in (1, len(noise)):
+        raise without_path(
+            InputError(
+                f"Apply DreamCache got {len(region)} region masks, but {len(noise)} images are sampled. Give one mask for all, "
+                "or one for each."
+            )
+        )
+    if not has_aspect(region, height, width):
+        message = (
+            f"The region mask of Apply DreamCache, {region.shape[-1]} x {region.shape[-2]}, was stretched to the images' shape, "
+            f"{LATENT_FACTOR * width} x {LATENT_FACTOR * height}. Make it in that shape if the place matters. If a node samples "
+            "tiles or crops of a larger image, give it a model without a mask on Apply DreamCache."
+        )
+        logger.warning(message)
+        show(message, applied_use.node_id)
 
 
 def _shape_to_reserve(

@@ -80,8 +80,8 @@ def test_the_photograph_goes_through_the_shipped_workflow(server, first_run):
     previews = entry["outputs"][node_id(prompt, "DreamCacheReferenceImage")]["images"]
     assert len(previews) == 1
     report = entry["outputs"][node_id(prompt, "DreamCacheEncode")]["text"][0]
-    assert "1 reference" in report
-    assert "MiB" in report
+    assert "1 image, 128 x 128" in report
+    assert " MB" in report
 
 
 def test_a_second_queue_with_another_seed_does_not_encode_again(server, first_run):

@@ -689,10 +689,10 @@ def fresh(width, **changes):
 @pytest.mark.parametrize(
     ("one", "other", "named"),
     [
-        ((768, {}), (1024, {}), r"reference: sd15 .*adapters: sd21"),
-        ((2048, {}), (768, {}), r"reference: sdxl .*adapters: sd15"),
-        ((768, {}), (768, {MIDDLE: 4}), r"middle_block\.1 \(8\).*middle_block\.1 \(4\)"),
-        ((768, {"output_blocks.6.1": 8}), (768, {}), r"output_blocks\.6\.1 \(8\)"),
+        ((768, {}), (1024, {}), r"with Stable Diffusion 1.5, .* for Stable Diffusion 2.1\."),
+        ((2048, {}), (768, {}), r"with SDXL, .* for Stable Diffusion 1.5\."),
+        ((768, {}), (768, {MIDDLE: 4}), "another structure"),
+        ((768, {"output_blocks.6.1": 8}), (768, {}), "another structure"),
     ],
     ids=["sd15 and sd21", "sdxl and sd15", "another width", "another layer list"],
 )
@@ -717,7 +717,7 @@ def use_for(layout):
 def test_adapters_of_another_text_width_are_refused(unet):
     other = use_for(layout_with(unet, 768))
     with (
-        pytest.raises(MismatchError, match=r"custom-48 .*adapters: sd15"),
+        pytest.raises(MismatchError, match=r"text width 48, .* for Stable Diffusion 1.5"),
         inject(unet, other),
     ):
         pass
@@ -725,15 +725,14 @@ def test_adapters_of_another_text_width_are_refused(unet):
 
 def test_adapters_of_another_layer_width_are_refused(unet):
     other = use_for(layout_with(unet, **{MIDDLE: 16}))
-    named = r"middle_block\.1 \(128\).*middle_block\.1 \(16\)"
-    with pytest.raises(MismatchError, match=named), inject(unet, other):
+    with pytest.raises(MismatchError, match="another structure"), inject(unet, other):
         pass
 
 
 def test_adapters_of_sdxl_are_refused_on_stable_diffusion(unet):
     other = use_for(layout_of(sdxl_unet()))
     with (
-        pytest.raises(MismatchError, match=r"custom-48 .*adapters: sdxl .*output_blocks\.1\.1"),
+        pytest.raises(MismatchError, match=r"text width 48, .* for SDXL"),
         inject(unet, other),
     ):
         pass

@@ -63,15 +63,22 @@ def test_layers_keep_their_order():
     assert LAYOUT.layers == ("middle_block.1", "output_blocks.4.1")
 
 
-def test_description_names_family_text_width_layers_and_widths():
-    assert LAYOUT.describe() == (
-        "sd15 (text width 768), layers middle_block.1 (12), output_blocks.4.1 (8)"
-    )
+@pytest.mark.parametrize(
+    ("width", "name"),
+    [
+        (768, "Stable Diffusion 1.5"),
+        (1024, "Stable Diffusion 2.1"),
+        (2048, "SDXL"),
+        (128, "a model of text width 128"),
+    ],
+)
+def test_description_names_the_family(width: int, name: str):
+    assert Layout(width, LAYOUT.channels).describe() == name
 
 
 def test_equal_layouts_belong_together_in_any_order_of_layers():
     turned = Layout(768, dict(reversed(list(LAYOUT.channels.items()))))
-    require_same_layout(LAYOUT, "the reference", turned, "the adapters")
+    require_same_layout(LAYOUT, "The reference is", turned, "the adapters are for")
 
 
 @pytest.mark.parametrize(
@@ -86,8 +93,10 @@ def test_equal_layouts_belong_together_in_any_order_of_layers():
 )
 def test_mismatch_names_both_sides(other: Layout):
     with pytest.raises(MismatchError) as error:
-        require_same_layout(LAYOUT, "The reference", other, "the adapters")
+        require_same_layout(LAYOUT, "This model is", other, "the adapters are for")
     message = str(error.value)
-    assert f"The reference: {LAYOUT.describe()}" in message
-    assert f"The adapters: {other.describe()}" in message
-    assert "Use adapters trained for this model" in message
+    assert message.startswith(
+        f"This model is Stable Diffusion 1.5, the adapters are for {other.describe()}"
+    )
+    assert ("another structure" in message) == (other.context_width == 768)
+    assert "block" not in message

@@ -120,13 +120,13 @@ def require_fit(
     Args:
         unet: The U-Net.
         layout: What the other was made for.
-        name: What the other is, for the message: ``"the adapters"``.
+        name: What the other is, with its verb, for the message: ``"the adapters are for"``.
         context_width: The U-Net's, see ``layout_of``.
 
     Raises:
-        MismatchError: They differ in context width, layers or widths; the message names both sides.
+        MismatchError: They differ in context width, layers or widths; the message names both families.
         UnsupportedModelError: The model is not a supported U-Net.
     """
     has_layers = set(layout.layers) <= {site.name for site in attention_sites(unet)}
     own = layout_of(unet, layout.layers if has_layers else None, context_width)
-    require_same_layout(own, "The model", layout, name)
+    require_same_layout(own, "This model is", layout, name)

@@ -8,7 +8,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ....dreamcache_core import AdapterSet, InputError
 from ....dreamcache_core.fitting.fit import NUM_PASSES
-from ....dreamcache_core.pipeline.latents import LATENT_FACTOR
+from ....dreamcache_core.method.cache import LATENT_FACTOR
 from ..model import model_layout
 from ..sampling import LoadedModel, clean_clone, inside_sampling
 from .frozen_model import FrozenModel, check_texts, noise_schedule

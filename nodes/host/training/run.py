@@ -23,7 +23,7 @@ from ....dreamcache_core.data.augmentation import Alterations
 from ....dreamcache_core.fitting.fit import DEFAULTS, NUM_PASSES, without_fit
 from ....dreamcache_core.images.files import contact_sheet
 from ....dreamcache_core.images.loss_curve import draw_loss_curve, moving_average
-from ....dreamcache_core.pipeline.latents import LATENT_FACTOR
+from ....dreamcache_core.method.cache import LATENT_FACTOR
 from ....dreamcache_core.training.initialisation import FITS, new_adapters
 from ..folders import new_adapter_path
 from ..model import default_side_px, model_layout, require_model_fit, unet_of

@@ -5,6 +5,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 COMFYUI = os.environ["COMFYUI_FOLDER"]
 PACK = Path(__file__).parents[3]
@@ -41,3 +42,21 @@ def inference():
         yield
     gc.collect()  # ComfyUI's unloading stumbles over models that are collected while it runs
     comfy.model_management.unload_all_models()
+
+
+class Page:
+    """Stands for the browser's page: keeps what a node shows."""
+
+    def __init__(self):
+        self.texts = []
+
+    def send_progress_text(self, text, node_id):
+        self.texts.append((node_id, text))
+
+
+@pytest.fixture
+def page(monkeypatch):
+    shown = Page()
+    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=shown))
+    monkeypatch.setitem(sys.modules, "server", server)
+    return shown

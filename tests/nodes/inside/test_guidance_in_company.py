@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import sys
 from types import SimpleNamespace
 
 import comfy.controlnet
@@ -422,24 +421,6 @@ def test_a_pack_that_replaces_calc_cond_batch_is_said_to_disable_image_guidance(
     assert warned(caplog).count(NO_EFFECT) == 1
 
 
-class Page:
-    """Stands for the browser's page: keeps what a node shows."""
-
-    def __init__(self):
-        self.texts = []
-
-    def send_progress_text(self, text, node_id):
-        self.texts.append((node_id, text))
-
-
-@pytest.fixture
-def page(monkeypatch):
-    shown = Page()
-    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=shown))
-    monkeypatch.setitem(sys.modules, "server", server)
-    return shown
-
-
 @pytest.fixture
 def numbered(monkeypatch):
     """Let Apply DreamCache execute as the node of this id."""
@@ -464,6 +445,18 @@ def test_image_guidance_without_effect_is_said_on_the_node_that_asks_for_it(part
     page.texts.clear()
     guide(with_texts(comfy.samplers.CFGGuider(applied)))
     assert not page.texts
+
+
+def test_a_stretched_region_mask_is_said_on_its_apply_node(parts, page, numbered):
+    model, adapters, reference = parts
+    numbered("5")
+    applied = apply(model, adapters, reference, mask=torch.ones(1, 64, 256).tril())
+    numbered("8")
+    applied = apply(applied, adapters, reference)
+    page.texts.clear()
+    sample(applied, steps=1)
+    assert [node for node, _ in page.texts] == ["5"]
+    assert "was stretched" in page.texts[0][1]
 
 
 # --- two models ----------------------------------------------------------------------------------------------------

@@ -109,19 +109,24 @@ def test_regions_of_a_batch_follow_their_images_in_every_row(parts, monkeypatch)
     assert widths == [1, 2, 3] * 3
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [(torch.rand(1, 64, 256), "64"), (torch.rand(3, 128, 128), "region mask")],
-    ids=["another aspect", "three masks for two images"],
-)
-def test_a_region_mask_that_does_not_fit_the_images_is_refused_before_sampling(
-    parts, mask, message
-):
+def test_region_masks_for_another_number_of_images_are_refused_before_sampling(parts):
     model, adapters, reference = parts
-    applied = apply(model, adapters, reference, mask=mask)
-    with CallCounter(model) as counter, pytest.raises(CORE.InputError, match=message):
+    applied = apply(model, adapters, reference, mask=torch.rand(3, 128, 128))
+    with CallCounter(model) as counter, pytest.raises(CORE.InputError, match="3 region masks"):
         sample(applied, batch=2)
     assert not counter.rows
+
+
+def test_a_region_mask_of_another_shape_is_stretched_and_said(parts, monkeypatch, caplog):
+    model, adapters, reference = parts
+    mask = torch.zeros(1, 64, 256)
+    mask[..., :128] = 1
+    seen = seen_regions(monkeypatch)
+    sample(apply(model, adapters, reference, mask=mask), steps=1)
+    region = seen[0][0]
+    assert region[..., :8].all()
+    assert not region[..., 8:].any()
+    assert "256 x 64, was stretched to the images' shape, 128 x 128" in caplog.text
 
 
 def test_a_range_follows_the_sampling_of_the_model_whatever_the_node_order(parts):

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import time
 from pathlib import Path
 
 import comfy.utils
@@ -317,7 +318,7 @@ def test_combined_references_are_in_the_order_of_the_inputs(model):
 
 
 def test_references_of_two_sizes_do_not_combine(model):
-    with pytest.raises(CORE.MismatchError, match=r"16 x 16.*24 x 16"):
+    with pytest.raises(CORE.MismatchError, match=r"128 x 128.*128 x 192"):
         run(
             "DreamCacheCombineReferences",
             reference_1=encode(model),
@@ -523,7 +524,10 @@ def test_loading_what_is_not_listed_is_refused(name):
 
 def test_a_reference_of_another_model_is_refused_with_both_names(model):
     sd21 = make_model("sd21")
-    with pytest.raises(CORE.MismatchError, match=r"sd21.*sd15"):
+    with pytest.raises(
+        CORE.MismatchError,
+        match=r"reference was encoded with Stable Diffusion 2.1, the adapters are for .* 1.5",
+    ):
         apply(model, make_adapters(model), encode(sd21))
 
 
@@ -534,22 +538,25 @@ def test_a_reference_stays_on_the_cpu_and_counts_its_bytes(model):
     assert reference.get_ram_usage() == total
 
 
-def test_reports_say_size_and_layers(model):
-    import nodes as comfy_nodes
+def test_encode_says_what_it_made(model):
+    inputs = {"model": model, "vae": FlatVAE(), "conditioning": make_text(model, 1)}
+    text = said("DreamCacheEncode", image=make_image(0, 128, 192, batch=3), **inputs)
+    assert text.endswith("; 3 images, 192 x 128, SD 1.5, 0.3 MB")
 
-    node = comfy_nodes.NODE_CLASS_MAPPINGS["DreamCacheEncode"]
-    output = node.execute(
-        model=model,
-        vae=FlatVAE(),
-        image=make_image(0),
-        conditioning=make_text(model, 1),
-        seed=0,
-        timestep=1,
-    )
-    text = output.ui.as_dict()["text"][0]
-    assert "MiB" in text
-    assert "output_blocks.10.1" in text
-    assert os.sep not in text
+
+@pytest.mark.parametrize(
+    ("prefix", "name"),
+    [
+        ("%date:yyyy-MM-dd%/dog", "2026-03-09/dog"),
+        ("dog_%date:yy.M.d%_%date:hhmmss%", "dog_26.3.9_140507"),
+        ("100%", "100%"),
+    ],
+)
+def test_dates_in_a_file_name_are_filled_in(model, monkeypatch, prefix, name):
+    now = time.struct_time((2026, 3, 9, 14, 5, 7, 0, 68, 0))
+    monkeypatch.setattr(time, "localtime", lambda *_: now)
+    text = said("DreamCacheSaveReference", reference=encode(model), filename_prefix=prefix)
+    assert f"{name}_00001_.safetensors" in text.replace(os.sep, "/")
 
 
 def test_photographs_in_grey_or_with_alpha_prepare_right():

@@ -1,5 +1,6 @@
 """What the pack does when ComfyUI loads it, and what it says of files that are not there."""
 
+import html
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 from comfy_api.latest import io
+from comfy_execution.utils import CurrentNodeContext
 from tiny import CORE, pack_module, run
 
 import nodes as comfy_nodes
@@ -255,3 +257,11 @@ def test_null_and_other_values_over_the_api_are_refused_in_words(node, name, val
     finds = {"adapters": "adapter_path", "reference": "reference_path", "folder": "image_paths"}
     with pytest.raises(CORE.InputError, match="There is no"):
         getattr(FOLDERS, finds[name])(value)
+
+
+def test_an_error_is_shown_on_its_node_and_named_without_a_path(page):
+    with CurrentNodeContext("prompt", "7"), pytest.raises(CORE.InputError) as caught:
+        run("DreamCacheLoadReference", reference="zzz")
+    # how ComfyUI names it in front of the message
+    assert (caught.type.__module__, caught.type.__qualname__) == ("builtins", "InputError")
+    assert page.texts == [("7", html.escape(str(caught.value)))]

@@ -816,7 +816,7 @@ def test_images_that_overflow_stop_at_the_first_step_without_a_file(model):
 
 def test_adapters_of_another_model_are_no_start(model):
     others = train(make_model("sdxl"), steps=1)[0]
-    with pytest.raises(CORE.MismatchError, match="do not belong together"):
+    with pytest.raises(CORE.MismatchError, match="the adapters are for"):
         train(model, adapters=others)
 
 
