@@ -113,7 +113,7 @@ def step_by_step() -> Workflow:
         "How to use it",
         "### What each node does\n- **Prepare Reference Image** shows what the model will see: the subject on white.\n- **Encode "
         "Reference** looks at it once. From the second image on it does not run again.\n- **Apply DreamCache** puts it on the "
-        f"model.\n\n{MASKS}\n\n**image_guidance**: more likeness upwards (0.4 for the scene, 2 to 5 for the subject). **cfg**: "
+        f"model.\n\n{MASKS}\n\n**image_guidance**: more likeness upwards (1 is fastest, 2 to 5 for the subject; 0.4 for the scene). **cfg**: "
         "obedience to the prompt.",
     )
     flow.column()
