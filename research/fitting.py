@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dreamcache_core import load_adapters
 from dreamcache_core.cli.main import guarded
 from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.config import Config
@@ -54,12 +56,14 @@ class FittingConfig(Config):
         combinations: Triples of new patterns and colours.
         shapes: Triples of new shapes.
         search: Vary the settings one at a time; else the image guidance.
+        adapters: Adapter file to measure instead, as shipped.
     """
 
     seed: int = TUNING_SEED
     combinations: int = 72
     shapes: int = 0
     search: bool = False
+    adapters: str | None = None
 
 
 def measure(argv: Sequence[str]) -> None:
@@ -72,10 +76,16 @@ def measure(argv: Sequence[str]) -> None:
         for dtype in (torch.float32, torch.bfloat16)
     )
     print("| setting | group | gap closed | subject match | obedience |\n|---|---|---|---|---|")
-    for name, changes in (SETTINGS if config.search else GUIDANCES).items():
-        settings = FitSettings(**(changes if config.search else {}))
+    rows = SETTINGS if config.search else GUIDANCES
+    if config.adapters is not None:
+        rows = {Path(config.adapters).name: {}}
+    for name, changes in rows.items():
         condition = CHOSEN if config.search else replace(CHOSEN, **changes)
-        adapters = adapters_from_model(precise, settings=settings)
+        if config.adapters is not None:
+            adapters = load_adapters(config.adapters)
+        else:
+            settings = FitSettings(**(changes if config.search else {}))
+            adapters = adapters_from_model(precise, settings=settings)
         for group in dict.fromkeys(triple.group for triple in triples):
             chosen = [triple for triple in triples if triple.group == group]
             row = " | ".join(_figures(fast, adapters, chosen, condition))
