@@ -17,6 +17,8 @@ IMAGES = {
     "DreamCacheDemoReference",
     "DreamCacheFromPhoto",
 }
+PATHS = {"DreamCacheSaveReference", "DreamCacheSaveAdapters"}
+"""Nodes whose report names a file: it takes several lines."""
 IMAGE_PX, TEXT_PX, SLOT_PX, WIDGET_PX, REPORT_PX = 280, 110, 22, 30, 60
 LETTER_PX, LINE_PX = 7.2, 22
 
@@ -71,7 +73,7 @@ def box_of(kind: str, definition: Json, inputs: dict[str, Any], column: int, wid
         height += TEXT_PX if given.get("multiline") else WIDGET_PX
         height += WIDGET_PX * bool(given.get("control_after_generate"))
     reports = kind.startswith("DreamCache")
-    height += IMAGE_PX * (kind in IMAGES) + REPORT_PX * reports
+    height += IMAGE_PX * (kind in IMAGES) + REPORT_PX * (reports + 2 * (kind in PATHS))
     return Box(column, width_px, height, AIR_PX if reports or kind in IMAGES else GAP_PX)
 
 

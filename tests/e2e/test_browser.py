@@ -119,6 +119,10 @@ def name(request, server) -> str:
 
 @pytest.fixture(scope="module")
 def opened_workflow(page, adapters, rendering, name) -> dict[str, Any]:
+    return open_workflow(page, name)
+
+
+def open_workflow(page: Page, name: str) -> dict[str, Any]:
     workflow = json.loads(WORKFLOWS[name].read_text(encoding="utf-8"))
     page.evaluate(LOAD, workflow)
     page.wait_for_function(f"() => window.app.graph._nodes.length === {len(workflow['nodes'])}")
@@ -281,6 +285,7 @@ def test_a_node_shows_its_names_in_another_language(page, server):
 def test_a_search_for_an_artists_word_finds_the_node(page, object_info):
     if "search_aliases" not in object_info["DreamCacheApply"]:
         pytest.skip("this ComfyUI searches names only")
+    open_workflow(page, DEMOS[0])
     search_for(page, "dreambooth")
     page.get_by_role("option", name="Apply DreamCache").first.wait_for()
     page.keyboard.press("Escape")
