@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamcache_core import ReferenceUse, capture_reference, inject
 from dreamcache_core.method.blending import prepare_layer
@@ -146,7 +146,8 @@ def _held_bytes(device: torch.device) -> int:
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    tensors = (entry for entry in gc.get_objects() if issubclass(type(entry), Tensor))
+    # not of subclasses: the fake tensors that a compiler keeps have no bytes
+    tensors = (entry for entry in gc.get_objects() if type(entry) in (Tensor, nn.Parameter))
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -148,6 +148,8 @@ def _write_inputs(settings: Settings, folder: Path) -> TrainConfig:
         data=str(data),
         encoded=str(encoded),
         out=str(folder / "run"),
+        init="identity",
+        timestep=1,
         resolution=settings.resolution,
         batch_size=settings.batch,
         steps=NUM_BATCHES,

@@ -170,12 +170,12 @@ def require_same_layout(first: Layout, first_name: str, second: Layout, second_n
         second_name: What that is: ``"the adapters are for"``.
 
     Raises:
-        MismatchError: Context width, layer list or a width differs; the message names both families, the log both layer lists.
+        MismatchError: Context width, layer list or a width differs; the message names both families, the debug log both layer lists.
     """
     same_widths = dict(first.channels) == dict(second.channels)
     if first.context_width == second.context_width and same_widths:
         return
-    logger.info("%s %s; %s %s", first_name, first.channels, second_name, second.channels)
+    logger.debug("%s %s; %s %s", first_name, first.channels, second_name, second.channels)
     structure = " too, but of another structure" if first.family == second.family else ""
     raise MismatchError(
         f"{first_name} {first.describe()}, {second_name} {second.describe()}{structure}. Use adapters for this model, and "

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, MissingPackageError, StateError
+from ..errors import InputError, MissingPackageError
 from ..fitting.noise_schedule import NoiseSchedule
 from ..method.adapter import AdapterSet
 from ..method.adapter_files import load_adapters
@@ -119,22 +119,15 @@ class Run:
 
         Raises:
             InputError: There is no room for checkpoints, or the run has more steps than it is to have.
-            StateError: The processes see different checkpoints.
+            StateError: The processes do not see one folder.
         """
         accelerator, device = self.accelerator, self.accelerator.device
         free_memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         self.plan.require_room(self.folder, self.checkpoints.num_bytes, free_memory)
         require_shared_folder(self.folder, accelerator)
-        step = -1 if self.start is None else self.start.step
-        steps: list[int] = accelerator.gather(torch.tensor([step], device=device)).tolist()
-        if len(set(steps)) > 1:
-            raise StateError(
-                f"The processes found checkpoints of different steps in {self.folder} ({steps}; -1: none). "
-                "Give all machines the same folder, on a shared file system."
-            )
-        if step > self.config.steps:
+        if self.start is not None and self.start.step > self.config.steps:
             raise InputError(
-                f"The run has {step} steps behind it, and steps = {self.config.steps} is asked for. Set steps higher."
+                f"The run has {self.start.step} steps behind it, and steps = {self.config.steps} is asked for. Set steps higher."
             )
         if accelerator.is_main_process:
             self.checkpoints.write_identity(self.identity, self.config.to_dict())

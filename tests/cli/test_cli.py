@@ -267,7 +267,7 @@ BAD = {
         {"adapters": "{f}/sd/unet/diffusion_pytorch_model.safetensors"},
         "base model",
     ),
-    "another family": ({"adapters": "{f}/xl.safetensors"}, "sdxl"),
+    "another family": ({"adapters": "{f}/xl.safetensors"}, "SDXL"),
     "no image": ({"reference": "{t}/none.png"}, "none.png"),
     "an image that is a page": ({"reference": "{t}/page.pt"}, "web page"),
     "a huge image": ({"reference": "{t}/huge.png"}, "100 megapixels"),

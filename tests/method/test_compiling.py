@@ -323,6 +323,7 @@ def test_a_compiled_pipeline_draws_the_same_in_a_graph_for_each_number_of_predic
                 pipe(
                     "a cat",
                     use,
+                    image_guidance_scale=0.4,
                     image_range=(0.0, 0.5),
                     num_inference_steps=4,
                     generator=torch.Generator().manual_seed(3),

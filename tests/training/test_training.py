@@ -354,6 +354,7 @@ def base_model_loss(config: TrainConfig) -> float:
 
 
 def test_min_snr_clipping_and_checkpointing_have_their_effect(settings, tmp_path):
+    settings["min_timestep"] = 0  # above 400 signal-to-noise ratios are below any gamma
     plain = train(settings)
     number = iter(range(9))
 
@@ -641,7 +642,7 @@ def test_processes_that_see_different_checkpoints_are_refused(settings, tmp_path
     command = [sys.executable, *TWO_PROCESSES, str(script), *flags(settings)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "found checkpoints of different steps" in done.stderr
+    assert "do not see what process 0 writes" in done.stderr
 
 
 def test_too_little_disk_is_said_before_training(settings, monkeypatch):
