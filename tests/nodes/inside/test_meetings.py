@@ -215,7 +215,7 @@ class NewerComfyUI:
 
     def __init__(self, model):
         self.class_obj = self.inner_model = model.model
-        self.given = {}
+        self.given, self.conds = {}, {}
 
     def __call__(self, *args, **kwargs):
         self.given = kwargs

@@ -204,7 +204,9 @@ def test_references_stay_on_the_cpu_and_are_counted(parts):
     assert {t.device.type for t in tensors} == {"cpu"}
     assert both.get_ram_usage() == sum(t.numel() * t.element_size() for t in tensors)
     assert both.get_ram_usage() == 2 * reference.get_ram_usage() > 0
-    masked = encode(model, mask=torch.ones((1, 128, 128)))
+    half = torch.zeros((1, 128, 128))
+    half[:, 64:] = 1
+    masked = encode(model, mask=half, mask_marks="subject")
     assert masked.get_ram_usage() == reference.get_ram_usage() + sum(
         mask.numel() for mask in masked.masks.values()
     )

@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_meetings import add_nested_difference, seen_regions
 from tiny import (
-    CORE,
     CallCounter,
     apply,
     assert_close,
@@ -284,9 +283,3 @@ def test_a_region_mask_in_tiles_is_cropped_or_said_to_be_off(
     if crops_conditions:
         assert seen[0][0].all()
         assert not seen[-1][0].any()
-
-
-def test_a_tile_of_another_aspect_is_refused_with_the_cause(parts):
-    applied = apply(*parts, mask=left_half())
-    with pytest.raises(CORE.InputError, match="tile"):
-        sample(applied, size=(8, 16), steps=1)
