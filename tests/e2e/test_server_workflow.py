@@ -245,6 +245,7 @@ def test_nodes_are_those_of_the_snapshot(server, object_info):
         i for i in now["nodes"]["DreamCacheFromPhoto"]["inputs"] if i["name"] == "adapters"
     )
     choice["default"] = "from this model"  # where there is one file, that
+    choice["options"] = choice["options"][:1]  # files follow
     if os.environ.get("UPDATE_SNAPSHOT"):
         SNAPSHOT.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
     assert now == load(SNAPSHOT)
