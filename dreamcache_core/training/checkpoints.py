@@ -131,12 +131,12 @@ class Checkpoints:
             temporary.write_text(text, encoding="utf-8")
         # what JSON writes of texts, numbers and lists is TOML as well
         lines = [
-            f"{name} = {json.dumps(value)}\n"
+            f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
             for name, value in settings.items()
             if value is not None
         ]
         with whole_file(self.run_folder / SETTINGS_FILE) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
     @contextmanager
     def new(self, step: int, processes: Any) -> Iterator[Path]:

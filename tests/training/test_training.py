@@ -256,13 +256,21 @@ def test_a_folder_and_a_model_are_enough_and_the_settings_are_kept(
     model, data, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    few = ["--steps=1", "--init=identity", "--workers=0", "--validate_every=0", "--tracker=none"]
+    words = 'a dog \U0001f436, "wet"'
+    few = [
+        f"--caption={words}",
+        "--steps=1",
+        "--init=identity",
+        "--workers=0",
+        "--validate_every=0",
+        "--tracker=none",
+    ]
     assert main(["train", str(data), "--model", str(model), *few]) == 0
     folder = Path("runs") / data.name
     assert (folder / "adapters.safetensors").is_file()
     kept = TrainConfig.from_dict(read_toml(folder / "run.toml"))
     assert kept == TrainConfig(
-        str(model), data=str(data), out=str(folder), steps=1, init="identity", workers=0,
+        str(model), data=str(data), caption=words, out=str(folder), steps=1, init="identity", workers=0,
         validate_every=0, tracker="none",
     )  # fmt: skip
 
