@@ -4,6 +4,7 @@ import io
 import struct
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,16 +153,17 @@ def test_member_that_is_listed_again_and_again_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "content",
+    "make",
     [
-        {"a": torch.zeros(3).to_sparse()},
-        {"a": torch.zeros(3, device="meta")},
-        {"a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)},
-        {"a": torch.Size([1])},
+        lambda: torch.zeros(3).to_sparse(),
+        lambda: torch.zeros(3, device="meta"),
+        lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+        lambda: torch.Size([1]),
     ],
     ids=["sparse", "meta", "nested", "size"],
 )
-def test_tensors_of_other_kinds_are_refused(tmp_path: Path, content: Any):
+def test_tensors_of_other_kinds_are_refused(tmp_path: Path, make: Callable[[], Any]):
+    content = {"a": make()}
     refused(stored(tmp_path / "a.pt", content), "more than tensors|not a flat|complete torch file")
 
 
