@@ -98,6 +98,8 @@ def require_shared_folder(folder: Path, processes: Any) -> None:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+STOPPING = b"\nstopping as soon as all is saved; Ctrl-C once more stops at once\n"
+
 
 class Interruption:
     """Whether the process was asked to stop."""
@@ -110,6 +112,7 @@ class Interruption:
         if self.is_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.is_requested = True
+        os.write(2, STOPPING)  # print may be what was interrupted
 
 
 @contextmanager

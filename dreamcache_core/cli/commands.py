@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Union
 
 from ..config import Config
+from ..data.masking import MaskOptions
 from ..data.precomputed.encoding import EncodeOptions
 from ..data.synthetic.options import BuildOptions
 from ..demo.options import DemoOptions
@@ -62,11 +63,12 @@ PROGRAM = Group(
         "fit": Command(fit.FitOptions, fit.run),
         "train": Command(TrainConfig, train.run, first="data"),
         "dataset": Group(
-            "Build, check, precompute or pack a training set.",
+            "Build, mask, check, precompute or pack a training set.",
             {
                 "build": Command(BuildOptions, dataset.run_build),
                 "check": Command(dataset_check.CheckOptions, dataset_check.run, is_positional=True),
                 "encode": Command(EncodeOptions, dataset.run_encode),
+                "masks": Command(MaskOptions, dataset.run_masks, first="path"),
                 "shard": Command(dataset.ShardOptions, dataset.run_shard, is_positional=True),
             },
         ),

@@ -1,11 +1,13 @@
-"""``dreamcache dataset build | encode | shard``; the fourth is in ``dataset_check``."""
+"""``dreamcache dataset build | encode | masks | shard``; the fifth is in ``dataset_check``."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config
+from ..data.masking import MaskOptions, make_masks
 from ..data.packing import write_shards
 from ..data.precomputed.encoding import EncodeOptions, encode_dataset
 from ..data.sources.opening import open_source
@@ -29,6 +31,24 @@ def run_build(options: BuildOptions) -> None:
         state.wait_for_everyone()
         if state.is_main_process:
             print(summarise(options))
+
+
+def run_masks(options: MaskOptions) -> None:
+    """Make masks, as one process of several, and say what became of the images."""
+    with join("train", cpu=options.cpu) as state:
+        from accelerate.utils import gather_object
+
+        counts = make_masks(
+            options,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            device=state.device,
+            has_bar=state.is_local_main_process,
+        )
+        total = sum(gather_object([counts]), Counter[str]())
+        if state.is_main_process:
+            print("\n".join(f"{count:>8}  {outcome}" for outcome, count in total.items()))
+            print(printable(f"Look at the masks: dreamcache dataset check {options.path}"))
 
 
 def run_encode(options: EncodeOptions) -> None:

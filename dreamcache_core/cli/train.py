@@ -15,7 +15,14 @@ def run(config: TrainConfig) -> None:
     if opened.accelerator.is_main_process:
         print("\n".join(opened.plan.lines()))
     if config.dry_run:
+        opened.check()
         return
     finished = train(opened)
     if opened.accelerator.is_main_process:
         print(printable(str(finished)))
+        print(
+            "For ComfyUI, copy it into ComfyUI/models/dreamcache. From the shell: dreamcache generate "
+            + printable(
+                f"--model {config.model} --adapters {finished} --reference IMAGE --prompt TEXT"
+            )
+        )

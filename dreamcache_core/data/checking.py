@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from ..errors import DreamCacheError, FileFormatError, InputError
 from ..images.files import contact_sheet
+from ..images.masks import seems_turned
 from ..packages import require
 from .augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from .buckets import bucket_choice, crop_target, nearest_bucket
@@ -26,14 +28,18 @@ from .order import sample_seed
 from .sources.reading import MaskError, located, weak_mask
 from .sources.source import Pair, PairSource
 
+logger = logging.getLogger(__name__)
+
 INCOMPLETE = "incomplete samples, left out"
 UNREADABLE = "unreadable files"
 BAD_MASK = "empty or misfit masks"
 FULL_MASK = "full masks"
+TURNED_MASK = "masks of the background"
 WEAK_MASK = "weak masks"
 NO_CAPTION = "empty captions"
 
 MAX_THREADS, NUM_WAITING = 8, 1024
+NUM_NAMED = 3
 FULL_FROM = 0.5
 """A mask all of whose values are at least this says nothing of where the subject is."""
 
@@ -134,6 +140,26 @@ def check_source(
         caption_words=tuple(facts.num_words for facts in read),
         caption_tokens=None if count_tokens is None else tuple(f.num_tokens for f in read),
     )
+
+
+def warn_of_problems(source: PairSource, *, resolution: int, has_buckets: bool) -> None:
+    """Read every pair of a set, and log a warning for each kind of problem.
+
+    Args:
+        source: The set; what it left out when it was opened was said then.
+        resolution: Side of square targets in training, pixels.
+        has_buckets: Whether training keeps the targets' aspect.
+    """
+    report = check_source(source, resolution=resolution, has_buckets=has_buckets, has_bar=True)
+    for kind, messages in report.problems.items():
+        if kind != INCOMPLETE:
+            logger.warning(
+                "%d %s: %s%s",
+                len(messages),
+                kind,
+                " ".join(messages[:NUM_NAMED]),
+                " 'dataset check' lists more." if len(messages) > NUM_NAMED else "",
+            )
 
 
 def training_sheet(
@@ -256,6 +282,11 @@ def _doubts(pair: Pair) -> Iterator[tuple[str, str]]:
         yield (
             FULL_MASK,
             "the mask marks the whole image, background included; mark the subject alone.",
+        )
+    if pair.mask is not None and seems_turned(pair.mask[0]):
+        yield (
+            TURNED_MASK,
+            "the mask covers the border and leaves out the middle, so it seems to mark the background; white marks the subject.",
         )
     weakness = "" if pair.mask is None else weak_mask(pair.mask)
     if weakness:

@@ -120,13 +120,24 @@ def shows_background(image: Tensor) -> bool:
     return bool(((border.amax(dim=1) - border.amin(dim=1)) > PLAIN_RANGE).any())
 
 
+def seems_turned(mask: Tensor) -> bool:
+    """Whether a mask, (height, width) in [0, 1], marks the background: most of the border, and more of it than of the rest."""
+    border, area = _cover(mask)
+    return border > max(area, 0.5) and area <= MOST_BACKGROUND
+
+
+def _cover(mask: Tensor) -> tuple[float, float]:
+    """How much of the border a mask covers, and of all."""
+    return float(mask[_border(*mask.shape)].mean()), float(mask.mean())
+
+
 def _settle(mask: Tensor) -> tuple[Tensor, str]:
     """Decide what one mask, (height, width), marks."""
-    border, area = float(mask[_border(*mask.shape)].mean()), float(mask.mean())
     if float(mask.max()) < SUBJECT_THRESHOLD:
         return torch.ones_like(mask), EMPTY
-    if border > max(area, 0.5) and area <= MOST_BACKGROUND:
+    if seems_turned(mask):
         return 1 - mask, TURNED
+    border, area = _cover(mask)
     is_unsure = border > min(area, 0.5) and bool((mask < 1).any())
     return mask, UNSURE if is_unsure else ""
 

@@ -89,7 +89,7 @@ class Checkpoints:
         if newest is None:
             logger.warning("%s holds no checkpoint: the run begins at step 0.", self.run_folder)
             return None
-        changes = differences(self._read_identity(), json.loads(json.dumps(identity)))
+        changes = differences(self.read_identity(), json.loads(json.dumps(identity)))
         if changes:
             raise InputError(
                 f"The run in {self.run_folder} cannot be resumed with other settings: {changes}. Set them back, "
@@ -110,7 +110,12 @@ class Checkpoints:
             f"--resume then {goes_on}."
         )
 
-    def _read_identity(self) -> dict[str, Any]:
+    def read_identity(self) -> dict[str, Any]:
+        """Read what the checkpoints are of.
+
+        Raises:
+            InputError: Nothing tells.
+        """
         file = self.run_folder / _STATE_FILE
         try:
             identity = read_json(file).get("identity")

@@ -116,6 +116,7 @@ class TrainConfig(Config):
         checkpoint_every: Steps between two checkpoints; 0: only at the end.
         keep_checkpoints: Newest checkpoints that are kept.
         resume: Go on from the newest checkpoint of the run.
+        accept_changed_data: Resume although samples were changed, added or removed.
         validate_every: Steps between two validation grids; 0: none.
         validation_data: Set of the validation; else the training set.
         validation_prompts: Prompts of the validation; none: the captions of its samples.
@@ -168,6 +169,7 @@ class TrainConfig(Config):
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     resume: bool = False
+    accept_changed_data: bool = False
     validate_every: int = 500
     validation_data: str | None = None
     validation_prompts: list[str] = field(default_factory=list[str])

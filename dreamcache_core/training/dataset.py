@@ -5,8 +5,9 @@ Source: METHOD.md section 7. A run with another number of workers or processes r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ from ..processes import ignore_signals
 from .config import TrainConfig
 
 FAILURE = "failure"
-"""Key of a sample that could not be read; its value says why."""
+"""Key of a sample that could not be read, nor another in its place; its value says why."""
+
+SKIPPED = "skipped"
+"""Key of what is said of a sample that could not be read, and whose place another took; mostly empty."""
+
+MAX_TRIED = 16
+"""Samples that are tried at one position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,22 +129,32 @@ class TrainingSet(Dataset[dict[str, Any]]):
             ``index`` of the pair; ``timestep``; ``noise`` and ``reference_noise`` (channels, height / 8, width / 8);
             ``is_dropped``: whether the caption counts as empty. Then ``target`` (height, width, 3) in [0, 1] and
             ``caption``, or their precomputed form ``target_latent``, ``text_states`` and for SDXL ``text_pooled``;
-            and ``reference`` (resolution, resolution, 3) or ``reference_latent``. Of a pair that cannot be read the
-            entry ``failure`` alone: a message that names its files (an exception would come out of a reading process
+            and ``reference`` (resolution, resolution, 3) or ``reference_latent``; and ``skipped``: where the pair cannot
+            be read and the next one of its size takes its place, a message that names its files. Where none of those
+            can be read either, ``failure`` alone, the same message (an exception would come out of a reading process
             as the text of a traceback).
         """
         position = self.positions[offset]
-        epoch, index = self.order(position)
-        generator = torch.Generator().manual_seed(sample_seed(self.config.seed, position))
-        sample = self._draw(index, generator)
-        try:
-            return sample | self._read(index, epoch, generator)
-        except DreamCacheError as error:
-            files = ", ".join(self.data.files(index))
-            return {
-                FAILURE: f"Training sample {index} ({files}) cannot be used: {error} Find all such "
-                "samples with 'dataset check'."
-            }
+        epoch, first = self.order(position)
+        message = ""
+        for index in self._candidates(first):
+            generator = torch.Generator().manual_seed(sample_seed(self.config.seed, position))
+            sample = self._draw(index, generator)
+            try:
+                return sample | self._read(index, epoch, generator) | {SKIPPED: message}
+            except DreamCacheError as error:
+                files = ", ".join(self.data.files(index))
+                message = message or f"Training sample {index} ({files}) cannot be used: {error}"
+        return {FAILURE: f"{message} Find all such samples with 'dataset check'."}
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """Yield a pair and those that may take its place: of a precomputed set, which was whole once, none."""
+        sizes = self.data.sizes
+        if self.data.encoded is not None:
+            yield index
+            return
+        following = ((index + step) % len(sizes) for step in range(len(sizes)))
+        yield from islice((i for i in following if sizes[i] == sizes[index]), MAX_TRIED)
 
     def _draw(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         height, width = (side // LATENT_FACTOR for side in self.data.sizes[index])

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +26,12 @@ from ..pipeline.fitting import adapters_from_model
 from ..processes import Interruption, catch_signals
 from ..version import __version__
 from .checkpoints import ADAPTERS_FILE, Checkpoint, cut_log
-from .dataset import FAILURE
+from .dataset import FAILURE, SKIPPED
 from .initialisation import FITS
 from .injected_unet import Objective
 from .optimization import MovingAverage
 from .run import Run
+from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,9 @@ LOG_FILE = "log.jsonl"
 
 MAX_SKIPPED = 50
 """Steps in a row that an overflow may cost in float16."""
+
+EARLY_GRIDS = (50, 100)
+"""Steps after which a grid is drawn besides those that ``validate_every`` asks for."""
 
 
 def train(run: Run) -> Path:
@@ -85,6 +90,7 @@ class Loop:
         self._losses: list[Tensor] = []
         self._indices: list[Tensor] = []
         self._is_asked_to_stop, self._num_skipped = False, 0
+        self._named: set[str] = set()
 
     def _fit(self, settings: FitSettings) -> None:
         """Fit the adapters to the base model, in every process alike."""
@@ -140,28 +146,26 @@ class Loop:
         if self.config.tracker != "none":
             plain = {k: str(v) for k, v in self.config.to_dict().items()}
             self.accelerator.init_trackers("dreamcache", config=plain)
-        meter = Meter(self.run, self.step)
         try:
-            self._take_steps(meter)
+            self._take_steps()
         finally:
-            meter.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         self._save_checkpoint()
         self._save_adapters(self.run.folder / ADAPTERS_FILE)
 
-    def _take_steps(self, meter: Meter) -> None:
+    def _take_steps(self) -> None:
         if self.accelerator.is_main_process:
-            cut_log(meter.log_file, self.step)
+            cut_log(self.run.folder / LOG_FILE, self.step)
         if self.step == 0:
             self._validate()
-        meter.resume()
-        for batch in self.loader:
-            taken = self.take(batch)
-            if taken is not None:
-                meter.count(self.step, taken)
-                self.finish_step()
-                meter.resume()
+        with closing(Meter(self.run, self.step)) as meter:
+            for batch in self.loader:
+                taken = self.take(batch)
+                if taken is not None:
+                    meter.count(self.step, taken)
+                    self.finish_step()
+                    meter.resume()
 
     def take(self, batch: Mapping[str, Any]) -> TakenStep | None:
         """Take a batch in, and with the last batch of a step take the step; ``None`` is returned within a step.
@@ -206,7 +210,10 @@ class Loop:
             )
 
     def _require_readable(self, batch: Mapping[str, Any]) -> None:
-        """Stop all processes where one could not read its batch, and keep what was learnt."""
+        """Name samples that were skipped; stop all processes where one has no batch, and keep what was learnt."""
+        for message in set(batch.get(SKIPPED, [])) - self._named - {""}:
+            self._named.add(message)
+            logger.warning("%s Another takes its place.", message)
         failure = batch.get(FAILURE)
         if self.accelerator.num_processes > 1:
             failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
@@ -253,7 +260,9 @@ class Loop:
         if self._is_asked_to_stop:
             logger.warning("Stopped after step %d; go on with --resume.", self.step)
             raise KeyboardInterrupt
-        if config.validate_every and (self.step % config.validate_every == 0 or is_last):
+        if config.validate_every and (
+            self.step % config.validate_every == 0 or is_last or self.step in EARLY_GRIDS
+        ):
             self._validate()
 
     def _adapters(self) -> AdapterSet:
@@ -294,11 +303,38 @@ class Loop:
 
     def _validate(self) -> None:
         if self.run.validation is not None:
-            folder = self.run.folder / "validation"
-            sheet = self.run.validation.save(self._adapters(), folder, self.step)
-            for tracker in self.accelerator.trackers:
-                tracker.log_images({"validation": sheet.permute(0, 3, 1, 2)}, step=self.step)
+            try:
+                self._draw_grid(self.run.validation)
+            except (OSError, RuntimeError, MemoryError) as error:  # torch's is a RuntimeError
+                logger.warning(
+                    "The grid of step %d could not be drawn (%s: %s); training goes on.",
+                    self.step,
+                    type(error).__name__,
+                    str(error).partition("\n")[0],
+                )
         self.accelerator.wait_for_everyone()
+
+    def _draw_grid(self, validation: Validation) -> None:
+        total = validation.num_images
+        with tqdm(total=total, desc=f"grid of step {self.step}", unit="image", leave=False) as bar:
+
+            def after_image() -> None:
+                bar.update(1)
+                if self.interruption.is_requested:
+                    raise GridSkippedError
+
+            try:
+                sheet = validation.save(
+                    self._adapters(), self.run.folder / "validation", self.step, after_image
+                )
+            except GridSkippedError:
+                return
+        for tracker in self.accelerator.trackers:
+            tracker.log_images({"validation": sheet.permute(0, 3, 1, 2)}, step=self.step)
+
+
+class GridSkippedError(Exception):
+    """A grid is not drawn to its end, as the run was asked to stop."""
 
 
 class Meter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ class Plan:
         num_steps: Optimizer steps.
         global_batch: Samples of one of them, over all processes.
         num_processes: Processes that train.
+        device: What each of them runs on, and in which float type.
         weights: Frozen base model, on each device.
         trained: Adapters, gradients, the optimizer's moments and the average, on each device; a checkpoint
             holds as much, the adapters twice and no gradients.
@@ -46,6 +48,7 @@ class Plan:
     num_steps: int
     global_batch: int
     num_processes: int
+    device: str
     weights: int
     trained: int
     activations: int
@@ -66,6 +69,7 @@ class Plan:
         epochs = self.num_steps * self.global_batch / self.num_samples
         per_step = f"{self.global_batch} samples a step on {self.num_processes} process"
         return [
+            f"device: {self.device}",
             f"trainable parameters: {self.num_parameters:,}",
             f"samples: {self.num_samples:,}",
             f"steps: {self.num_steps:,} ({per_step}{'es' if self.num_processes > 1 else ''}, {epochs:.1f} epochs)",
@@ -76,7 +80,7 @@ class Plan:
         ]
 
     def require_room(self, folder: Path, taken: int, free_memory: int | None) -> None:
-        """Refuse a run whose checkpoints would not fit; warn of one whose step may not.
+        """Refuse a run whose checkpoints would not fit or cannot be written; warn of one whose step may not fit.
 
         Args:
             folder: Folder of the run; it need not exist.
@@ -84,9 +88,14 @@ class Plan:
             free_memory: Free bytes of the device, or ``None`` where unknown.
 
         Raises:
-            InputError: The disk has too little room.
+            InputError: The disk has too little room, or the folder cannot be made or written to.
         """
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise InputError(
+                f"The run cannot write to {folder}: {nearest} is {'read-only' if nearest.is_dir() else 'no folder'}. Give "
+                "another --out."
+            )
         free = shutil.disk_usage(nearest).free
         needed = max(self.disk - taken, self.trained)
         if free < needed:

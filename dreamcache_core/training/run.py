@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..data.checking import warn_of_problems
+from ..data.sources.source import PairSource
 from ..errors import InputError, MissingPackageError
 from ..fitting.noise_schedule import NoiseSchedule
 from ..method.adapter import AdapterSet
@@ -29,6 +31,7 @@ from .initialisation import new_adapters
 from .injected_unet import InjectedUNet
 from .optimization import make_optimizer
 from .plan import Plan, estimate_saved_bytes
+from .set_record import set_changes, write_record
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -44,10 +47,17 @@ FREE_ON_RESUME = {
     "batch_size", "gradient_accumulation",  # their product with the number of processes is
     "mixed_precision", "gradient_checkpointing",  # the effective precision is compared; the other changes nothing
     "workers", "log_every", "tracker", "checkpoint_every", "keep_checkpoints", "resume", "dry_run",
+    "accept_changed_data",
     "validate_every", "validation_data", "validation_prompts", "validation_samples",
     "validation_steps", "validation_image_guidance", "validation_cfg",
 }  # fmt: skip
 """Fields that a resumed run may change without being another run."""
+
+TRAINING_SET = "training set"
+"""Entry of a run's identity."""
+
+MAX_READ_THROUGH = 4000
+"""Pairs of the largest set that is read through before the first step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +110,7 @@ class Run:
             num_steps=config.steps,
             global_batch=self.global_batch,
             num_processes=self.accelerator.num_processes,
+            device=_describe_device(self.accelerator),
             weights=sum(weight.nbytes for part in self.base.parts for weight in part.parameters()),
             # weight, gradient and AdamW's two moments
             trained=adapters.nbytes * (4 + (config.ema_decay is not None)),
@@ -114,24 +125,49 @@ class Run:
             num_checkpoints=config.keep_checkpoints,
         )
 
-    def begin(self) -> None:
-        """Check what another process or the disk may forbid, then write down what the run is.
+    def check(self) -> None:
+        """Check all that can be checked without writing a file: disk, memory, steps; a set of moderate size is read through.
 
         Raises:
             InputError: There is no room for checkpoints, or the run has more steps than it is to have.
-            StateError: The processes do not see one folder.
         """
-        accelerator, device = self.accelerator, self.accelerator.device
+        device = self.accelerator.device
         free_memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         self.plan.require_room(self.folder, self.checkpoints.num_bytes, free_memory)
-        require_shared_folder(self.folder, accelerator)
         if self.start is not None and self.start.step > self.config.steps:
             raise InputError(
                 f"The run has {self.start.step} steps behind it, and steps = {self.config.steps} is asked for. Set steps higher."
             )
-        if accelerator.is_main_process:
+        source = self._images
+        if (
+            self.accelerator.is_main_process
+            and self.start is None
+            and source is not None
+            and len(source.keys) <= MAX_READ_THROUGH
+        ):
+            warn_of_problems(
+                source, resolution=self.data.resolution, has_buckets=self.config.buckets
+            )
+
+    def begin(self) -> None:
+        """Check the run, then write down what it is.
+
+        Raises:
+            InputError: See ``check``.
+            StateError: The processes do not see one folder.
+        """
+        self.check()
+        require_shared_folder(self.folder, self.accelerator)
+        if self.accelerator.is_main_process:
             self.checkpoints.write_identity(self.identity, self.config.to_dict())
-        accelerator.wait_for_everyone()
+            if self._images is not None:
+                write_record(self.folder, self._images)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _images(self) -> PairSource | None:
+        """The set, where training reads it itself."""
+        return self.data.source if self.data.encoded is None else None
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -161,7 +197,7 @@ def open_run(config: TrainConfig) -> Run:
         "prediction": schedule.prediction,
         "noise levels": _digest(schedule.alphas_cumprod),
         "base model": model_fingerprint(config.model, UNET_PARTS),
-        "training set": data.fingerprint,
+        TRAINING_SET: data.fingerprint,
         "precomputed set": None if data.encoded is None else data.encoded.index.identity,
         "samples per step (batch_size x gradient_accumulation x processes)": _global_batch(
             config, accelerator
@@ -169,6 +205,8 @@ def open_run(config: TrainConfig) -> Run:
         "mixed precision": accelerator.mixed_precision,
     }
     checkpoints = Checkpoints(Path(config.out), config.keep_checkpoints)
+    if config.resume and checkpoints.newest() is not None and data.encoded is None:
+        _take_set_as_begun(identity, checkpoints, data, is_accepted=config.accept_changed_data)
     start = checkpoints.choose_start(identity, resume=config.resume)
     validation = None
     if config.validate_every and accelerator.is_main_process:
@@ -177,6 +215,36 @@ def open_run(config: TrainConfig) -> Run:
         config, accelerator, base, data, schedule, module, optimizer, identity, checkpoints, start,
         validation,
     )  # fmt: skip
+
+
+def _take_set_as_begun(
+    identity: dict[str, Any], checkpoints: Checkpoints, data: TrainingData, *, is_accepted: bool
+) -> None:
+    """Give the set the identity that the run was begun with, where it is the same but for times, or accepted as it is.
+
+    Raises:
+        InputError: The set has changed.
+    """
+    assert data.source is not None
+    begun = checkpoints.read_identity().get(TRAINING_SET)
+    if begun == identity[TRAINING_SET]:
+        return
+    changes = set_changes(checkpoints.run_folder, data.source)
+    if changes and not is_accepted:
+        raise InputError(
+            f"The training set is not the one that the run in {checkpoints.run_folder} was begun on: {changes}. Put it back, "
+            "or go on with the set as it is now: --accept_changed_data."
+        )
+    if changes:
+        logger.warning("The training set has changed since the run was begun: %s.", changes)
+    identity[TRAINING_SET] = begun
+
+
+def _describe_device(accelerator: Any) -> str:
+    device = accelerator.device
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    precision = accelerator.mixed_precision
+    return f"{device}{name}, {'float32' if precision == 'no' else precision}"
 
 
 def _global_batch(config: TrainConfig, accelerator: Any) -> int:

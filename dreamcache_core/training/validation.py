@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..data.sources.opening import open_source
-from ..data.sources.source import PairSource
-from ..errors import InputError
+from ..data.sources.source import Pair, PairSource
+from ..errors import DreamCacheError, InputError
 from ..images.files import contact_sheet, save_png
 from ..images.reference import prepare_reference_image
 from ..method.adapter import AdapterSet
@@ -45,21 +46,32 @@ class Validation:
                 "validation_data (or data), or validate_every = 0."
             )
         self.base, self.config, self.resolution = base, config, resolution
-        count = min(config.validation_samples, len(source.keys))
-        pairs = [source.read(index) for index in range(count)]
+        pairs = list(islice(_readable(source), config.validation_samples))
+        if not pairs:
+            raise InputError(
+                "No sample can be read that a validation grid could show; 'dataset check' says why."
+            )
         self.references = [
             prepare_reference_image(pair.subject, pair.mask, size=resolution)[0] for pair in pairs
         ]
         given = config.validation_prompts
-        self.prompts = [given[i % len(given)] if given else pairs[i].caption for i in range(count)]
+        self.prompts = [
+            given[row % len(given)] if given else pair.caption for row, pair in enumerate(pairs)
+        ]
         self._without: list[Tensor] = []
 
+    @property
+    def num_images(self) -> int:
+        """Images that the next grid takes; those without the reference are drawn once."""
+        return 2 * len(self.references) - len(self._without)
+
     @torch.no_grad()
-    def draw(self, adapters: AdapterSet) -> Tensor:
+    def draw(self, adapters: AdapterSet, after_image: Callable[[], object]) -> Tensor:
         """Draw the grid.
 
         Args:
             adapters: The adapters as they are now.
+            after_image: Called after each image.
 
         Returns:
             A contact sheet, (1, height, width, 3) in [0, 1]: a row for each reference.
@@ -69,14 +81,18 @@ class Validation:
             reference = self.base.pipeline.encode_reference(image, adapters=adapters)
             if row == len(self._without):
                 self._without.append(self._sample(prompt, ReferenceUse(reference, adapters, 0.0)))
+                after_image()
             with_it = self._sample(prompt, ReferenceUse(reference, adapters))
+            after_image()
             rows.append([image, self._without[row], with_it])
         captions = [["reference", f"without: {prompt}", "with it"] for prompt in self.prompts]
         return contact_sheet(rows, captions)
 
-    def save(self, adapters: AdapterSet, folder: Path, step: int) -> Tensor:
+    def save(
+        self, adapters: AdapterSet, folder: Path, step: int, after_image: Callable[[], object]
+    ) -> Tensor:
         """Draw the grid and write it as ``step-000500.png``; see ``draw``."""
-        sheet = self.draw(adapters)
+        sheet = self.draw(adapters, after_image)
         folder.mkdir(parents=True, exist_ok=True)
         save_png(folder / f"step-{step:06d}.png", sheet)
         return sheet
@@ -94,3 +110,12 @@ class Validation:
             output_type="pt",
         )
         return image.permute(0, 2, 3, 1).float().cpu()
+
+
+def _readable(source: PairSource) -> Iterator[Pair]:
+    """Yield the pairs of a set that can be read."""
+    for index in range(len(source.keys)):
+        try:
+            yield source.read(index)
+        except DreamCacheError:
+            continue

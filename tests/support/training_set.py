@@ -1,4 +1,4 @@
-"""A small training set in the authors' layout, and a tiny base model in a folder."""
+"""Small training sets, and a tiny base model in a folder."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ COLOURS = ("red", "blue", "green", "orange", "purple", "teal", "black", "olive")
 
 
 def write_pairs(folder: Path, count: int = 6, size: tuple[int, int] = (96, 80)) -> Path:
-    """Write discs and squares of different colours on grey; width and height differ."""
+    """Write discs and squares of different colours on grey, in the authors' layout; width and height differ."""
     for index in range(count):
         subject = folder / f"subject_{index % 2}"
         subject.mkdir(parents=True, exist_ok=True)
@@ -23,6 +23,19 @@ def write_pairs(folder: Path, count: int = 6, size: tuple[int, int] = (96, 80)) 
         photo.save(subject / f"{index:03d}_generation.png")
         mask.save(subject / f"{index:03d}_mask.png")
         (subject / f"{index:03d}_caption.txt").write_text("a b", encoding="utf-8")
+    return folder
+
+
+def write_captioned(folder: Path, count: int = 6) -> Path:
+    """Write the same as images with captions, and masks in a folder of their own."""
+    write_pairs(folder, count)
+    for image in sorted(folder.rglob("*_generation.png")):
+        stem = image.name.removesuffix("_generation.png")
+        masks = folder / "masks" / image.parent.name
+        masks.mkdir(parents=True, exist_ok=True)
+        image.with_name(f"{stem}_mask.png").rename(masks / f"{stem}.png")
+        image.with_name(f"{stem}_caption.txt").rename(image.with_name(f"{stem}.txt"))
+        image.rename(image.with_name(f"{stem}.png"))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from training_set import save_base_model, write_pairs
 
@@ -75,6 +77,13 @@ def flags(settings) -> list[str]:
 def run_process(settings, *launcher: str) -> subprocess.CompletedProcess:
     command = [sys.executable, *launcher, "-m", "dreamcache_core", "train", *flags(settings)]
     return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+
+
+def break_image(data: Path, image: Path | None = None) -> Path:
+    """Cut off an image of a set."""
+    image = image or data / "subject_1" / "001_generation.png"
+    image.write_bytes(image.read_bytes()[:100])
+    return image
 
 
 def largest_difference(first, second) -> float:
@@ -181,6 +190,7 @@ def test_sigterm_saves_and_resume_goes_on(settings, tmp_path):
     os.killpg(process.pid, signal.SIGTERM)  # as batch systems do, its reading processes too
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
+    assert "stopping as soon as all is saved" in errors
     assert "--resume" in errors
     (checkpoint,) = (Path(settings["out"]) / "checkpoints").iterdir()
     done = int(checkpoint.name.removeprefix("step-"))
@@ -465,7 +475,32 @@ def test_dry_run_prints_the_plan_and_writes_nothing(settings, tmp_path, capsys):
     count = sum(w.numel() for w in train(settings).values())
     assert f"trainable parameters: {count:,}" in plan
     assert "steps: 4 (2 samples a step on 1 process, 1.3 epochs)" in plan
+    assert "device: cpu, float32" in plan
     assert "MiB" in plan
+
+
+def test_dry_run_finds_what_the_run_would(settings, tmp_path, capsys, caplog, monkeypatch):
+    data = write_pairs(tmp_path / "set", 5)
+    break_image(data)
+    mask = data / "subject_0" / "000_mask.png"
+    ImageOps.invert(Image.open(mask)).save(mask)
+    settings = {**settings, "data": str(data)}
+    assert main(["train", *flags(settings), "--dry-run"]) == 0
+    assert "1 unreadable files: subject_1/001" in caplog.text
+    assert "1 masks of the background: subject_0/000" in caplog.text
+    (tmp_path / "taken").write_text("")
+    for out, reason in ((tmp_path / "taken", "no folder"), (tmp_path / "locked", "read-only")):
+        if reason == "read-only":
+            monkeypatch.setattr(os, "access", lambda *_: False)
+        assert main(["train", *flags({**settings, "out": str(out)}), "--dry-run"]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_the_end_of_a_run_says_how_to_use_its_file(settings, capsys):
+    assert main(["train", *flags(settings)]) == 0
+    finished = capsys.readouterr().out.splitlines()[-1]
+    assert "ComfyUI/models/dreamcache" in finished
+    assert f"--adapters {settings['out']}/adapters.safetensors --reference" in finished
 
 
 # --- bad input
@@ -546,7 +581,7 @@ def test_a_run_resumes_with_its_own_settings_only(settings, changes):
 def test_a_run_resumes_on_its_own_model_and_data_only(settings, tmp_path):
     train({**settings, "checkpoint_every": 2})
     more = {**settings, "resume": True, "data": str(write_pairs(tmp_path / "more", 8))}
-    with pytest.raises(InputError, match="training set was"):
+    with pytest.raises(InputError, match=r"training set is not .*: 2 new \(subject_0/006, sub"):
         open_run(TrainConfig.from_dict(more))
     torch.manual_seed(1)
     other = save_base_model(tmp_path / "other")
@@ -573,21 +608,47 @@ def test_a_run_is_not_resumed_to_fewer_steps_than_it_has(settings):
         train({**settings, "resume": True, "steps": 3})
 
 
-def test_a_failing_validation_loses_no_step(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "failure", [MemoryError(), OSError(28, "No space left"), RuntimeError("out of memory")]
+)
+def test_a_failing_grid_stops_nothing(settings, tmp_path, monkeypatch, caplog, failure):
     settings = {**settings, "checkpoint_every": 2, "validate_every": 2, "validation_steps": 1}
     run = open_run(TrainConfig.from_dict(settings))
     drawn = []
 
-    def fail_later(adapters):
+    def fail_later(adapters, _):
         drawn.append(adapters)
         if len(drawn) == 2:
-            raise MemoryError
+            raise failure
         return torch.zeros(1, 8, 8, 3)
 
     monkeypatch.setattr(run.validation, "draw", fail_later)
-    with pytest.raises(MemoryError):
-        loop.train(run)
-    assert (tmp_path / "run" / "checkpoints" / "step-000002").exists()
+    loop.train(run)
+    assert f"grid of step 2 could not be drawn ({type(failure).__name__}" in caplog.text
+    grids = (tmp_path / "run" / "validation").iterdir()
+    assert sorted(grid.name for grid in grids) == ["step-000000.png", "step-000004.png"]
+    load_adapters(tmp_path / "run" / "adapters.safetensors")
+
+
+def test_grids_come_early_and_a_request_to_stop_ends_one(settings, monkeypatch):
+    monkeypatch.setattr(loop, "EARLY_GRIDS", (1, 2))
+    settings = {**settings, "validate_every": 4, "validation_steps": 1, "validation_samples": 2}
+    run, interruption, drawn = open_run(TrainConfig.from_dict(settings)), Interruption(), []
+    run.begin()
+    assert run.validation is not None
+    sample = run.validation._sample
+
+    def ask_in_the_second_grid(*arguments):
+        drawn.append(arguments)
+        interruption.is_requested = len(drawn) == 5
+        return sample(*arguments)
+
+    monkeypatch.setattr(run.validation, "_sample", ask_in_the_second_grid)
+    with pytest.raises(KeyboardInterrupt):
+        loop.Loop(run, interruption).train()
+    assert len(drawn) == 5  # of the first grid 4, of the next the first
+    assert [path.name for path in (run.folder / "validation").iterdir()] == ["step-000000.png"]
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-000002"]
 
 
 def test_the_learning_rate_that_is_logged_is_the_steps_own(settings, tmp_path):
@@ -611,28 +672,50 @@ def test_a_folder_with_a_run_is_not_overwritten(settings):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_stops_the_run_named_and_nothing_is_lost(settings, tmp_path, workers):
+def test_an_unreadable_image_is_named_and_the_next_takes_its_place(
+    settings, tmp_path, workers, caplog
+):
     data = write_pairs(tmp_path / "set", 5)
-    settings = {**settings, "data": str(data), "batch_size": 1, "workers": workers}
-    image = data / "subject_1" / "001_generation.png"
-    image.write_bytes(image.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"^Training sample 3 .*001_generation\.png.*check'\.$"):
-        train(settings, steps=9)
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert int(checkpoint.name.removeprefix("step-")) == len(losses(settings)) > 0
+    settings = {**settings, "data": str(data), "workers": workers, "steps": 9}
+    settings |= {"validate_every": 9, "validation_steps": 1, "validation_samples": 4}
+    break_image(data)
+    weights = train(settings)
+    assert "1 unreadable files" in caplog.text
+    (named,) = {text for text in caplog.messages if "Another takes its place" in text}
+    assert "001_generation.png" in named
+    again = train(settings, out=str(tmp_path / "again"))
+    assert largest_difference(weights, again) == 0
 
 
-def test_an_unreadable_image_of_one_process_stops_both_and_nothing_is_lost(settings, tmp_path):
+def test_a_set_without_a_readable_image_is_refused_by_both_processes(settings, tmp_path):
     data = write_pairs(tmp_path / "set", 5)
-    image = data / "subject_1" / "001_generation.png"
-    image.write_bytes(image.read_bytes()[:100])
+    for image in data.rglob("*_generation.png"):
+        break_image(data, image)
     settings = {**settings, "data": str(data), "batch_size": 1, "steps": 9}
     done = run_process(settings, *TWO_PROCESSES)
     assert done.returncode != 0
-    assert "Training sample 3" in done.stderr
-    assert "Another process could not read its batch" in done.stderr
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert int(checkpoint.name.removeprefix("step-")) == len(losses(settings)) > 0
+    assert "cannot be used" in done.stderr
+    assert "dataset check" in done.stderr
+
+
+def test_a_copied_or_mended_set_is_resumed_on(settings, tmp_path, caplog):
+    data = write_pairs(tmp_path / "set", 5)
+    settings = {**settings, "data": str(data), "checkpoint_every": 2}
+    image = break_image(data)
+    train(settings)
+    copy = shutil.copytree(data, tmp_path / "copy", copy_function=shutil.copyfile)
+    longer = {**settings, "resume": True, "steps": 6}
+    assert load_file(loop.train(open_run(TrainConfig.from_dict({**longer, "data": str(copy)}))))
+    Image.new("RGB", (96, 80)).save(image)
+    (data / "subject_0" / "004_caption.txt").unlink()
+    longer["steps"] = 8
+    with pytest.raises(
+        InputError, match=r"1 changed \(subject_1/001\); 1 gone \(subject_0/004\).*--accept"
+    ):
+        train(longer)
+    train(longer, accept_changed_data=True)
+    assert "has changed since the run was begun: 1 changed" in caplog.text
+    train({**longer, "steps": 10})  # what was accepted is what the run is on
 
 
 def test_processes_that_see_different_checkpoints_are_refused(settings, tmp_path):

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from tiny_segmenters import save_clipseg, save_grounding_dino, save_sam
-from training_set import save_base_model, write_pairs
+from training_set import save_base_model, write_captioned
 from transformers import CLIPTextConfig
 
 from dreamcache_core import load_adapters
@@ -49,6 +49,7 @@ ADDED = {
     "train --config run.toml --out runs/two": "--dry_run",  # test_training.py trains on two
     "dataset encode": "--reference_variants 2",
     "dataset build": TINY_BUILD,
+    "dataset masks": "--cpu --mask_threshold 0.3",
     "generate": "--steps 1",
 }
 """Flags that make a command small, by its longest beginning."""
@@ -91,7 +92,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
     save_base_model(tmp_path).rename("models/stable-diffusion-2-1-base")
-    write_pairs(Path("images"), 20)
+    write_captioned(Path("images"), 20)
     for number, text in enumerate(blocks("toml")):
         name = ("run.toml", "paper.toml")[number]
         assert text.startswith(f"# {name}\n")
@@ -104,11 +105,13 @@ def test_the_commands_run_in_the_order_of_the_guide(folder, capfd):
     save_clipseg(Path("models/clipseg-rd64-refined"))
     save_grounding_dino(Path("models/grounding-dino-base"))
     save_sam(Path("models/sam-vit-base"))
-    shutil.copy("images/subject_0/000_generation.png", "photo.png")
-    shutil.copy("images/subject_0/000_mask.png", "photo_mask.png")
+    shutil.copy("images/subject_0/000.png", "photo.png")
+    shutil.copy("images/masks/subject_0/000.png", "photo_mask.png")
+    Path("images/masks/subject_0/002.png").unlink()
     Path("path/to/ComfyUI/models/dreamcache").mkdir(parents=True)
     for command in commands():
         run(command, capfd)
+    assert Path("images/masks/subject_0/002.png").exists()
     assert len(open_source("shards").keys) == 20
     assert Path("check.png").exists()
     assert Path("runs/first/validation/step-000002.png").exists()
@@ -191,17 +194,6 @@ def test_the_manifests_are_read(tmp_path):
         assert pair.caption == "a red bag, on a beach"
         assert pair.mask is not None
         assert pair.mask.sum() == 40 * 40
-
-
-def test_the_masks_are_made(folder):
-    save_clipseg(Path("models/clipseg-rd64-refined"))
-    for path in Path("images").rglob("*_mask.png"):
-        path.unlink()
-    exec(compile(block("python", "ClipSegmenter"), "training.md", "exec"), {})
-    masks = list(Path("images").rglob("*_mask.png"))
-    assert len(masks) == 20
-    with Image.open(masks[0]) as mask:
-        assert mask.size == (96, 80)
 
 
 def first_column(heading: str) -> list[str]:

@@ -105,6 +105,11 @@ class CaptionedSource(FileSource):
         path = self._pairs[index].image if part == "target" else self._pairs[index].mask
         return (path, None) if path else None
 
+    def new_mask(self, index: int) -> Path:
+        """Where a mask made for an image belongs."""
+        place = Path(self._pairs[index].image).relative_to(self.root)
+        return self.root / MASKS / place.with_suffix(".png")
+
     def caption(self, index: int) -> str:
         """Caption of a pair."""
         pair = self._pairs[index]

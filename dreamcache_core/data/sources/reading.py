@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -87,6 +88,11 @@ def stamp_files(root: Path, files: Iterable[str]) -> str:
             "again."
         ) from error
     return "; ".join(f"{name}, {state.st_size}, {state.st_mtime_ns}" for name, state in states)
+
+
+def without_times(stamp: str) -> str:
+    """Return a pair's stamp without the times that ``stamp_files`` wrote into it, which a plain copy does not keep."""
+    return re.sub(r"(, \d+), -?\d+(?=; |$)", r"\1", stamp)
 
 
 def located(source: PairSource, index: int, text: str) -> str:

@@ -25,7 +25,7 @@ from .captions import (
 from .folder import BuildFolder, Sample, read_rejections
 from .options import BuildOptions
 from .quality import is_blank, judge_mask
-from .segmentation import ClipSegmenter, GroundedSegmenter, Segmenter
+from .segmentation import load_segmenter
 from .text_to_image import TextToImage
 
 
@@ -115,7 +115,14 @@ class _Maker:
 
     def load(self) -> None:
         options, device = self.options, self.device
-        self.segment = _load_segmenter(options, device)
+        self.segment = load_segmenter(
+            options.segmenter_model,
+            options.detector_model,
+            flag="--segmenter_model",
+            mask_threshold=options.mask_threshold,
+            box_threshold=options.box_threshold,
+            device=device,
+        )
         self.text_to_image = TextToImage(
             options.model,
             pipeline_class=options.pipeline_class,
@@ -194,12 +201,3 @@ def _settings(options: BuildOptions, captions: Sequence[Caption]) -> dict[str, A
     else:
         del settings["count"]  # a folder may grow
     return settings
-
-
-def _load_segmenter(options: BuildOptions, device: torch.device) -> Segmenter:
-    model = options.segmenter_model
-    if options.detector_model is None:
-        return ClipSegmenter(model, threshold=options.mask_threshold, device=device)
-    return GroundedSegmenter(
-        options.detector_model, model, box_threshold=options.box_threshold, device=device
-    )

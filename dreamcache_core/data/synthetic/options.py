@@ -8,6 +8,7 @@ from typing import Literal
 from ...config import Config, check_range
 from ...errors import InputError
 from .quality import QualityLimits
+from .segmentation import check_thresholds
 from .text_to_image import AUTO_CLASS
 
 
@@ -92,9 +93,7 @@ class BuildOptions(Config):
             value = getattr(self, name)
             if value is not None and (value < 8 or value % 8):
                 raise InputError(f"Expected {name} to be a multiple of 8 pixels, got {value}.")
-        for name in ("mask_threshold", "box_threshold"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"Expected {name} in (0, 1), got {getattr(self, name)}.")
+        check_thresholds(self.mask_threshold, self.box_threshold)
         if self.captions is not None and (self.subjects, self.contexts) != (None, None):
             raise InputError("Give captions, or lists of subjects and contexts; got both.")
         if (self.segmenter == "grounded-sam") != (self.detector_model is not None):

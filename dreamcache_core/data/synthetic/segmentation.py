@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import InputError
 from ...images.tensors import tensor_to_image
 from ...pipeline.transformers_loading import load_with_processor
 
@@ -28,23 +29,67 @@ class Segmenter(Protocol):
         ...
 
 
+def check_thresholds(mask_threshold: float, box_threshold: float) -> None:
+    """Refuse thresholds of ``load_segmenter`` that are no probabilities.
+
+    Raises:
+        InputError: One is outside (0, 1).
+    """
+    for name, value in (("mask_threshold", mask_threshold), ("box_threshold", box_threshold)):
+        if not 0 < value < 1:
+            raise InputError(f"Expected {name} in (0, 1), got {value}.")
+
+
+def load_segmenter(
+    model: str,
+    detector: str | None,
+    *,
+    flag: str,
+    mask_threshold: float,
+    box_threshold: float,
+    device: torch.device,
+) -> Segmenter:
+    """Load CLIPSeg, or with a detector SAM and Grounding DINO.
+
+    Args:
+        model: Folder of CLIPSeg or SAM.
+        detector: Folder of Grounding DINO, or ``None``.
+        flag: What messages call ``model``.
+        mask_threshold: See ``ClipSegmenter``.
+        box_threshold: See ``GroundedSegmenter``.
+        device: Where they run, in float32.
+
+    Raises:
+        DreamCacheError: A folder is missing, damaged or holds another kind of model.
+    """
+    if detector is None:
+        return ClipSegmenter(model, flag=flag, threshold=mask_threshold, device=device)
+    return GroundedSegmenter(detector, model, flag=flag, box_threshold=box_threshold, device=device)
+
+
 class ClipSegmenter:
     """CLIPSeg: one model from text to a soft mask."""
 
-    def __init__(self, model: str, *, threshold: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        threshold: float,
+        device: torch.device,
+        flag: str = "--segmenter_model",
+    ) -> None:
         """Load the model.
 
         Args:
             model: Its folder.
+            flag: What messages call it.
             threshold: Probability from which on a pixel belongs to the subject, in (0, 1).
             device: Where it runs, in float32.
 
         Raises:
             DreamCacheError: The folder is missing, damaged or holds another kind of model.
         """
-        parts = _load(
-            model, "--segmenter_model", "CLIPSegForImageSegmentation", ("clipseg",), device
-        )
+        parts = _load(model, flag, "CLIPSegForImageSegmentation", ("clipseg",), device)
         self.processor, self.model = parts
         self.threshold, self.device = threshold, device
 
@@ -68,13 +113,20 @@ class GroundedSegmenter:
     """Grounding DINO finds the subject's box, SAM its outline."""
 
     def __init__(
-        self, detector: str, segmenter: str, *, box_threshold: float, device: torch.device
+        self,
+        detector: str,
+        segmenter: str,
+        *,
+        box_threshold: float,
+        device: torch.device,
+        flag: str = "--segmenter_model",
     ) -> None:
         """Load both models.
 
         Args:
             detector: Folder of Grounding DINO.
             segmenter: Folder of SAM.
+            flag: What messages call it.
             box_threshold: Score from which on a box counts as found, in (0, 1).
             device: Where they run, in float32.
 
@@ -84,7 +136,7 @@ class GroundedSegmenter:
         kinds = ("grounding-dino", "mm-grounding-dino")
         name = "AutoModelForZeroShotObjectDetection"
         self.detector = _load(detector, "--detector_model", name, kinds, device)
-        self.segmenter = _load(segmenter, "--segmenter_model", "SamModel", ("sam",), device)
+        self.segmenter = _load(segmenter, flag, "SamModel", ("sam",), device)
         self.box_threshold, self.device = box_threshold, device
 
     @torch.inference_mode()
