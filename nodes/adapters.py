@@ -1,9 +1,12 @@
-"""Nodes that load and save adapters."""
+"""Nodes that load, save and fit adapters."""
+
+from typing import Any
 
 import torch
 from comfy_api.latest import io
 
-from ..dreamcache_core import AdapterSet, load_adapters, save_adapters
+from ..dreamcache_core import AdapterSet, InputError, load_adapters, save_adapters
+from ..dreamcache_core.method.cache import LATENT_FACTOR
 from .host.folders import (
     adapter_path,
     check_choice,
@@ -11,8 +14,11 @@ from .host.folders import (
     list_adapter_files,
     new_adapter_path,
 )
-from .host.report import describe_adapters, report
-from .sockets import PERSONALIZE, Adapters, advanced, filename_prefix_input, found_by
+from .host.model import default_side_px
+from .host.report import describe_adapters, node_id, report
+from .host.training.fit import fit_to_model
+from .host.training.run import MAX_PX, MIN_PX
+from .sockets import PERSONALIZE, Adapters, advanced, filename_prefix_input, found_by, seed_input
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -103,4 +109,62 @@ class SaveAdapters(io.ComfyNode):
         return io.NodeOutput(ui=report(cls, text))
 
 
-NODES: list[type[io.ComfyNode]] = [LoadAdapters, SaveAdapters]
+class ModelAdapters(io.ComfyNode):
+    """Fit adapters to a model, without training."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return io.Schema(
+            node_id="DreamCacheModelAdapters",
+            display_name="Adapters from Model (DreamCache)",
+            category="DreamCache",
+            description="Makes adapters of the model's own self-attention: for any Stable Diffusion 1.5, 2.1 or SDXL model, "
+            "without a file and without training. Trained adapters keep more of the subject.",
+            **found_by("no download", *PERSONALIZE),
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that will generate; LoRAs on it count. It stays as it is.",
+                ),
+                io.Clip.Input("clip", tooltip="The model's CLIP."),
+                advanced(
+                    seed_input(
+                        "The same model and seed give the same adapters. Another one hardly differs."
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "size",
+                        default=0,
+                        min=0,
+                        max=MAX_PX,
+                        step=8,
+                        optional=True,
+                        tooltip="Side in pixels of the images that the model draws for it. 0: 512, for SDXL 1024.",
+                    )
+                ),
+            ],
+            outputs=[
+                Adapters.Output(
+                    display_name="adapters",
+                    tooltip="For Apply DreamCache, Save DreamCache Adapters, or to train on from. Encode Reference must have "
+                    "their timestep.",
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, seed: int, size: int = 0) -> io.NodeOutput:
+        """Fit."""
+        size_px = size or default_side_px(model)
+        if size_px < MIN_PX or size_px % LATENT_FACTOR:
+            raise InputError(
+                f"size must be 0 or a multiple of {LATENT_FACTOR} from {MIN_PX} on; given {size}."
+            )
+        adapters = fit_to_model(model, clip, size_px=size_px, seed=seed, node_id=node_id(cls))
+        return io.NodeOutput(adapters, ui=report(cls, describe_adapters(adapters)))
+
+
+NODES: list[type[io.ComfyNode]] = [LoadAdapters, SaveAdapters, ModelAdapters]

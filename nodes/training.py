@@ -1,79 +1,121 @@
-"""The nodes that make adapters: by training, and fitted to a model."""
+"""The nodes that train adapters, and read what they are trained on."""
 
 from typing import Any
 
-from comfy_api.latest import io
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+from torch import Tensor
 
-from ..dreamcache_core import InputError
+from ..dreamcache_core import DreamCacheError, InputError
+from ..dreamcache_core.data.checking import training_sheet
+from ..dreamcache_core.data.sources.opening import open_source
+from ..dreamcache_core.data.sources.source import Pair, PairSource
 from ..dreamcache_core.images.loss_curve import draw_loss_curve
-from ..dreamcache_core.method.cache import LATENT_FACTOR
-from .host.model import default_side_px
-from .host.report import describe_adapters, node_id, report
-from .host.training.fit import fit_to_model
+from .host.folders import check_choice, choice_state, list_set_folders, set_files, set_folder
+from .host.report import node_id, report
 from .host.training.loop import DivergedError, train
-from .host.training.run import MAX_PX, MIN_PX, TrainingRun
-from .sockets import PERSONALIZE, Adapters, advanced, found_by, mask_marks_input, seed_input
+from .host.training.run import TrainingRun
+from .sockets import (
+    PERSONALIZE,
+    SUBJECT,
+    Adapters,
+    advanced,
+    found_by,
+    mask_marks_input,
+    seed_input,
+)
+
+SHEET_PX = 512
+NUM_SHOWN = 8
+"""Images in the sheet of a training set."""
+
+NUM_NAMED = 3
+"""Images left out of a training set that its node names."""
 
 LISTS = ("images", "masks", "captions", "conditioning")
 """Inputs that may hold several things; of the others the first counts."""
 
 
-class ModelAdapters(io.ComfyNode):
-    """Fit adapters to a model, without training."""
+class LoadTrainingSet(io.ComfyNode):
+    """Read images, masks and captions of a folder, each image with its own."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the node."""
         return io.Schema(
-            node_id="DreamCacheModelAdapters",
-            display_name="Adapters from Model (DreamCache)",
-            category="DreamCache",
-            description="Makes adapters of the model's own self-attention: for any Stable Diffusion 1.5, 2.1 or SDXL model, "
-            "without a file and without training. Trained adapters keep more of the subject.",
-            **found_by("no download", *PERSONALIZE),
+            node_id="DreamCacheLoadTrainingSet",
+            display_name="Load Training Set (DreamCache)",
+            category="DreamCache/training",
+            description="Loads a folder of training images from ComfyUI's input folder, each with its caption (x.png with x.txt) "
+            "and, where there is one, its mask (masks/x.png), and shows what training will see.",
+            **found_by("dataset", "kohya", "folder", "captions", *SUBJECT),
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The model that will generate; LoRAs on it count. It stays as it is.",
+                io.Combo.Input(
+                    "folder",
+                    options=list_set_folders(),
+                    tooltip="Folder below ComfyUI's input folder, with any folders in it. Press R after making a new one.",
                 ),
-                io.Clip.Input("clip", tooltip="The model's CLIP."),
-                advanced(
-                    seed_input(
-                        "The same model and seed give the same adapters. Another one hardly differs."
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "size",
-                        default=0,
-                        min=0,
-                        max=MAX_PX,
-                        step=8,
-                        optional=True,
-                        tooltip="Side in pixels of the images that the model draws for it. 0: 512, for SDXL 1024.",
-                    )
+                io.String.Input(
+                    "caption",
+                    default="",
+                    optional=True,
+                    tooltip="What images show that have no caption file. Empty: the name of a folder such as '10_red bag'.",
                 ),
             ],
             outputs=[
-                Adapters.Output(
-                    display_name="adapters",
-                    tooltip="For Apply DreamCache, Save DreamCache Adapters, or to train on from. Encode Reference must have "
-                    "their timestep.",
-                )
+                io.Image.Output(
+                    display_name="images",
+                    is_output_list=True,
+                    tooltip="For Train DreamCache Adapters, in the order of their names.",
+                ),
+                io.Mask.Output(
+                    display_name="masks",
+                    is_output_list=True,
+                    tooltip="The subject of each image; all of an image that has no mask.",
+                ),
+                io.String.Output(
+                    display_name="captions",
+                    is_output_list=True,
+                    tooltip="The caption of each image.",
+                ),
+                io.Image.Output(
+                    display_name="sheet",
+                    tooltip="Some of the images beside the references that training makes of them.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: Any, clip: Any, seed: int, size: int = 0) -> io.NodeOutput:
-        """Fit."""
-        size_px = size or default_side_px(model)
-        if size_px < MIN_PX or size_px % LATENT_FACTOR:
-            raise InputError(
-                f"size must be 0 or a multiple of {LATENT_FACTOR} from {MIN_PX} on; given {size}."
-            )
-        adapters = fit_to_model(model, clip, size_px=size_px, seed=seed, node_id=node_id(cls))
-        return io.NodeOutput(adapters, ui=report(cls, describe_adapters(adapters)))
+    def validate_inputs(cls, folder: str | None = None) -> bool | str:
+        """Say where folders belong when this one is not there."""
+        return check_choice(set_files, folder)
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str | None, **_: Any) -> str:
+        """Run again when a file comes, goes or changes."""
+        return choice_state(set_files, folder)
+
+    @classmethod
+    def execute(cls, folder: str, caption: str = "") -> io.NodeOutput:
+        """Read the set; what cannot be read is left out and named."""
+        source = open_source(set_folder(folder), caption or None)
+        bar = ProgressBar(len(source.keys), node_id=node_id(cls))
+        pairs, left_out = _read_all(source, bar)
+        if not pairs:
+            raise InputError(f"No image of {folder} can be read: {left_out[0]}")
+        masks = [_mask_of(pair) for pair in pairs]
+        num_masked = sum(pair.mask is not None for pair in pairs)
+        told = f"{len(pairs)} images, {num_masked} with a mask"
+        left_out = [*source.problems, *left_out]
+        if left_out:
+            told += f"; {len(left_out)} left out: {' '.join(left_out[:NUM_NAMED])}"
+        sheet = training_sheet(source, resolution=SHEET_PX, num_samples=NUM_SHOWN)
+        assert sheet is not None
+        shown = report(cls, told).as_dict() | ui.PreviewImage(sheet, cls=cls).as_dict()
+        images, captions = [pair.target for pair in pairs], [pair.caption for pair in pairs]
+        return io.NodeOutput(images, masks, captions, sheet, ui=shown)
 
 
 class TrainAdapters(io.ComfyNode):
@@ -129,6 +171,34 @@ class TrainAdapters(io.ComfyNode):
             run.save_interrupted(adapters)
             raise
         return io.NodeOutput(adapters, curve, ui=shown)
+
+
+def _read_all(source: PairSource, bar: ProgressBar) -> tuple[list[Pair], list[str]]:
+    """Read the pairs of a set, and say why those are missing that cannot be read.
+
+    Raises:
+        InputError: An image's subject is another image, which this node's outputs have no place for.
+    """
+    pairs: list[Pair] = []
+    left_out: dict[str, str] = {}  # a repeated image is named once
+    for index, key in enumerate(source.keys):
+        bar.update(1)
+        try:
+            pair = source.read(index)
+        except DreamCacheError as error:
+            left_out.setdefault(source.files(index)[0], f"{key}: {error}")
+            continue
+        if pair.subject is not pair.target:
+            raise InputError(
+                f"{key} shows its subject in an image of its own, which training inside ComfyUI does not take. Train such a "
+                "set on the command line, see docs/training.md."
+            )
+        pairs.append(pair)
+    return pairs, list(left_out.values())
+
+
+def _mask_of(pair: Pair) -> Tensor:
+    return torch.ones(pair.target.shape[:3]) if pair.mask is None else pair.mask
 
 
 def _model_and_images() -> list[io.Input]:
@@ -269,4 +339,4 @@ def _fine_points() -> list[io.Input]:
     ]
 
 
-NODES: list[type[io.ComfyNode]] = [ModelAdapters, TrainAdapters]
+NODES: list[type[io.ComfyNode]] = [LoadTrainingSet, TrainAdapters]

@@ -11,6 +11,7 @@ from itertools import chain, islice
 import folder_paths
 
 from ...dreamcache_core import InputError
+from ...dreamcache_core.data.sources.captioned import MASKS
 from ...dreamcache_core.files.tensor_file import shorten
 from ...dreamcache_core.files.walking import Listing, list_folder, walk_folders
 from ...dreamcache_core.images.files import image_endings, is_image_name
@@ -169,6 +170,43 @@ def image_paths(name: str) -> list[str]:
             "one, and press R."
         )
     return paths
+
+
+def list_set_folders() -> list[str]:
+    """List folders below ComfyUI's input folder that hold images at any depth for the combo; a hint where there is none."""
+    names: set[str] = set()
+    for path, files in _walk(folder_paths.get_input_directory()):
+        parts = path.replace("\\", "/").split("/")
+        if path and MASKS not in map(str.lower, parts) and any(map(is_image_name, files)):
+            names |= {"/".join(parts[: depth + 1]) for depth in range(len(parts))}
+    return sorted(names) or [NO_FOLDER]
+
+
+def set_folder(name: str) -> str:
+    """Find a folder below ComfyUI's input folder.
+
+    Args:
+        name: Entry of the combo.
+
+    Returns:
+        Its full path.
+
+    Raises:
+        InputError: There is none, or it is outside the input folder.
+    """
+    root = os.path.abspath(folder_paths.get_input_directory())
+    folder = os.path.abspath(os.path.join(root, str(name)))
+    if folder == root or not _is_inside(folder, root) or not os.path.isdir(folder):
+        raise InputError(
+            f"There is no folder {name!r} below {root}. Put the training images into a folder there, and press R."
+        )
+    return folder
+
+
+def set_files(name: str) -> list[str]:
+    """Full paths of all files of ``set_folder``, at any depth."""
+    folder = set_folder(name)
+    return [os.path.join(folder, below, file) for below, files in _walk(folder) for file in files]
 
 
 def left_out(name: str) -> str:

@@ -24,6 +24,7 @@ from tiny import (
     make_model,
     make_text,
     run,
+    run_options,
     said,
     sample,
 )
@@ -41,12 +42,6 @@ def model():
 def equal(a, b):
     same = a.layers == b.layers and all(torch.equal(a.features[n], b.features[n]) for n in a.layers)
     return same and (a.timestep, a.latent_size, a.seed) == (b.timestep, b.latent_size, b.seed)
-
-
-def run_options(node_id, name="reference"):
-    """What a node's combo lists now."""
-    node = __import__("nodes").NODE_CLASS_MAPPINGS[node_id]
-    return next(item for item in node.define_schema().inputs if item.id == name).options
 
 
 def test_the_same_seed_gives_the_same_reference_whatever_is_encoded_with_it(model):

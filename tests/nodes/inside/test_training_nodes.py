@@ -16,6 +16,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import (
     CORE,
     IS_DYNAMIC,
@@ -29,6 +30,8 @@ from tiny import (
     make_text,
     pack_module,
     run,
+    run_options,
+    said,
     sample,
 )
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -858,3 +861,80 @@ def test_the_record_says_how_the_adapters_were_trained(trained):
     }
     assert {name: record(trained)[name] for name in expected} == expected
     assert trained.info.prediction == "epsilon"
+
+
+# --- Load Training Set
+
+
+@pytest.fixture
+def set_folder():
+    """Six images with captions and masks below ComfyUI's input folder; one damaged, one without a mask."""
+    folder = Path(folder_paths.get_input_directory()) / "toys"
+    for number in range(6):
+        place = folder / ("10_ball" if number % 2 else "deep/bag")
+        masks = folder / "masks" / place.relative_to(folder)
+        for each in (place, masks):
+            each.mkdir(parents=True, exist_ok=True)
+        photo, mask = (
+            Image.new("RGB", (96, 80 + 8 * number), (90, 90, 100)),
+            Image.new("L", (96, 80 + 8 * number)),
+        )
+        photo.paste((250, 40 * number, 0), (20 + number, 10, 60, 50))
+        mask.paste(255, (20 + number, 10, 60, 50))
+        photo.save(place / f"{number}.png")
+        if number != 4:
+            mask.save(masks / f"{number}.png")
+        if not number % 2:
+            (place / f"{number}.txt").write_text(f"a bag {number}")
+    (folder / "10_ball" / "5.png").write_bytes(b"no image")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_training_set_gives_each_image_its_mask_and_caption(set_folder):
+    assert {"toys", "toys/10_ball", "toys/deep"} <= set(
+        run_options("DreamCacheLoadTrainingSet", "folder")
+    )
+    assert not any("masks" in name for name in run_options("DreamCacheLoadTrainingSet", "folder"))
+    images, masks, captions, sheet = run("DreamCacheLoadTrainingSet", folder="toys")
+    # 1 and 3 of '10_ball' count ten times as often
+    assert captions == ["ball"] * 20 + ["a bag 0", "a bag 2", "a bag 4"]
+    for image, mask in zip(images[:-1], masks[:-1], strict=True):
+        assert image.shape[1:3] == mask.shape[1:]
+        assert torch.equal(mask[0] > 0.5, image[0, ..., 0] > 0.9)
+    assert masks[-1].min() == 1
+    assert sheet.shape[-1] == 3
+    assert sheet.shape[1] > 64
+    told = said("DreamCacheLoadTrainingSet", folder="toys")
+    assert told.startswith("23 images, 22 with a mask; 1 left out: 10_ball/5.png")
+
+
+def test_a_training_set_trains_as_its_images_do(set_folder):
+    images, masks, captions, _ = run("DreamCacheLoadTrainingSet", folder="toys")
+    model = make_model("sd15")
+    adapters, _ = train(model, images=images, masks=masks, captions=captions, steps=2)
+    record = json.loads(adapters.info.extra["training"])
+    assert (record["images"], record["masks"]) == (23, 22)
+
+
+def test_a_changed_file_runs_the_training_set_again(set_folder):
+    node = comfy_nodes.NODE_CLASS_MAPPINGS["DreamCacheLoadTrainingSet"]
+    before = node.fingerprint_inputs(folder="toys", caption="")
+    assert node.fingerprint_inputs(folder="toys", caption="") == before
+    (set_folder / "deep" / "bag" / "0.txt").write_text("another caption")
+    assert node.fingerprint_inputs(folder="toys", caption="") != before
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../input", "none", None])
+def test_a_training_set_elsewhere_is_refused(name):
+    with pytest.raises(CORE.InputError, match="There is no folder"):
+        run("DreamCacheLoadTrainingSet", folder=name)
+
+
+def test_a_training_set_without_captions_says_what_to_do(set_folder):
+    for text in (set_folder / "deep" / "bag").glob("*.txt"):
+        text.unlink()
+    with pytest.raises(CORE.InputError, match="has no caption; add"):
+        run("DreamCacheLoadTrainingSet", folder="toys/deep")
+    *_, captions, _ = run("DreamCacheLoadTrainingSet", folder="toys/deep", caption="a bag")
+    assert captions == ["a bag"] * 3

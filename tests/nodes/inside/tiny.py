@@ -258,6 +258,12 @@ def execute(node_id: str, **inputs: Any) -> Any:
     return node.execute(**{**defaults, **inputs})
 
 
+def run_options(node_id: str, name: str = "reference") -> list[str]:
+    """What a node's combo lists now."""
+    node = comfy_nodes.NODE_CLASS_MAPPINGS[node_id]
+    return next(item for item in node.define_schema().inputs if item.id == name).options
+
+
 def said(node_id: str, **inputs: Any) -> str:
     """What a node shows as text."""
     shown = execute(node_id, **inputs).ui
