@@ -22,7 +22,7 @@ class FitOptions(Config):
     Attributes:
         model: Diffusers folder or single-file checkpoint, local.
         out: The .safetensors file to write.
-        config: For a single file: a local diffusers folder of the same family.
+        config: For a single file not of Stable Diffusion 1.x or SDXL: a local diffusers folder like it.
         size: Side in pixels of the images that the model draws for it; else the model's own.
         seed: Decides these images.
         device: Device of the model: auto, cpu, cuda, cuda:1, mps, ...

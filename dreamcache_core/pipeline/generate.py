@@ -46,7 +46,7 @@ class GenerateOptions(Config):
         out: Folder for the images.
         adapters: Adapter file (.safetensors or released .pt); without one, adapters are fitted to the
             model.
-        config: For a single file: a local diffusers folder of the same family.
+        config: For a single file not of Stable Diffusion 1.x or SDXL: a local diffusers folder like it.
         mask: Mask of each reference, white = subject; without it, the image's alpha channel.
         negative: What to avoid.
         image_guidance: Pull of the reference; 1 is fastest.

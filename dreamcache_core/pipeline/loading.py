@@ -13,6 +13,7 @@ from ..errors import FileFormatError, InputError, UnsupportedModelError
 from ..files.tensor_file import refuse_non_weights
 from ..files.texts import read_json
 from ..packages import require
+from .single_file.known import known_config, missing_tokenizers
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -106,7 +107,7 @@ def load_diffusers_pipeline(
     Args:
         model: A diffusers folder, or a single-file checkpoint (``.safetensors``, ``.ckpt``).
         config: For a single file: a local diffusers folder of the same family, of which the configurations and the
-            tokenizer are read.
+            tokenizer are read. Stable Diffusion 1.x and SDXL in safetensors files need none.
         dtype: Float type of the weights.
 
     Returns:
@@ -114,7 +115,7 @@ def load_diffusers_pipeline(
 
     Raises:
         FileFormatError: The files are missing, damaged or something else.
-        InputError: A single file without ``config``.
+        InputError: A single file without ``config`` that needs one.
         MissingPackageError: diffusers is not installed.
         UnsupportedModelError: The folder holds a model of another kind.
     """
@@ -135,6 +136,7 @@ def load_diffusers_pipeline(
             if path.is_dir():
                 pipeline = kind.from_pretrained(str(path), variant=weights_variant(path), **options)
             else:
+                options |= missing_tokenizers(folder, is_sdxl=is_sdxl)
                 pipeline = kind.from_single_file(str(path), config=str(folder), **options)
             # older releases of diffusers do not know the option dtype
             return pipeline if pipeline.unet.dtype == dtype else pipeline.to(dtype)
@@ -192,10 +194,7 @@ def _config_folder(path: Path, config: str | os.PathLike[str] | None) -> Path:
         )
     refuse_non_weights(path)
     if config is None:
-        raise InputError(
-            f"{path} is a single-file checkpoint, which lacks configurations and tokenizer, and nothing is "
-            "downloaded. Give --config with a local diffusers folder of the same family."
-        )
+        return known_config(path)
     if not Path(config).is_dir():
         raise InputError(f"Expected --config to be a local diffusers folder; there is no {config}.")
     return Path(config)

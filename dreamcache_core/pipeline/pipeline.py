@@ -83,7 +83,7 @@ class DreamCachePipeline:
         Args:
             model: A diffusers folder, or a single-file checkpoint.
             adapters: An adapter file.
-            config: For a single file: a diffusers folder of the same family.
+            config: For a single file not of Stable Diffusion 1.x or SDXL: a diffusers folder like it.
             device: ``cuda``, ``cpu``, ...; ``auto``: an accelerator where there is one.
             dtype: ``float16``, ``bfloat16`` or ``float32``; ``auto``: float16 on CUDA and XPU devices.
             scheduler: ``ddim``, as in the paper, or ``model`` for the model's own.

@@ -83,7 +83,7 @@ class TrainConfig(Config):
         data: Training set: folder, manifest, shards or parquet.
         caption: Caption of images that have none.
         encoded: Precomputed latents of it, from 'dataset encode'.
-        model_config: For a single file: a diffusers folder like it.
+        model_config: For a single file not of Stable Diffusion 1.x or SDXL: a diffusers folder like it.
         adapters: Adapter file to start from; else untrained ones.
         init: Start values of untrained adapters.
         layers: Layers to adapt, ldm names; none: the paper's.

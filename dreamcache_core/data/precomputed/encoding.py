@@ -49,7 +49,7 @@ class EncodeOptions(Config):
         model: Base model: diffusers folder or single-file checkpoint.
         out: Folder for the shards.
         caption: Caption of images that have none.
-        model_config: For a single file: a diffusers folder like it.
+        model_config: For a single file not of Stable Diffusion 1.x or SDXL: a diffusers folder like it.
         resolution: Side of the images in pixels; else the model's.
         buckets: Keep the targets' aspect: buckets of equal area.
         reference_variants: Augmented references per image; 0: augmented and encoded in training.

@@ -35,7 +35,7 @@ class DreamBenchOptions(Config):
         report_images: Images of each prompt shown in the report.
         cpu: Use the CPU even where there is a GPU.
         model: With --generate: diffusers folder or single-file checkpoint, local.
-        model_config: With --generate, for a single file: diffusers folder of its family.
+        model_config: With --generate, for a single file not of Stable Diffusion 1.x or SDXL: diffusers folder like it.
         adapters: With --generate: adapter file (.safetensors or released .pt); without one, adapters
             are fitted to the model.
         negative: With --generate: what to avoid.

@@ -1,0 +1,1 @@
+"""What a single-file checkpoint lacks: configurations and the tokenizer."""
