@@ -13,6 +13,7 @@ from ..data.precomputed.encoding import EncodeOptions, encode_dataset
 from ..data.sources.opening import open_source
 from ..data.synthetic.building import build, summarise
 from ..data.synthetic.options import BuildOptions
+from ..errors import InputError
 from ..names import printable
 from ..processes import join, require_shared_folder
 
@@ -30,7 +31,13 @@ def run_build(options: BuildOptions) -> None:
         )
         state.wait_for_everyone()
         if state.is_main_process:
-            print(summarise(options))
+            summary = summarise(options)
+            print(summary)
+            if not summary.kept:
+                raise InputError(
+                    f"None of {summary.count} samples was kept in {options.out}. Loosen the limits that reject them, see "
+                    "--help; --rejected FOLDER keeps what is rejected, with its masks, to look at."
+                )
 
 
 def run_masks(options: MaskOptions) -> None:

@@ -254,6 +254,22 @@ def test_the_command_prints_what_was_kept_and_why_not(files, tmp_path, capsys):
     assert contents(tmp_path / "set") == contents(files / "whole")
 
 
+def test_a_build_that_keeps_nothing_fails_and_what_it_rejected_can_be_looked_at(
+    files, tmp_path, capsys
+):
+    given = settings(files, tmp_path / "set", max_area=0.021, rejected=str(tmp_path / "left"))
+    assert main(["dataset", "build", *flags(given)]) == 2
+    out, err = capsys.readouterr()
+    assert f"0 of {COUNT} samples kept" in out
+    assert f"None of {COUNT} samples was kept" in err
+    rejections = read_rejections(tmp_path / "set")
+    names = sorted(f"{number:08d} {reason}.png" for number, reason in rejections.items())
+    assert sorted(path.name for path in (tmp_path / "left").iterdir()) == names
+    both = read_image(tmp_path / "left" / names[0])[0]
+    assert both.shape[1:3] == (48, 128)
+    assert set(both[:, :, 64:].unique().tolist()) == {0, 1}
+
+
 @pytest.mark.slow
 def test_launched_processes_share_the_work(files, tmp_path):
     script = tmp_path / "build.py"

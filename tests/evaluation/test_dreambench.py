@@ -197,6 +197,24 @@ def test_the_report_shows_references_images_and_what_is_missing(judged):
     assert page.count('src="data:image/jpeg;base64,') == 2 + 3  # the first image of each prompt
     assert "5 of 6 images are there" in page
     assert "a red mug | DINO" in page
+    assert "1 of 2 references have no mask beside them (rex)" in page
+
+
+def test_folders_that_the_list_lacks_are_named(files, tmp_path, caplog):
+    shutil.copytree(files / "set", tmp_path / "set")
+    shutil.copytree(files / "set" / "rex", tmp_path / "set" / "tom")
+    (tmp_path / "set" / "notes").mkdir()
+    evaluate(files, tmp_path / "out", dataset=tmp_path / "set")
+    assert "1 folders of" in caplog.text
+    assert "does not have them: tom." in caplog.text
+
+
+def test_a_damaged_image_is_named_with_its_subject(files, tmp_path):
+    shutil.copytree(files / "images", tmp_path / "images")
+    damaged = tmp_path / "images" / "rex" / "00_1.png"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(FileFormatError, match=r"images/rex/00_1\.png"):
+        evaluate(files, tmp_path / "out", images=tmp_path / "images")
 
 
 def test_what_is_judged_is_not_judged_again(files, judged, tmp_path):

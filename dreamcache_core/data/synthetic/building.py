@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ...images.files import save_png
 from ...pipeline.loading import choose_dtype
 from ..order import sample_seed
 from ..packing import require_webdataset
@@ -153,14 +154,32 @@ class _Maker:
     def _decide(self, sample: Sample, image: torch.Tensor) -> None:
         """Keep a sample or reject it."""
         if is_blank(image):
-            self.folder.reject(sample, "blank image", None)
+            self._reject(sample, image, "blank image", None)
             return
         mask = self.segment(image, sample.caption.subject)
         verdict = judge_mask(mask, self.options.limits)
         if verdict.reason is None:
             self.folder.save(sample, image, verdict.mask)
         else:
-            self.folder.reject(sample, verdict.reason, verdict.value)
+            self._reject(sample, image, verdict.reason, verdict.value, mask)
+
+    def _reject(
+        self,
+        sample: Sample,
+        image: torch.Tensor,
+        reason: str,
+        value: float | None,
+        mask: torch.Tensor | None = None,
+    ) -> None:
+        """Note why a sample is left out, and keep it elsewhere if that is wanted."""
+        if self.options.rejected is not None and bool(image.isfinite().all()):
+            folder = Path(self.options.rejected)
+            folder.mkdir(parents=True, exist_ok=True)
+            if mask is not None:
+                marked = mask[..., None].to(image).expand(-1, -1, -1, 3)
+                image = torch.cat([image, marked], dim=2)  # side by side
+            save_png(folder / f"{sample.number:08d} {reason}.png", image)
+        self.folder.reject(sample, reason, value)
 
 
 def _captions(options: BuildOptions) -> list[Caption]:
@@ -191,7 +210,16 @@ def _split(samples: Sequence[Sample], size: int) -> Iterable[list[Sample]]:
 
 def _settings(options: BuildOptions, captions: Sequence[Caption]) -> dict[str, Any]:
     """Return what a set depends on; places and speed are left out, models go by their folders' names."""
-    left_out = {"out", "captions", "subjects", "contexts", "batch_size", "cpu", "shard_size"}
+    left_out = {
+        "out",
+        "rejected",
+        "captions",
+        "subjects",
+        "contexts",
+        "batch_size",
+        "cpu",
+        "shard_size",
+    }
     settings = {key: value for key, value in options.to_dict().items() if key not in left_out}
     for key in ("model", "segmenter_model", "detector_model"):
         settings[key] = settings[key] and Path(settings[key]).resolve().name

@@ -47,6 +47,7 @@ class BuildOptions(Config):
         max_area: Greatest share of the image.
         min_main_share: Least share of the mask in its largest connected part.
         allow_border: Keep subjects that touch the image's border.
+        rejected: Folder to keep rejected images in, each beside its mask, to set the limits by.
         cpu: Use the CPU even where there is a GPU.
     """
 
@@ -76,6 +77,7 @@ class BuildOptions(Config):
     max_area: float = 0.8
     min_main_share: float = 0.9
     allow_border: bool = False
+    rejected: str | None = None
     cpu: bool = False
 
     def __post_init__(self) -> None:

@@ -152,6 +152,18 @@ def read_subjects(
             root,
             ", ".join(missing),
         )
+    others = [
+        folder.name
+        for folder in sorted(root.iterdir())
+        if folder.name not in known and _photos(folder)
+    ]
+    if others:
+        logger.warning(
+            "%d folders of %s are not read, as the list of subjects does not have them: %s. Give a list with --subject_list.",
+            len(others),
+            root,
+            printable(", ".join(others)),
+        )
     return subjects
 
 

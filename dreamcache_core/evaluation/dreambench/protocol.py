@@ -14,10 +14,11 @@ from typing import Any
 
 from ...errors import MissingPackageError
 from ...files.whole_files import whole_file
+from ...images.files import open_image
 from ...pipeline.generate import make_folder
 from ...processes import require_shared_folder
 from ..image_metrics import check_model_folders
-from .dataset import Candidate, Subject, all_items, find_candidates, read_subjects
+from .dataset import Candidate, Photo, Subject, all_items, find_candidates, read_subjects
 from .images import generate_images
 from .options import DreamBenchOptions
 from .prompts import read_benchmark
@@ -114,7 +115,21 @@ def _notes(
     silent = [subject.name for subject in subjects if subject.name not in shown]
     if silent:
         notes.append(f"No images at all of: {', '.join(silent)}.")
+    bare = [subject.name for subject in subjects if not _is_cut_out(subject.reference)]
+    if bare:
+        notes.append(
+            f"{len(bare)} of {len(subjects)} references have no mask beside them ({', '.join(bare)}): images made from them "
+            "may show their background."
+        )
     return notes
+
+
+def _is_cut_out(photo: Photo) -> bool:
+    """Whether something tells where a photo's subject is: a mask, or transparency."""
+    if photo.mask is not None:
+        return True
+    with open_image(photo.image, str(photo.image)) as image:
+        return image.has_transparency_data
 
 
 def _require_packages() -> None:

@@ -246,8 +246,8 @@ def _row_means(similarity: dict[str, Tensor], candidate: Candidate, row: int) ->
 
 def _load_images(photo: Photo) -> tuple[Image.Image, Image.Image | None]:
     """Read an image, what is transparent on white, and its subject cut out, if there is a mask."""
-    image, alpha = read_image(photo.image)
-    mask = alpha if photo.mask is None else read_mask(photo.mask)
+    image, alpha = read_image(photo.image, str(photo.image))
+    mask = alpha if photo.mask is None else read_mask(photo.mask, str(photo.mask))
     if alpha is not None:
         image = image * alpha[..., None] + 1 - alpha[..., None]
     if mask is None:
