@@ -7,6 +7,7 @@ from .workflow import Workflow
 
 TEMPLATES: Iterable[Callable[[], Workflow]] = (
     start.quickstart,
+    start.without_file,
     start.your_photo_sd15,
     start.your_photo_sdxl,
     start.step_by_step,

@@ -8,6 +8,7 @@ from dreamcache_core.demo.world.world import IMAGE_SIZE
 from .workflow import Node, Output, Workflow
 
 SD15, SDXL = "v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors"
+FROM_MODEL = "from this model"
 WITH, WITHOUT = "With the reference", "Without"
 SD21 = "v2-1_512-ema-pruned.safetensors"
 
@@ -64,7 +65,7 @@ def checkpoint(flow: Workflow, name: str) -> Base:
         node["VAE"],
         1024 if name == SDXL else 512,
         sampling,
-        {"adapters": "from this model"},
+        {"adapters": FROM_MODEL},
     )
 
 

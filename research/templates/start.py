@@ -1,8 +1,12 @@
 """The first workflows: without a download, and with a photo of one's own."""
 
+from typing import Any
+
 from dreamcache_core.demo.world.shapes import SHAPES
+from dreamcache_core.demo.world.world import IMAGE_SIZE
 
 from .parts import (
+    FROM_MODEL,
     SCENES,
     SD15,
     SD21,
@@ -42,8 +46,27 @@ def quickstart() -> Workflow:
         f"- **Prompt**: {SCENES}. With *left*, *right*, *top* or *bottom* behind a comma, or *tiny* or *large* before the shape: "
         f'"a large star at night", "a fish in the sea, right".\n- {STRENGTH}',
     )
+    return _mug(flow, {})
+
+
+def without_file() -> Workflow:
+    """The same with adapters that are fitted to the model."""
+    flow = Workflow("DreamCache 1 - Without an adapter file (no download)")
+    flow.column()
+    flow.note(
+        "What this is",
+        "### No adapter file? From this model\nThe quickstart once more, but **adapters** is *from this model*: made of the model's own "
+        "self-attention, without a file and without training. It works with every Stable Diffusion 1.x, 2.x or SDXL checkpoint, once for "
+        "each, in seconds on a GPU.\n\nTrained adapters keep more of the subject: compare the quickstart.",
+    )
+    return _mug(flow, {"adapters": FROM_MODEL, "strength": "likeness", "size": IMAGE_SIZE})
+
+
+def _mug(flow: Workflow, photo_inputs: dict[str, Any]) -> Workflow:
+    """A mug on the grass with and without its reference, by the demo model; inputs of DreamCache from Photo, else its own adapters."""
     flow.column()
     base = demo(flow)
+    base = base._replace(photo=photo_inputs or base.photo)
     subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1)
     flow.column()
     photo = from_photo(flow, base, subject["image"], subject["mask"])

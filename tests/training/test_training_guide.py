@@ -161,6 +161,14 @@ def require_launchable(arguments: str) -> None:
     assert BuildOptions.from_dict(keys).allow_border
 
 
+def test_the_slurm_script_launches_what_the_paper_took(folder):
+    (line,) = re.findall(r"accelerate launch (.*?)'\n", block("bash", "#SBATCH"), re.DOTALL)
+    numbers = {"$((SLURM_NNODES * 8))": "16", "$SLURM_NNODES": "2", "$SLURM_NODEID": "0"}
+    for variable, value in {**numbers, "$HEAD": "10.0.0.1", "\\\n": " "}.items():
+        line = line.replace(variable, value)
+    require_launchable(line)
+
+
 def launch_on_cpus(arguments: str) -> None:
     launcher, _, command = arguments.partition("dreamcache_core ")
     words = [sys.executable, "-m", "torch.distributed.run", *launcher.split(), "dreamcache_core"]
