@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import Config, check_range
 from ..data.augmentation import Alterations
@@ -30,7 +30,7 @@ class CheckOptions(Config):
     Attributes:
         path: Training set: folder, manifest, shards or parquet.
         caption: Caption of images that have none.
-        size: Side of the images in training, pixels.
+        resolution: Side of the images in training, pixels.
         buckets: Training keeps the aspect of targets, as buckets.
         reference_flip: Training now and then mirrors references.
         reference_jitter: Training now and then recolours references.
@@ -40,9 +40,11 @@ class CheckOptions(Config):
         tokenizer: Folder of a tokenizer or diffusers model: captions in tokens as well.
     """
 
+    elsewhere: ClassVar[Mapping[str, str]] = {"size": "It is called 'resolution' here."}
+
     path: str
     caption: str | None = None
-    size: int = 512
+    resolution: int = 512
     buckets: bool = False
     reference_flip: bool = Alterations.flip
     reference_jitter: bool = Alterations.jitter
@@ -57,8 +59,10 @@ class CheckOptions(Config):
         Raises:
             InputError: A number is out of range, or the image cannot be written.
         """
-        if self.size % 8 or not 64 <= self.size <= 2048:
-            raise InputError(f"--size must be a multiple of 8 in 64 ... 2048; given {self.size}.")
+        if self.resolution % 8 or not 64 <= self.resolution <= 2048:
+            raise InputError(
+                f"--resolution must be a multiple of 8 in 64 ... 2048; given {self.resolution}."
+            )
         check_range("--samples", self.samples, 0)
         out = Path(self.out)
         if out.suffix.lower() != ".png" or out.is_dir():
@@ -75,7 +79,7 @@ def run(options: CheckOptions) -> None:
     """
     count, limit = load_token_counter(options.tokenizer) if options.tokenizer else (None, None)
     source = open_source(options.path, options.caption)
-    seen: Any = {"resolution": options.size, "has_buckets": options.buckets}
+    seen: Any = {"resolution": options.resolution, "has_buckets": options.buckets}
     report = check_source(source, **seen, count_tokens=count, has_bar=True)
     for line in _report_lines(report, options, limit):
         print(printable(line))
@@ -115,7 +119,7 @@ def _report_lines(
 
 def _target_lines(report: SetReport, options: CheckOptions) -> Iterator[str]:
     if report.num_enlarged:
-        least = "that of their bucket" if options.buckets else options.size
+        least = "that of their bucket" if options.buckets else options.resolution
         yield f"{report.num_enlarged} have a side below {least} and may be enlarged"
     if report.num_cropped:
         cure = (

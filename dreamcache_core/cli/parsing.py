@@ -169,12 +169,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise InputError(
             "--config needs Python 3.11 or newer. Give the fields as flags."
         ) from error
+    text = ""
     try:
-        return tomllib.loads(read_text(path))
+        text = read_text(path)
+        return tomllib.loads(text)
     except (FileFormatError, tomllib.TOMLDecodeError, RecursionError) as error:
+        windows = " Write paths with backslashes in 'single quotes'." if "\\" in text else ""
         raise InputError(
             f"Expected --config to be a TOML file; {path} cannot be read as one: {error}. Write a line such as "
-            'steps = 1000 for each field, texts in "quotes".'
+            f'steps = 1000 for each field, texts in "quotes".{windows}'
         ) from error
 
 

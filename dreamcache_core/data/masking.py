@@ -28,9 +28,9 @@ UNREADABLE = "cannot be read"
 
 @dataclass(frozen=True)
 class MaskOptions(Config):
-    """Find the subject in images that have no mask, and write the masks into their folder's masks/.
+    """Find the subject in images that have no mask, and write it into masks/.
 
-    Give the same command again to go on after an interruption: masks that are there stay as they are.
+    Give the same command again to go on: masks that are there stay.
 
     Several processes share the work under ``accelerate launch``.
 

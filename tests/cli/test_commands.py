@@ -152,7 +152,7 @@ def test_a_misspelt_key_is_one_line_that_names_the_nearest(name, capsys, tmp_pat
     ("argv", "said"),
     [
         ([], "Expected one of {demo, generate, inspect, convert, fit, train, dataset, evaluate}"),
-        (["dataset"], "Expected one of {build, check, encode, shard}"),
+        (["dataset"], "Expected one of {build, check, encode, masks, shard}"),
         (["trian"], "Did you mean 'train'?"),
         (["dataset", "biuld"], "Did you mean 'build'?"),
         (["walk"], "Commands: demo, generate, inspect"),
@@ -252,7 +252,7 @@ def test_file_name_that_is_no_unicode_is_shown_and_not_a_traceback(
     Image.new("RGB", (80, 64), "red").save(folder / "a.png")
     (folder / "set.csv").write_text("image,caption\na.png,red\n")
     out = ("--out", str(folder / "check.png"))
-    assert main(["dataset", "check", str(folder / "set.csv"), "--size", "64", *out]) == 0
+    assert main(["dataset", "check", str(folder / "set.csv"), "--resolution", "64", *out]) == 0
     assert main(["inspect", str(folder / "missing.pt")]) == 2
     printed = capsys.readouterr()
     assert r"caf\udce9\x1b/check.png" in printed.out

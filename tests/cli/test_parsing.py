@@ -61,6 +61,7 @@ def test_file_gives_values_and_flags_override_them(tmp_path):
         ('dat = "d"', "Did you mean 'data'"),
         ("[data]\nx = 1", r"\[data\] is a table"),
         ("data = ", "cannot be read as one"),
+        (r'data = "C:\Users\me"', "in 'single quotes'"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, text, message):

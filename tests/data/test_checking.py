@@ -168,7 +168,7 @@ def test_command_suggests_buckets_and_names_hidden_pixels(
     with Image.open(tmp_path / "0_generation.png") as image:
         image.putalpha(128)
         image.save(tmp_path / "0_generation.png")
-    command = ["dataset", "check", str(tmp_path), "--size", "512", "--samples", "0"]
+    command = ["dataset", "check", str(tmp_path), "--resolution", "512", "--samples", "0"]
     for more, hint in (([], "or train with buckets"), (["--buckets"], "")):
         with pytest.raises(SystemExit):  # the alpha makes the mask weak
             main([*command, *more])
@@ -204,7 +204,7 @@ def test_command_prints_the_report_writes_the_sheet_and_exits_1_on_flaws(
 ):
     out = tmp_path / "sheet.png"
     with pytest.raises(SystemExit) as ended:
-        main(["dataset", "check", str(flawed), "--size", "64", "--out", str(out)])
+        main(["dataset", "check", str(flawed), "--resolution", "64", "--out", str(out)])
     assert ended.value.code == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "6 pairs, 4 of them readable"
@@ -221,10 +221,10 @@ def test_command_returns_0_on_a_good_set(
 ):
     write_pair(tmp_path / "set", "0")
     monkeypatch.chdir(tmp_path)
-    assert main(["dataset", "check", "set", "--size", "64", "--samples", "0"]) == 0
+    assert main(["dataset", "check", "set", "--resolution", "64", "--samples", "0"]) == 0
     assert "no problems" in capsys.readouterr().out
     assert not Path("check.png").exists()
-    assert main(["dataset", "check", "set", "--size", "64"]) == 0
+    assert main(["dataset", "check", "set", "--resolution", "64"]) == 0
     assert Path("check.png").exists()
 
 
@@ -246,7 +246,8 @@ def test_command_lists_ten_of_a_kind_and_ten_sizes_and_counts_the_rest(
     ("arguments", "message"),
     [
         (["missing"], "training set"),
-        (["set", "--size", "100"], "--size must be a multiple of 8"),
+        (["set", "--resolution", "100"], "--resolution must be a multiple of 8"),
+        (["set", "--size", "512"], "It is called 'resolution' here"),
         (["set", "--samples", "-1"], "--samples must be at least 0"),
         (["set", "--out", "missing/check.png"], "There is no folder"),
         (["set", "--out", "set"], "ending in .png; given set"),
@@ -289,7 +290,7 @@ def test_names_cannot_forge_lines_of_the_report_or_command_the_terminal(
     write_pair(tmp_path / "set", "c\nerror: x")
     (tmp_path / "set" / "c\nerror: x_mask.png").unlink()
     with pytest.raises(SystemExit):
-        main(["dataset", "check", str(tmp_path / "set"), "--samples", "0", "--size", "64"])
+        main(["dataset", "check", str(tmp_path / "set"), "--samples", "0", "--resolution", "64"])
     printed = capsys.readouterr()
     lines = [*printed.out.split("\n"), *printed.err.replace("\r", "\n").split("\n")]
     assert all(line.isprintable() for line in lines)

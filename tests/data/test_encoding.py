@@ -1,6 +1,9 @@
 """Precomputed sets: what training reads from them is what it would compute itself."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,8 @@ from dreamcache_core.training.config import TrainConfig
 from dreamcache_core.training.run import open_run
 
 pytestmark = pytest.mark.diffusers
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +154,24 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(options, tmp_pa
     assert sorted(path.name for path in cut.folder.iterdir()) == names
     for name in (name for name in names if name.endswith(".safetensors")):
         assert (cut.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_two_processes_write_the_same_files_as_one(options, tmp_path):
+    whole = encode(options)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    given = {**options, "out": str(tmp_path / "two")}
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    command = [sys.executable, *launcher, "-m", "dreamcache_core", "dataset", "encode", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in whole.folder.iterdir())
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    for name in names:
+        if name.endswith(".safetensors"):
+            ours, theirs = (load_file(folder / name) for folder in (whole.folder, tmp_path / "two"))
+            for key in ours:
+                torch.testing.assert_close(ours[key], theirs[key])
 
 
 @pytest.mark.parametrize(

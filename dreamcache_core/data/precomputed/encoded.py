@@ -86,6 +86,11 @@ class EncodedIndex:
         values = json.dumps({name: getattr(self, name) for name in COMPARED})
         return hashlib.sha256(values.encode()).hexdigest()
 
+    def indices(self, shard: int) -> range:
+        """Pairs of a shard."""
+        first = shard * self.samples_per_shard
+        return range(len(self.sizes))[first : first + self.samples_per_shard]
+
     def save(self, path: Path) -> None:
         """Write the index, all or nothing."""
         with whole_file(path) as temporary:

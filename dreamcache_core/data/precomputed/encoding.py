@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -114,11 +114,14 @@ def encode_dataset(options: EncodeOptions) -> Path:
             _begin(folder, index)
         state.wait_for_everyone()
         base.to(state.device)
-        encoder = _Encoder(options, source, base, index)
         shards = range(math.ceil(len(index.sizes) / options.samples_per_shard))
         mine = shards[state.process_index :: state.num_processes]
-        for shard in tqdm(mine, unit="shard", desc="encoding", disable=not state.is_main_process):
-            encoder.write(folder / shard_name(shard), shard)
+        total = sum(len(index.indices(shard)) for shard in mine)
+        is_quiet = not state.is_main_process
+        with tqdm(total=total, unit="pair", desc="encoding", disable=is_quiet) as bar:
+            encoder = _Encoder(options, source, base, index, bar)
+            for shard in mine:
+                encoder.write(folder / shard_name(shard), shard)
         state.wait_for_everyone()
         if state.is_main_process:
             (folder / UNFINISHED_FILE).replace(folder / INDEX_FILE)
@@ -163,19 +166,27 @@ class _Encoder:
     """Turns pairs into the tensors of a shard."""
 
     def __init__(
-        self, options: EncodeOptions, source: PairSource, base: BaseModel, index: EncodedIndex
+        self,
+        options: EncodeOptions,
+        source: PairSource,
+        base: BaseModel,
+        index: EncodedIndex,
+        bar: tqdm[Any],
     ) -> None:
         self.options, self.source, self.base, self.index = options, source, base, index
+        self.bar = bar
 
     def write(self, path: Path, shard: int) -> None:
         """Write a shard, all or nothing; one of the same set that exists is left."""
+        indices = self.index.indices(shard)
         if self._is_written(path):
+            self.bar.update(len(indices))
             return
-        size = self.options.samples_per_shard
-        indices = range(len(self.index.sizes))[shard * size : (shard + 1) * size]
         tensors: dict[str, Tensor] = {}
         for start in range(0, len(indices), self.options.batch_size):
-            tensors |= self._encode(indices[start : start + self.options.batch_size])
+            batch = indices[start : start + self.options.batch_size]
+            tensors |= self._encode(batch)
+            self.bar.update(len(batch))
         try:
             with whole_file(path) as temporary:
                 # save_file's are their owner's alone
