@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dreamcache_core import load_adapters
+from dreamcache_core import AdapterSet, load_adapters
 from dreamcache_core.cli.main import guarded
 from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.config import Config
 from dreamcache_core.demo.files import require_demo_files
 from dreamcache_core.demo.measures.classifier import load_classifier
 from dreamcache_core.demo.measures.match import measure_match
+from dreamcache_core.evaluation.statistics import Interval
 from dreamcache_core.fitting.fit import FitSettings
 from dreamcache_core.pipeline.fitting import adapters_from_model
 from dreamcache_core.pipeline.loading import load_diffusers_pipeline
 from dreamcache_core.pipeline.pipeline import DreamCachePipeline
 
 from .evidence.conditions import CHOSEN, WHOLE_RUN, Condition
+from .evidence.plots import Sweep, SweepPoint, plot_steps
 from .evidence.results import judge
 from .evidence.sampling import generate_images
 from .evidence.statistics import gap_interval, mean_interval
@@ -56,18 +59,20 @@ class FittingConfig(Config):
         combinations: Triples of new patterns and colours.
         shapes: Triples of new shapes.
         search: Vary the settings one at a time; else the image guidance.
-        adapters: Adapter file to measure instead, as shipped.
+        adapters: Adapter files to measure instead, and those fitted to the model.
+        plot: PNG of the gap closed by training steps to write.
     """
 
     seed: int = TUNING_SEED
     combinations: int = 72
     shapes: int = 0
     search: bool = False
-    adapters: str | None = None
+    adapters: list[str] = field(default_factory=list[str])
+    plot: str | None = None
 
 
 def measure(argv: Sequence[str]) -> None:
-    """Print a line for each setting."""
+    """Print a line for each setting, or for each adapter file; and plot these by their steps."""
     config = parse_config(FittingConfig, argv, program="python -m research.fitting")
     triples = draw_triples(config.seed, config.combinations, config.shapes)
     model = require_demo_files().model
@@ -76,25 +81,54 @@ def measure(argv: Sequence[str]) -> None:
         for dtype in (torch.float32, torch.bfloat16)
     )
     print("| setting | group | gap closed | subject match | obedience |\n|---|---|---|---|---|")
-    rows = SETTINGS if config.search else GUIDANCES
-    if config.adapters is not None:
-        rows = {Path(config.adapters).name: {}}
-    for name, changes in rows.items():
-        condition = CHOSEN if config.search else replace(CHOSEN, **changes)
-        if config.adapters is not None:
-            adapters = load_adapters(config.adapters)
-        else:
-            settings = FitSettings(**(changes if config.search else {}))
-            adapters = adapters_from_model(precise, settings=settings)
+    sweeps: dict[str, list[SweepPoint]] = {}
+    for name, adapters, condition in _settings(config, precise):
         for group in dict.fromkeys(triple.group for triple in triples):
             chosen = [triple for triple in triples if triple.group == group]
-            row = " | ".join(_figures(fast, adapters, chosen, condition))
-            print(f"| {name} | {group} | {row} |", flush=True)
+            gap, match, obedience = _figures(fast, adapters, chosen, condition)
+            print(f"| {name} | {group} | {gap} | {match} | {obedience} |", flush=True)
+            start, steps = _course(adapters)
+            sweeps.setdefault(start, []).append(SweepPoint("", Interval(steps), gap))
+    if config.plot is not None:
+        lines = [
+            Sweep(start, sorted(points, key=lambda point: point.across.value))
+            for start, points in sweeps.items()
+        ]
+        plot_steps(lines, Path(config.plot))
+
+
+def _settings(
+    config: FittingConfig, pipeline: DreamCachePipeline
+) -> Iterator[tuple[str, AdapterSet, Condition]]:
+    """Yield what is measured: its name, adapters, and how images are drawn with them."""
+    for file in config.adapters:
+        adapters = load_adapters(file)
+        start, steps = _course(adapters)
+        yield f"{start}, {steps} steps", adapters, CHOSEN
+    if config.adapters:
+        yield "fitted, 0 steps", adapters_from_model(pipeline), CHOSEN
+    elif config.search:
+        for name, changes in SETTINGS.items():
+            yield name, adapters_from_model(pipeline, settings=FitSettings(**changes)), CHOSEN
+    else:
+        adapters = adapters_from_model(pipeline)
+        for name, changes in GUIDANCES.items():
+            yield name, adapters, replace(CHOSEN, **changes)
+
+
+def _course(adapters: AdapterSet) -> tuple[str, int]:
+    """From which start adapters were trained, and for how many steps."""
+    training = json.loads(adapters.info.extra.get("training", "{}"))
+    start = "other adapters" if training.get("adapters") else training.get("init", "fitted")
+    return start, training.get("step", 0)
 
 
 def _figures(
-    pipeline: DreamCachePipeline, adapters: Any, triples: Sequence[Triple], condition: Condition
-) -> list[str]:
+    pipeline: DreamCachePipeline,
+    adapters: AdapterSet,
+    triples: Sequence[Triple],
+    condition: Condition,
+) -> tuple[Interval, Interval, Interval]:
     batches = [triples[start : start + BATCH] for start in range(0, len(triples), BATCH)]
     images = [generate_images(pipeline, adapters, batch, condition) for batch in batches]
     judgements = judge(triples, np.concatenate(images), load_classifier())
@@ -106,12 +140,11 @@ def _figures(
             [(triple, triple.true_image()) for triple in triples],
         )
     )
-    intervals = (
+    return (
         gap_interval(match, lower, upper),
         mean_interval(match),
         mean_interval([judgement.obedience for judgement in judgements]),
     )
-    return [str(interval) for interval in intervals]
 
 
 if __name__ == "__main__":

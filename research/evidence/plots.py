@@ -87,6 +87,28 @@ def plot_pareto(
         axes.legend()
 
 
+def plot_steps(sweeps: Sequence[Sweep], path: Path, *, title: str = "") -> None:
+    """Plot the gap closed against training steps, a line for each start; 0 to 100 steps linear, logarithmic beyond.
+
+    Args:
+        sweeps: At least one; ``across`` is steps, ``up`` the gap closed.
+        path: The file to write.
+        title: Above the plot.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    with _figure(path, (7.5, 4.5)) as figure:
+        axes = figure.add_subplot(title=title, xlabel="training steps", ylabel="gap closed")
+        axes.set_xscale("symlog", linthresh=100)
+        for number, sweep in enumerate(sweeps):
+            _draw_sweep(axes, sweep, f"C{number}")
+        steps = sorted({point.across.value for sweep in sweeps for point in sweep.points})
+        axes.set_xticks(steps, [f"{step:,.0f}" for step in steps])
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+
+
 def plot_bars(groups: Mapping[str, Sequence[Bar]], path: Path, *, title: str = "") -> None:
     """Plot the subject match of ablations side by side, each with its own bars and all on one scale.
 
