@@ -223,6 +223,8 @@ class Workflow:
         wires = [(link[0], (link[1], link[2]), boxes[link[1]], boxes[link[3]]) for link in links]
         found: list[Lane] = lanes(wires)
         ends = [{"id": link, "parentId": lane.id} for lane in found for link in lane.ends]
+        if not found:  # the page would save none of it
+            return {}
         return {
             "reroutes": [lane.to_json() for lane in found],
             "linkExtensions": sorted(ends, key=lambda end: end["id"]),

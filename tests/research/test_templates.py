@@ -52,12 +52,12 @@ def test_wires_go_to_the_right_and_pass_no_node(made: Workflow):
     workflow = made.to_json()
     nodes = {node["id"]: node for node in workflow["nodes"]}
     lefts = sorted({node["pos"][0] for node in nodes.values()})
-    routed = {end["id"] for end in workflow["extra"]["linkExtensions"]}
+    routed = {end["id"] for end in workflow["extra"].get("linkExtensions", [])}
     for link, source, _, target, _, _ in workflow["links"]:
         columns = [lefts.index(nodes[node]["pos"][0]) for node in (source, target)]
         assert columns[1] > columns[0], link
         assert columns[1] == columns[0] + 1 or link in routed, link
-    for x, y in (point["pos"] for point in workflow["extra"]["reroutes"]):
+    for x, y in (point["pos"] for point in workflow["extra"].get("reroutes", [])):
         for node in nodes.values():
             (left, top), (width, height) = node["pos"], node["size"]
             assert not (left <= x <= left + width and top - TITLE_PX <= y <= top + height), node
