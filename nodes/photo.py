@@ -18,6 +18,7 @@ from .host.sampling import bypass_loras
 from .host.training.fit import fit_to_model
 from .reference import MAX_SIDE_PX, empty_prompt, encode_images
 from .sockets import (
+    DEFAULT_GUIDANCE,
     PERSONALIZE,
     Adapters,
     Reference,
@@ -133,7 +134,7 @@ class FromPhoto(io.ComfyNode):
         mask: Tensor | None = None,
         loaded_adapters: AdapterSet | None = None,
         mask_marks: str = "auto",
-        image_guidance: float = 1.0,
+        image_guidance: float = DEFAULT_GUIDANCE,
         size: int = 0,
     ) -> io.NodeOutput:
         """Prepare the photo, get adapters, encode and apply."""
@@ -141,7 +142,7 @@ class FromPhoto(io.ComfyNode):
         subject = find_subject(image, mask, mask_marks)
         prepared, masks = prepare_reference_image(image[..., :3], subject.opacity, size=side_px)
         if loaded_adapters is not None:
-            chosen, source = loaded_adapters, "connected"
+            chosen, source = loaded_adapters, "those that are connected"
         elif adapters == FROM_MODEL:
             chosen, source = _fit_once(model, clip, text, side_px, node), "fitted, not trained"
         else:
@@ -159,6 +160,8 @@ class FromPhoto(io.ComfyNode):
             cls, model, chosen, reference, image_guidance=STRENGTHS.get(strength, image_guidance)
         )
         lines = f"{subject.note}; {said}; adapters: {source}"
+        if strength != CUSTOM and image_guidance != DEFAULT_GUIDANCE:
+            lines += f"; image_guidance {image_guidance:g} has no effect, as strength is {strength}: choose {CUSTOM}"
         preview = ui.PreviewImage(prepared, cls=cls).as_dict()
         return io.NodeOutput(model, reference, ui=preview | report(cls, lines).as_dict())
 

@@ -23,6 +23,9 @@ class Reference(io.ComfyTypeIO):
     Type = ReferenceCache
 
 
+DEFAULT_GUIDANCE = 1.0
+"""Of the pull towards the reference."""
+
 SUBJECT = ("subject", "character", "identity", "reference")
 """Words for what the pack is about."""
 PERSONALIZE = ("personalize", "personalise", "dreambooth", "ip adapter", "ipadapter", *SUBJECT)
@@ -56,7 +59,7 @@ def percent_input(name: str, default: float, tooltip: str) -> io.Float.Input:
 def image_guidance_input(tooltip: str) -> io.Float.Input:
     """Declare the strength of the pull towards the reference."""
     return io.Float.Input(
-        "image_guidance", default=1.0, min=0.0, max=20.0, step=0.05, tooltip=tooltip
+        "image_guidance", default=DEFAULT_GUIDANCE, min=0.0, max=20.0, step=0.05, tooltip=tooltip
     )
 
 

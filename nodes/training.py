@@ -108,6 +108,11 @@ class LoadTrainingSet(io.ComfyNode):
         masks = [_mask_of(pair) for pair in pairs]
         num_masked = sum(pair.mask is not None for pair in pairs)
         told = f"{len(pairs)} images, {num_masked} with a mask"
+        if num_masked < len(pairs):
+            told += " (the backgrounds of the others will come through in the results)"
+        num_turned = sum(pair.is_turned for pair in pairs)
+        if num_turned:
+            told += f", {num_turned} of which marked the background and were turned round"
         left_out = [*source.problems, *left_out]
         if left_out:
             told += f"; {len(left_out)} left out: {' '.join(left_out[:NUM_NAMED])}"
@@ -188,7 +193,7 @@ def _read_all(source: PairSource, bar: ProgressBar) -> tuple[list[Pair], list[st
         except DreamCacheError as error:
             left_out.setdefault(source.files(index)[0], f"{key}: {error}")
             continue
-        if pair.subject is not pair.target:
+        if pair.has_own_subject:
             raise InputError(
                 f"{key} shows its subject in an image of its own, which training inside ComfyUI does not take. Train such a "
                 "set on the command line, see docs/training.md."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,9 @@ from ..data.augmentation import Alterations
 from ..data.checking import SetReport, check_source, load_token_counter, training_sheet
 from ..data.sources.opening import open_source
 from ..errors import InputError
+from ..files.texts import read_json
 from ..images.files import save_png
+from ..method.cache import LATENT_FACTOR
 from ..names import printable
 
 MAX_LISTED = 10
@@ -30,7 +32,7 @@ class CheckOptions(Config):
     Attributes:
         path: Training set: folder, manifest, shards or parquet.
         caption: Caption of images that have none.
-        resolution: Side of the images in training, pixels.
+        resolution: Side of the images in training, pixels; else that of the tokenizer's model, or 512.
         buckets: Training keeps the aspect of targets, as buckets.
         reference_flip: Training now and then mirrors references.
         reference_jitter: Training now and then recolours references.
@@ -44,7 +46,7 @@ class CheckOptions(Config):
 
     path: str
     caption: str | None = None
-    resolution: int = 512
+    resolution: int | None = None
     buckets: bool = False
     reference_flip: bool = Alterations.flip
     reference_jitter: bool = Alterations.jitter
@@ -59,7 +61,8 @@ class CheckOptions(Config):
         Raises:
             InputError: A number is out of range, or the image cannot be written.
         """
-        if self.resolution % 8 or not 64 <= self.resolution <= 2048:
+        side = self.resolution
+        if side is not None and (side % 8 or not 64 <= side <= 2048):
             raise InputError(
                 f"--resolution must be a multiple of 8 in 64 ... 2048; given {self.resolution}."
             )
@@ -79,6 +82,7 @@ def run(options: CheckOptions) -> None:
     """
     count, limit = load_token_counter(options.tokenizer) if options.tokenizer else (None, None)
     source = open_source(options.path, options.caption)
+    options = replace(options, resolution=options.resolution or _model_px(options.tokenizer))
     seen: Any = {"resolution": options.resolution, "has_buckets": options.buckets}
     report = check_source(source, **seen, count_tokens=count, has_bar=True)
     for line in _report_lines(report, options, limit):
@@ -94,11 +98,21 @@ def run(options: CheckOptions) -> None:
         raise SystemExit(1)
 
 
+def _model_px(folder: str | None) -> int:
+    """Side of the images that the model in a folder makes; 512 where it holds none."""
+    file = Path(folder or "") / "unet" / "config.json"
+    side = read_json(file).get("sample_size") if file.is_file() else None
+    return side * LATENT_FACTOR if isinstance(side, int) else 512
+
+
 def _report_lines(
     report: SetReport, options: CheckOptions, token_limit: int | None
 ) -> Iterator[str]:
     num_read = len(report.caption_words)
-    yield f"{report.num_pairs} pairs, {num_read} of them readable"
+    repeats = (
+        "" if report.num_samples == report.num_pairs else f" ({report.num_samples} with repeats)"
+    )
+    yield f"{report.num_pairs} pairs{repeats}, {num_read} of them readable"
     if report.num_without_mask:
         yield f"{report.num_without_mask} without a mask: the whole image is the reference"
     yield "sizes of the targets (width x height):"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..config import nearest
 from ..errors import DreamCacheError, InputError
@@ -99,7 +100,7 @@ class _StderrHandler(logging.Handler):
         line = f"{kind}: {printable(record.getMessage())}"
         if line not in self.seen:
             self.seen.add(line)
-            print(line, file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)  # on a line of its own beside a progress bar
 
 
 @contextmanager

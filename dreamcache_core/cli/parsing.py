@@ -17,6 +17,13 @@ from ..errors import FileFormatError, InputError
 from ..files.texts import read_text
 from ..packages import require
 
+NOT_NUMBERS = (
+    r"Error parsing (--\S+): no type matching INT could be instantiated from \[(.*)\]",
+    r"Error parsing (--\S+): could not convert string to float: (.*)",
+    r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.*)",
+)
+"""What tyro says of a word in the place of a number."""
+
 NO_FLAG = "\x1a"
 """Put before an entry of a file's list that begins like a flag."""
 
@@ -207,4 +214,6 @@ def errors_as_exceptions() -> Iterator[None]:
         lines = [line.strip() for line in text.splitlines()][1:]
         paragraphs = groupby(lines, key=lambda line: bool(line.strip("-")))
         message = next(" ".join(part) for is_text, part in paragraphs if is_text)
+        for words in NOT_NUMBERS:
+            message = re.sub(words, r"\1 takes one number, given \2", message)
         raise InputError(f"{message.rstrip(' .')}. See --help.") from None

@@ -21,8 +21,8 @@ def run(config: TrainConfig) -> None:
     if opened.accelerator.is_main_process:
         print(printable(str(finished)))
         print(
-            "For ComfyUI, copy it into ComfyUI/models/dreamcache. From the shell: dreamcache generate "
+            "For ComfyUI, copy it into ComfyUI/models/dreamcache. From the shell: python -m dreamcache_core generate "
             + printable(
-                f"--model {config.model} --adapters {finished} --reference IMAGE --prompt TEXT"
+                f"--model {config.model} --adapters {finished} --reference IMAGE --mask MASK --prompt TEXT"
             )
         )

@@ -20,13 +20,12 @@ from tqdm import tqdm
 
 from ..errors import DreamCacheError, FileFormatError, InputError
 from ..images.files import contact_sheet
-from ..images.masks import seems_turned
 from ..packages import require
 from .augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from .buckets import bucket_choice, crop_target, nearest_bucket
 from .order import sample_seed
 from .sources.reading import MaskError, located, weak_mask
-from .sources.source import Pair, PairSource
+from .sources.source import Pair, PairSource, spread
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ INCOMPLETE = "incomplete samples, left out"
 UNREADABLE = "unreadable files"
 BAD_MASK = "empty or misfit masks"
 FULL_MASK = "full masks"
-TURNED_MASK = "masks of the background"
+TURNED_MASK = "masks of the background, turned round"
 WEAK_MASK = "weak masks"
 NO_CAPTION = "empty captions"
 
@@ -54,7 +53,8 @@ class SetReport:
     """What is in a set.
 
     Attributes:
-        num_pairs: Complete pairs, readable or not.
+        num_pairs: Complete pairs, readable or not; a repeated one counts once.
+        num_samples: The same with repeats.
         problems: Kind to messages, each with its file; kinds without any are left out.
         sizes: Height and width of the targets, pixels, to how many there are; the most frequent first.
         num_enlarged: Targets with a side shorter than in training.
@@ -66,6 +66,7 @@ class SetReport:
     """
 
     num_pairs: int
+    num_samples: int
     problems: Mapping[str, tuple[str, ...]]
     sizes: Mapping[tuple[int, int], int]
     num_enlarged: int
@@ -111,14 +112,15 @@ def check_source(
     Returns:
         The report.
     """
-    count = len(source.keys)
+    count = len(source.distinct)
     examine = partial(_examine, source, bucket_choice(resolution, has_buckets), count_tokens)
     pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
     # The readers hold warnings back, but not thread by thread: this keeps them from undoing each other.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            parts = (range(count)[i : i + NUM_WAITING] for i in range(0, count, NUM_WAITING))
+            indices = source.distinct
+            parts = (indices[i : i + NUM_WAITING] for i in range(0, count, NUM_WAITING))
             found = chain.from_iterable(pool.map(examine, part) for part in parts)
             results = list(
                 tqdm(found, total=count, unit="pair", desc="checking", disable=not has_bar)
@@ -131,6 +133,7 @@ def check_source(
     read = [facts for _, facts in results if facts is not None]
     return SetReport(
         num_pairs=count,
+        num_samples=len(source.keys),
         problems={kind: tuple(messages) for kind, messages in problems.items()},
         sizes=dict(Counter(facts.size for facts in read).most_common()),
         num_enlarged=sum(facts.is_enlarged for facts in read),
@@ -160,6 +163,13 @@ def warn_of_problems(source: PairSource, *, resolution: int, has_buckets: bool) 
                 " ".join(messages[:NUM_NAMED]),
                 " 'dataset check' lists more." if len(messages) > NUM_NAMED else "",
             )
+    if report.num_without_mask:
+        logger.warning(
+            "%d of %d images have no mask: all of the image counts as the subject, and its background will leak into the "
+            "results.",
+            report.num_without_mask,
+            report.num_pairs,
+        )
 
 
 def training_sheet(
@@ -183,11 +193,9 @@ def training_sheet(
         A contact sheet, a pair in a row; ``None`` where no pair can be shown.
     """
     sizes = bucket_choice(resolution, has_buckets)
-    count = len(source.keys)
-    num_shown = min(num_samples, count)
     rows: list[tuple[Tensor, Tensor]] = []
     texts: list[tuple[str, str]] = []
-    for index in (place * count // num_shown for place in range(num_shown)):
+    for index in spread(source, num_samples):
         generator = torch.Generator().manual_seed(sample_seed(0, index))
         try:
             pair = source.read(index)
@@ -283,10 +291,10 @@ def _doubts(pair: Pair) -> Iterator[tuple[str, str]]:
             FULL_MASK,
             "the mask marks the whole image, background included; mark the subject alone.",
         )
-    if pair.mask is not None and seems_turned(pair.mask[0]):
+    if pair.is_turned:
         yield (
             TURNED_MASK,
-            "the mask covers the border and leaves out the middle, so it seems to mark the background; white marks the subject.",
+            "the mask covers the border and leaves out the middle: it was turned round, as white marks the subject.",
         )
     weakness = "" if pair.mask is None else weak_mask(pair.mask)
     if weakness:

@@ -101,9 +101,7 @@ def make_masks(
         box_threshold=options.box_threshold,
         device=torch.device("cpu") if device is None else device,
     )
-    # a repeated image counts once
-    images = {source.files(index)[0]: index for index in reversed(range(len(source.keys)))}
-    mine = sorted(images.values())[process_index::num_processes]
+    mine = source.distinct[process_index::num_processes]
     counts: Counter[str] = Counter()
     for index in tqdm(mine, unit="image", desc="masking", disable=not has_bar):
         outcome, doubt = _mask_image(source, index, options.subject, segment)

@@ -20,8 +20,8 @@ BORDER_SHARE = 0.02
 MOST_BACKGROUND = 0.99
 """A mask that covers more than this share of an image leaves no subject outside of it."""
 
-PLAIN_RANGE = 0.05
-"""A border whose channels vary by no more than this is plain."""
+WHITE_FROM = 0.95
+"""A border is white where all channels are at least this."""
 
 TURNED = "the mask was turned round"
 EMPTY = "the mask is empty"
@@ -115,9 +115,9 @@ def on_white(image: Tensor) -> Tensor:
 
 
 def shows_background(image: Tensor) -> bool:
-    """Whether the border of an image, (batch, height, width, channels), is of more than one colour."""
+    """Whether the border of an image, (batch, height, width, channels), is anything but white, which references are laid on."""
     border = image[:, _border(*image.shape[1:3]), :3]  # -> (batch, pixels, channels)
-    return bool(((border.amax(dim=1) - border.amin(dim=1)) > PLAIN_RANGE).any())
+    return bool((border < WHITE_FROM).any())
 
 
 def seems_turned(mask: Tensor) -> bool:
@@ -153,7 +153,7 @@ def _border(height: int, width: int) -> Tensor:
 def _whole_image(has_mask: bool, notes: Sequence[str], has_background: bool) -> str:
     """Say why all of an image counts as its subject."""
     if not (has_mask or has_background):
-        return "no mask, plain background"
+        return "no mask, white background"
     cause = "no mask"
     if has_mask:
         cause = EMPTY if EMPTY in notes else "the mask covers all of the image"

@@ -88,11 +88,16 @@ class BaseModel:
         """Say how many captions exceed the text encoder's limit; ``MAX_CHECKED_CAPTIONS`` are enough to tell."""
         tokenizer = self.pipeline.pipeline.tokenizer
         ids = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
-        num_long = sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
-        if num_long:
+        too_long = [
+            caption
+            for caption, tokens in zip(captions, ids, strict=True)
+            if len(tokens) > tokenizer.model_max_length
+        ]
+        if too_long:
             logger.warning(
-                "%d of %s%d captions are longer than the text encoder takes; what is beyond is cut off.",
-                num_long,
+                "%d of %s%d captions are longer than the text encoder takes (%r ...); what is beyond is cut off.",
+                len(too_long),
                 "the first " if len(captions) == MAX_CHECKED_CAPTIONS else "",
                 len(captions),
+                too_long[0][:60],
             )

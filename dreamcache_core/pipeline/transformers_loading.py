@@ -84,8 +84,8 @@ def require_kind(folder: str | Path, flag: str, kinds: Sequence[str]) -> None:
         found = read_json(folder / "config.json")["model_type"]
     except (FileFormatError, KeyError) as error:
         raise FileFormatError(
-            f"Expected {flag} to be a folder with a {kinds[0]} model; {folder} has no config.json that names a model "
-            f"({type(error).__name__}). Give the folder that holds config.json and the weights."
+            f"Expected {flag} to be a folder with a {kinds[0]} model; {folder} has no config.json that names a "
+            f"model. Give the folder that holds config.json and the weights."
         ) from error
     if found not in kinds:
         raise UnsupportedModelError(

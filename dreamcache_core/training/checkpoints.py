@@ -27,6 +27,9 @@ ADAPTERS_FILE = "adapters.safetensors"
 
 _NAME = re.compile(r"step-(\d+)")
 _STATE_FILE = "run.json"
+FOR_ONE_START = ("resume", "accept_changed_data", "dry_run")
+"""Settings that say how a run is started, not what it is."""
+
 SETTINGS_FILE = "run.toml"
 """What the run was told, as ``--config`` takes it."""
 _UNFINISHED = ".unfinished"
@@ -138,7 +141,7 @@ class Checkpoints:
         lines = [
             f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
             for name, value in settings.items()
-            if value is not None
+            if value is not None and name not in FOR_ONE_START
         ]
         with whole_file(self.run_folder / SETTINGS_FILE) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")

@@ -31,8 +31,6 @@ _SAME_AS = {
     "network_weights": "adapters",
     "instance_prompt": "caption",
     "max_train_steps": "steps",
-    "max_train_epochs": "steps",
-    "num_train_epochs": "steps",
     "train_batch_size": "batch_size",
     "gradient_accumulation_steps": "gradient_accumulation",
     "unet_lr": "learning_rate",
@@ -65,12 +63,30 @@ _NOT_NEEDED = (
     "mem_eff_attn",
     "allow_tf32",
     "network_module",
-    "network_dim",
-    "network_alpha",
-    "rank",
     "cache_latents",
+    "cache_latents_to_disk",
     "center_crop",
+    "caption_extension",
+    "save_model_as",
 )
+
+_EPOCHS = "Give 'steps': epochs x images / batch_size; the plan tells the epochs."
+_NO_RANK = "Adapters have no rank: leave it out."
+_NOT_THERE = "There is nothing of the kind here: leave it out."
+_ANSWERS = {
+    "epochs": _EPOCHS,
+    "max_train_epochs": _EPOCHS,
+    "num_train_epochs": _EPOCHS,
+    "network_dim": _NO_RANK,
+    "network_alpha": _NO_RANK,
+    "rank": _NO_RANK,
+    "clip_skip": _NOT_THERE,
+    "noise_offset": _NOT_THERE,
+    "shuffle_caption": _NOT_THERE,
+    "keep_tokens": _NOT_THERE,
+    "prior_loss_weight": _NOT_THERE,
+    "reg_data_dir": _NOT_THERE,
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ class TrainConfig(Config):
     Attributes:
         model: Base model: diffusers folder or single-file checkpoint.
         out: Folder of the run: checkpoints, log, final adapters; else runs/ and the set's name.
-        data: Training set: folder, manifest, shards or parquet.
+        data: Training set: folder, manifest, shards or parquet; as the first word it needs no flag.
         caption: Caption of images that have none.
         encoded: Precomputed latents of it, from 'dataset encode'.
         model_config: For a single file not of Stable Diffusion 1.x or SDXL: a diffusers folder like it.
@@ -127,9 +143,11 @@ class TrainConfig(Config):
         dry_run: Print the plan and stop.
     """
 
-    elsewhere: ClassVar[Mapping[str, str]] = {
-        name: f"It is called {here!r} here." for name, here in _SAME_AS.items()
-    } | dict.fromkeys(_NOT_NEEDED, "It is not needed: leave it out.")
+    elsewhere: ClassVar[Mapping[str, str]] = (
+        {name: f"It is called {here!r} here." for name, here in _SAME_AS.items()}
+        | dict.fromkeys(_NOT_NEEDED, "It is not needed: leave it out.")
+        | _ANSWERS
+    )
 
     model: str
     out: str = ""

@@ -144,7 +144,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
                 return sample | self._read(index, epoch, generator) | {SKIPPED: message}
             except DreamCacheError as error:
                 files = ", ".join(self.data.files(index))
-                message = message or f"Training sample {index} ({files}) cannot be used: {error}"
+                message = message or f"{files} cannot be used: {error}"
         return {FAILURE: f"{message} Find all such samples with 'dataset check'."}
 
     def _candidates(self, index: int) -> Iterator[int]:

@@ -258,7 +258,11 @@ class Loop:
         if is_due or is_last or self._is_asked_to_stop:
             self._save_checkpoint()
         if self._is_asked_to_stop:
-            logger.warning("Stopped after step %d; go on with --resume.", self.step)
+            logger.warning(
+                "Stopped after step %d; what was learnt is in %s. Go on with the same command and --resume.",
+                self.step,
+                self.run.checkpoints.folder,
+            )
             raise KeyboardInterrupt
         if config.validate_every and (
             self.step % config.validate_every == 0 or is_last or self.step in EARLY_GRIDS

@@ -32,6 +32,10 @@ class Plan:
     Attributes:
         num_parameters: That learn.
         num_samples: Samples of the training set.
+        num_images: The same without repeats.
+        resolution: Side of the reference square, pixels.
+        folder: Where the run lies.
+        first_step: Steps that it has behind it.
         num_steps: Optimizer steps.
         global_batch: Samples of one of them, over all processes.
         num_processes: Processes that train.
@@ -45,6 +49,10 @@ class Plan:
 
     num_parameters: int
     num_samples: int
+    num_images: int
+    resolution: int
+    folder: Path
+    first_step: int
     num_steps: int
     global_batch: int
     num_processes: int
@@ -71,11 +79,13 @@ class Plan:
         return [
             f"device: {self.device}",
             f"trainable parameters: {self.num_parameters:,}",
-            f"samples: {self.num_samples:,}",
-            f"steps: {self.num_steps:,} ({per_step}{'es' if self.num_processes > 1 else ''}, {epochs:.1f} epochs)",
+            f"samples: {self.num_samples:,}{'' if self.num_images == self.num_samples else f' of {self.num_images:,} images'}, "
+            f"{self.resolution} px",
+            f"steps: {f'from {self.first_step:,} to ' if self.first_step else ''}{self.num_steps:,} ({per_step}{'es' if self.num_processes > 1 else ''}, {epochs:.1f} epochs)",
             f"memory of each device: about {self.memory / MIB:,.0f} MiB (base model {self.weights / MIB:,.0f}, adapters "
             f"with gradients and optimizer {self.trained / MIB:,.0f}, activations {self.activations / MIB:,.0f}), and "
             "temporary buffers",
+            f"folder: {self.folder}, grids in {self.folder / 'validation'}",
             f"disk: {self.disk / MIB:,.0f} MiB ({self.num_checkpoints} + 1 checkpoints of {self.trained / MIB:,.0f})",
         ]
 

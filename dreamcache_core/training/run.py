@@ -107,6 +107,10 @@ class Run:
         return Plan(
             num_parameters=adapters.num_parameters,
             num_samples=len(self.data),
+            num_images=len(self.data) if self._images is None else len(self._images.distinct),
+            resolution=self.data.resolution,
+            folder=self.folder,
+            first_step=0 if self.start is None else self.start.step,
             num_steps=config.steps,
             global_batch=self.global_batch,
             num_processes=self.accelerator.num_processes,
@@ -143,7 +147,7 @@ class Run:
             self.accelerator.is_main_process
             and self.start is None
             and source is not None
-            and len(source.keys) <= MAX_READ_THROUGH
+            and len(source.distinct) <= MAX_READ_THROUGH
         ):
             warn_of_problems(
                 source, resolution=self.data.resolution, has_buckets=self.config.buckets
@@ -232,8 +236,8 @@ def _take_set_as_begun(
     changes = set_changes(checkpoints.run_folder, data.source)
     if changes and not is_accepted:
         raise InputError(
-            f"The training set is not the one that the run in {checkpoints.run_folder} was begun on: {changes}. Put it back, "
-            "or go on with the set as it is now: --accept_changed_data."
+            f"The training set is not the one that the run in {checkpoints.run_folder} was begun on: {changes}. Go on with the "
+            "set as it is now by --accept_changed_data, or put it back as it was."
         )
     if changes:
         logger.warning("The training set has changed since the run was begun: %s.", changes)

@@ -21,7 +21,9 @@ def write_record(folder: Path, source: PairSource) -> None:
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
     """
-    entries = ({"key": key, "stamp": source.stamp(index)} for index, key in enumerate(source.keys))
+    entries = (
+        {"key": source.keys[index], "stamp": source.stamp(index)} for index in source.distinct
+    )
     with whole_file(folder / RECORD_FILE) as temporary:
         append_lines(temporary, entries)
 
@@ -43,7 +45,7 @@ def set_changes(folder: Path, source: PairSource) -> str:
     }
     if not before:
         return f"{RECORD_FILE}, which would tell the samples, is not there"
-    now = {key: without_times(source.stamp(index)) for index, key in enumerate(source.keys)}
+    now = {source.keys[index]: without_times(source.stamp(index)) for index in source.distinct}
     kinds = {
         "changed": [key for key in now if key in before and now[key] != before[key]],
         "new": [key for key in now if key not in before],

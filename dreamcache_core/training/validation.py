@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..data.sources.opening import open_source
-from ..data.sources.source import Pair, PairSource
+from ..data.sources.source import Pair, PairSource, spread
 from ..errors import DreamCacheError, InputError
 from ..images.files import contact_sheet, save_png
 from ..images.reference import prepare_reference_image
@@ -46,7 +45,7 @@ class Validation:
                 "validation_data (or data), or validate_every = 0."
             )
         self.base, self.config, self.resolution = base, config, resolution
-        pairs = list(islice(_readable(source), config.validation_samples))
+        pairs = list(_readable(source, config.validation_samples))
         if not pairs:
             raise InputError(
                 "No sample can be read that a validation grid could show; 'dataset check' says why."
@@ -85,7 +84,7 @@ class Validation:
             with_it = self._sample(prompt, ReferenceUse(reference, adapters))
             after_image()
             rows.append([image, self._without[row], with_it])
-        captions = [["reference", f"without: {prompt}", "with it"] for prompt in self.prompts]
+        captions = [["reference", f"no reference: {prompt}", "with it"] for prompt in self.prompts]
         return contact_sheet(rows, captions)
 
     def save(
@@ -112,9 +111,9 @@ class Validation:
         return image.permute(0, 2, 3, 1).float().cpu()
 
 
-def _readable(source: PairSource) -> Iterator[Pair]:
-    """Yield the pairs of a set that can be read."""
-    for index in range(len(source.keys)):
+def _readable(source: PairSource, count: int) -> Iterator[Pair]:
+    """Yield so many different pairs, those that can be read."""
+    for index in spread(source, count):
         try:
             yield source.read(index)
         except DreamCacheError:

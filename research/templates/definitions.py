@@ -33,6 +33,7 @@ def values_of(given: Json, value: Any) -> Iterator[Any]:
     """What a file keeps of a widget: the page puts a second one behind seeds and uploads."""
     yield value
     if given.get("control_after_generate"):
-        yield "randomize"
+        # a number on its own serves several samplers, which are compared
+        yield "fixed" if given["name"] == "value" else "randomize"
     if given.get("image_upload"):
         yield "image"

@@ -28,7 +28,7 @@ def save_once() -> Workflow:
     flow.note(
         "Reuse",
         "### 2. Reuse\nPress **R**, choose the file in **Load Reference**, select the grey nodes (Ctrl and drag) and press **Ctrl M**: now "
-        "they run too. Files that you want to keep go to `models/dreamcache/references`.",
+        "they run too. Mute **Save Reference** likewise, or each run writes another file. Files that you want to keep go to `models/dreamcache/references`.",
     )
     flow.column()
     base = demo(flow)

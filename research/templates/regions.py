@@ -42,8 +42,10 @@ def _references(
 def _halves(flow: Workflow, size_px: int) -> list[Output]:
     """Masks of the left half and the right half."""
     size: dict[str, Any] = {"width": size_px, "height": size_px}
-    nothing = flow.add("SolidMask", title="Nothing", value=0.0, **size)
-    half = flow.add("SolidMask", title="A half", value=1.0, **(size | {"width": size_px // 2}))
+    nothing = flow.add("SolidMask", title="Empty mask", value=0.0, **size)
+    half = flow.add(
+        "SolidMask", title="Mask of half the image", value=1.0, **(size | {"width": size_px // 2})
+    )
     flow.column()
     return [
         flow.add(

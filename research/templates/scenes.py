@@ -107,7 +107,7 @@ def inpainting_demo() -> Workflow:
     drawn = _drawn(flow, INPAINTING, scene, scene)
     nothing, box = (
         flow.add("SolidMask", title=title, value=value, width=size, height=size)
-        for title, value, size in (("Nothing", 0.0, IMAGE_SIZE), ("A box", 1.0, BOX_PX))
+        for title, value, size in (("Empty mask", 0.0, IMAGE_SIZE), ("Mask of a box", 1.0, BOX_PX))
     )
     flow.column()
     mask = flow.add(

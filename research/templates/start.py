@@ -36,8 +36,9 @@ def quickstart() -> Workflow:
     flow.note(
         "Start here",
         "### See it work, without a download\nA small model comes with the pack. It draws simple shapes in simple places, 128 x 128 "
-        "pixels, in seconds, on a CPU too.\n\n**Press Run.** On the right, above: four images that see the reference. Below: the "
-        "same prompt and the same noise without it.\n\nThe prompt never names colours and pattern: only the reference can tell them.",
+        "pixels, in a minute or two on a CPU.\n\n**Press Run.** On the right, above: four images that see the reference. Below: the "
+        "same prompt and the same noise without it.\n\nThe prompt never names colours and pattern: only the reference can tell them. The adapters are those of **DreamCache Demo Model**, "
+        "which are connected; *from this model* is what the node would take without.",
     )
     flow.note(
         "Try next",
@@ -46,7 +47,7 @@ def quickstart() -> Workflow:
         f"- **Prompt**: {SCENES}. With *left*, *right*, *top* or *bottom* behind a comma, or *tiny* or *large* before the shape: "
         f'"a large star at night", "a fish in the sea, right".\n- {STRENGTH}',
     )
-    return _mug(flow, {})
+    return _on_the_grass(flow, "mug", 1, {})
 
 
 def without_file() -> Workflow:
@@ -57,21 +58,22 @@ def without_file() -> Workflow:
         "What this is",
         "### No adapter file? From this model\nThe quickstart once more, but **adapters** is *from this model*: made of the model's own "
         "self-attention, without a file and without training. It works with every Stable Diffusion 1.x, 2.x or SDXL checkpoint, once for "
-        "each, in seconds on a GPU.\n\nTrained adapters keep more of the subject: compare the quickstart.",
+        "each, in seconds on a GPU.\n\nTrained adapters keep more of the subject. With other shapes and seeds you see how often it holds.",
     )
-    return _mug(flow, {"adapters": FROM_MODEL, "strength": "likeness", "size": IMAGE_SIZE})
+    fitted = {"adapters": FROM_MODEL, "strength": "likeness", "size": IMAGE_SIZE}
+    return _on_the_grass(flow, "house", 2, fitted)
 
 
-def _mug(flow: Workflow, photo_inputs: dict[str, Any]) -> Workflow:
-    """A mug on the grass with and without its reference, by the demo model; inputs of DreamCache from Photo, else its own adapters."""
+def _on_the_grass(flow: Workflow, shape: str, seed: int, photo_inputs: dict[str, Any]) -> Workflow:
+    """A subject with and without its reference, by the demo model; inputs of DreamCache from Photo, else the model's adapters."""
     flow.column()
     base = demo(flow)
     base = base._replace(photo=photo_inputs or base.photo)
-    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1)
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape=shape, seed=seed)
     flow.column()
     photo = from_photo(flow, base, subject["image"], subject["mask"])
     flow.column()
-    prompts = texts(flow, base, "a mug on the grass, left")
+    prompts = texts(flow, base, f"a {shape} on the grass, left")
     latent = empty(flow, base, images=4)
     result = with_and_without(flow, base, photo["model"], prompts, latent)
     widgets = [(subject, "shape"), (subject, "seed"), (prompts.prompt, "text"), (photo, "strength")]

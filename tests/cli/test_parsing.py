@@ -92,6 +92,12 @@ def test_values_of_the_wrong_type_are_refused_with_the_field(wrong, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("wrong", ["512,512", "many", "3.5"])
+def test_a_word_in_the_place_of_a_number_is_named(wrong):
+    with pytest.raises(InputError, match=f"^--steps takes one number, given '{wrong}'"):
+        parse("--data=d", f"--steps={wrong}")
+
+
 def test_wrong_types_in_a_file_are_found_by_the_same_parser(tmp_path):
     with pytest.raises(InputError, match="--steps"):
         parse(in_file(tmp_path, 'data = "d"\nsteps = "many"'))

@@ -335,7 +335,7 @@ class NothingReadable:
     problems = ()
 
     def __init__(self, count: int) -> None:
-        self.keys = [str(i) for i in range(count)]
+        self.keys, self.distinct = [str(i) for i in range(count)], range(count)
 
     def files(self, index: int) -> tuple[str, ...]:
         return (f"{index}.png",)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import ImageOps
 from test_sources import BOX, make_image, mask, write_pair
 
+from dreamcache_core.data.checking import UNREADABLE, check_source
 from dreamcache_core.data.sources.opening import open_source
-from dreamcache_core.data.sources.source import fingerprint
+from dreamcache_core.data.sources.source import fingerprint, spread
 from dreamcache_core.errors import InputError
 
 
@@ -107,7 +109,7 @@ def test_what_is_left_out_is_named_or_counted(tmp_path, caplog):
 
 def test_a_folder_without_captions_says_what_to_do(tmp_path):
     write(tmp_path, "a.png")
-    with pytest.raises(InputError, match=r"add a\.txt, or give one for all with --caption"):
+    with pytest.raises(InputError, match=r"add a\.txt, or give caption, one text"):
         open_source(tmp_path)
 
 
@@ -156,3 +158,37 @@ def test_no_source_file_is_changed(tmp_path):
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     open_source(tmp_path).read(0)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_the_folder_itself_may_be_a_concept_with_repeats(tmp_path):
+    write(tmp_path / "10_red mug", "a.png")
+    assert captions(open_source(tmp_path / "10_red mug")) == {"a.png": "red mug"}
+
+
+def test_repeated_images_are_looked_through_once(tmp_path):
+    for folder, name in (("10_red mug", "a.png"), ("10_red mug", "b.png"), ("1_cat", "c.png")):
+        write(tmp_path / folder, name)
+    (tmp_path / "10_red mug" / "b.png").write_bytes(b"no image")
+    source = open_source(tmp_path)
+    assert len(source.keys) == 21
+    once = ["10_red mug/a.png", "10_red mug/b.png", "1_cat/c.png"]
+    assert [source.keys[index] for index in source.distinct] == once
+    report = check_source(source, resolution=64)
+    assert (report.num_pairs, report.num_samples) == (3, 21)
+    assert len(report.problems[UNREADABLE]) == 1
+    assert spread(source, 8) == list(source.distinct)
+    assert len(spread(source, 2)) == 2
+
+
+def test_a_mask_of_the_background_is_turned_round_and_named(tmp_path):
+    write(tmp_path, "a.png", "a red square")
+    (tmp_path / "masks").mkdir()
+    ImageOps.invert(mask()).save(tmp_path / "masks" / "a.png")
+    source = open_source(tmp_path)
+    pair = source.read(0)
+    assert pair.is_turned
+    assert pair.mask is not None
+    mask().save(tmp_path / "masks" / "a.png")
+    right = open_source(tmp_path).read(0)
+    assert not right.is_turned
+    assert torch.equal(pair.mask, right.mask)

@@ -172,9 +172,13 @@ def _furnish(base: Path) -> None:
     """Lay out the folder as a user's: the pack installed, a photograph as a plain and as a cut-out PNG."""
     for folder in ("custom_nodes", "input", "output", "models/dreamcache", "user"):
         (base / folder).mkdir(parents=True)
-    remover = base / "models" / "background_removal" / "birefnet.safetensors"
-    remover.parent.mkdir()
-    remover.touch()  # nothing loads it: a page that opens a workflow only looks whether it is there
+    # nothing loads these: a page that opens a workflow only looks whether they are there
+    for file in (
+        "background_removal/birefnet.safetensors",
+        "controlnet/control_v11p_sd15_canny_fp16.safetensors",
+    ):
+        (base / "models" / file).parent.mkdir()
+        (base / "models" / file).touch()
     (base / "custom_nodes" / PACK_FOLDER).symlink_to(PACK, target_is_directory=True)
     tiny = base / "custom_nodes" / "tiny_models_pack"
     tiny.mkdir()

@@ -1,7 +1,10 @@
 """What a mask marks: decided by the mask where that is sure, and said."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dreamcache_core.images.masks import (
@@ -14,6 +17,7 @@ from dreamcache_core.images.masks import (
     on_white,
     shows_background,
 )
+from dreamcache_core.images.reference_files import read_references
 
 SIZE = 100
 
@@ -135,10 +139,11 @@ def test_alpha_counts_as_the_subject_whatever_the_mask_is():
     assert find_subject(image).opacity is None
 
 
-def test_a_subject_on_a_plain_background_needs_no_mask():
+def test_a_subject_on_white_needs_no_mask_and_on_black_it_does():
     image = photo() * CENTRE[..., None] + 1 - CENTRE[..., None]
     assert not shows_background(image)
-    assert find_subject(image).note == "no mask, plain background"
+    assert find_subject(image).note == "no mask, white background"
+    assert find_subject(1 - image).note == "no mask: the background is in the reference"
 
 
 def test_transparent_places_are_laid_on_white():
@@ -151,3 +156,18 @@ def test_transparent_places_are_laid_on_white():
     image[..., 3] = 1
     assert torch.equal(on_white(image), image[..., :3])
     assert on_white(photo(1)).shape == (1, SIZE, SIZE, 3)
+
+
+def test_a_mask_of_the_background_is_warned_of_where_files_are_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image, mask = Image.new("RGB", (60, 40), "red"), Image.new("L", (60, 40))
+    mask.paste(255, (20, 10, 40, 30))
+    for name, each in (("a", image), ("right", mask), ("wrong", ImageOps.invert(mask))):
+        each.save(tmp_path / f"{name}.png")
+    read_references([tmp_path / "a.png"], [tmp_path / "right.png"])
+    assert caplog.text == ""
+    ((_, mask_read),) = read_references([tmp_path / "a.png"], [tmp_path / "wrong.png"])
+    assert "wrong.png covers the border" in caplog.text
+    assert mask_read is not None
+    assert (float(mask_read[0, 0, 0]), float(mask_read[0, 20, 30])) == (0, 1)

@@ -278,6 +278,7 @@ def test_a_folder_and_a_model_are_enough_and_the_settings_are_kept(
     assert main(["train", str(data), "--model", str(model), *few]) == 0
     folder = Path("runs") / data.name
     assert (folder / "adapters.safetensors").is_file()
+    assert "resume" not in (folder / "run.toml").read_text(encoding="utf-8")
     kept = TrainConfig.from_dict(read_toml(folder / "run.toml"))
     assert kept == TrainConfig(
         str(model), data=str(data), caption=words, out=str(folder), steps=1, init="identity", workers=0,
@@ -487,7 +488,7 @@ def test_dry_run_finds_what_the_run_would(settings, tmp_path, capsys, caplog, mo
     settings = {**settings, "data": str(data)}
     assert main(["train", *flags(settings), "--dry-run"]) == 0
     assert "1 unreadable files: subject_1/001" in caplog.text
-    assert "1 masks of the background: subject_0/000" in caplog.text
+    assert "1 masks of the background, turned round: subject_0/000" in caplog.text
     (tmp_path / "taken").write_text("")
     for out, reason in ((tmp_path / "taken", "no folder"), (tmp_path / "locked", "read-only")):
         if reason == "read-only":

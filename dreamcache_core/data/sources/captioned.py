@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -85,9 +85,18 @@ class CaptionedSource(FileSource):
             for time in range(times // common)
         ]
         self.keys = tuple(printable(key) for key, _ in repeated)
+        first: dict[str, int] = {}
+        for index, (_, files) in enumerate(repeated):
+            first.setdefault(files.image, index)
+        self._distinct = tuple(first.values())
         self._pairs = tuple(files for _, files in repeated)
         self.problems = require_pairs(self.root, len(found), sorted(problems))
         _tell(self.root, [files for _, files, _ in found], unread)
+
+    @property
+    def distinct(self) -> Sequence[int]:
+        """First index of every image."""
+        return self._distinct
 
     def files(self, index: int) -> tuple[str, ...]:
         """Paths of image, mask and caption, as far as there are any."""
@@ -125,7 +134,7 @@ class CaptionedSource(FileSource):
         target, alpha = read_image(self._pairs[index].image)
         assert alpha is not None
         target = on_white(torch.cat([target, alpha[..., None]], dim=-1))
-        return Pair(target, pair.subject, pair.mask, pair.caption)
+        return replace(pair, target=target, has_hidden_pixels=False)
 
 
 def _images(
@@ -142,7 +151,7 @@ def _images(
     by_stem = {ending: _by_stem(names, ending) for ending in (*CAPTIONS, None)}
     images, masks = by_stem.pop(None), _masks(root, below)
     labels = {stem for stem in images if stem.endswith(_MASK_LABEL)}
-    named = _REPEATS.fullmatch(os.path.basename(folder))
+    named = _REPEATS.fullmatch(os.path.basename(os.path.abspath(folder)))
     times, default = (int(named["times"]), named["name"]) if named else (1, "")
     default = default if caption is None else caption
     read: set[str] = set()
@@ -158,7 +167,7 @@ def _images(
             problems.append(f"{key}: {' and '.join(double)} have one name; rename or remove one.")
         elif not (texts or default):
             problems.append(
-                f"{key}: it has no caption; add {stem}.txt, or give one for all with --caption."
+                f"{key}: it has no caption; add {stem}.txt, or give caption, one text for all."
             )
         else:
             mask = os.path.join(folder, label) if label else masks.get(stem)

@@ -58,7 +58,7 @@ def open_source(path: str | os.PathLike[str], caption: str | None = None) -> Pai
     if suffix == ".parquet":
         return Subjects200KSource(path)
     found = "a file of another kind" if path.exists() else "not there"
-    raise InputError(f"Expected a training set: {FORMS}. {path} is {found}. Give one of these.")
+    raise InputError(f"{path} is {found}. Expected a training set: {FORMS}.")
 
 
 def _open_folder(path: Path, caption: str | None) -> PairSource:

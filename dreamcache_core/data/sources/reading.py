@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...images.files import ImageFile, open_image, read_image, read_mask
+from ...images.masks import seems_turned
 from ...images.reference import check_image, subject_box, subject_opacity
 from ...names import printable
 from .source import Pair, PairSource
@@ -127,6 +128,13 @@ def one_line(text: str) -> str:
 class FileSource(ABC):
     """A set whose images are files, or members of files."""
 
+    keys: Sequence[str]
+
+    @property
+    def distinct(self) -> Sequence[int]:
+        """All indices: nothing is repeated."""
+        return range(len(self.keys))
+
     @abstractmethod
     def image(self, index: int, part: Part) -> NamedFile | None:
         """Find an image of a pair; ``None``: the pair has none of its own."""
@@ -142,6 +150,8 @@ class FileSource(ABC):
     def read(self, index: int) -> Pair:
         """Read a pair; the alpha channel of the subject's image and the mask are multiplied.
 
+        A mask that seems to mark the background is turned round.
+
         Raises:
             MaskError: The mask is empty, marks too little, or has another aspect than the image.
             DreamCacheError: A file is missing, damaged or unfit.
@@ -153,12 +163,18 @@ class FileSource(ABC):
         if subject_file is not None:
             subject, alpha = read_image(*subject_file)
         mask = None if mask_file is None else read_mask(*mask_file)
+        is_turned = mask is not None and seems_turned(mask[0])
+        if mask is not None and is_turned:
+            mask = 1 - mask
         caption = self.caption(index)
         check_image(target)
         check_image(subject)
         file, name = mask_file or subject_file or target_file
         opacity = _checked_opacity(subject, alpha, mask, name or str(file))
-        return Pair(target, subject, opacity, caption, has_hidden_pixels)
+        has_own_subject = subject_file is not None
+        return Pair(
+            target, subject, opacity, caption, has_hidden_pixels, has_own_subject, is_turned
+        )
 
     def _target(self, index: int) -> NamedFile:
         file = self.image(index, "target")

@@ -18,6 +18,8 @@ class Pair:
         mask: Where the subject is in ``subject``, (1, height, width) in [0, 1], 1 = subject; ``None``: everywhere.
         caption: Text of the target.
         has_hidden_pixels: Whether the target has pixels that its own alpha channel hides; training sees them.
+        has_own_subject: Whether the subject is shown by another image than the target's.
+        is_turned: Whether the mask marked the background and was turned round.
     """
 
     target: Tensor
@@ -25,6 +27,8 @@ class Pair:
     mask: Tensor | None
     caption: str
     has_hidden_pixels: bool = False
+    has_own_subject: bool = False
+    is_turned: bool = False
 
 
 class PairSource(Protocol):
@@ -33,6 +37,11 @@ class PairSource(Protocol):
     @property
     def keys(self) -> Sequence[str]:
         """Unique name of every pair, in a fixed order that does not depend on the file system."""
+        ...
+
+    @property
+    def distinct(self) -> Sequence[int]:
+        """Index of every pair once, also of one that a set repeats."""
         ...
 
     @property
@@ -76,3 +85,10 @@ def fingerprint(source: PairSource) -> str:
         stamp = source.stamp(index)
         digest.update(f"{len(key)}:{key}:{len(stamp)}:{stamp}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def spread(source: PairSource, count: int) -> list[int]:
+    """Choose so many different pairs, at most, from the whole length of a set."""
+    distinct = source.distinct
+    count = min(count, len(distinct))
+    return [distinct[place * len(distinct) // count] for place in range(count)]

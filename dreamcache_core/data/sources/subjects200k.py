@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ class Subjects200KSource:
             raise InputError(f"Expected rows rated {LOWEST_SCORE} or higher in {path}; found none.")
         self.keys = tuple(f"{row:07d}-{side}" for row in self._rows for side in SIDES)
 
+    @property
+    def distinct(self) -> Sequence[int]:
+        """All indices: nothing is repeated."""
+        return range(len(self.keys))
+
     def files(self, index: int) -> tuple[str, ...]:
         """The set, the row and the side."""
         return (f"{self.path}: row {self._rows[index // 2]}, {SIDES[index % 2]}",)
@@ -87,7 +92,7 @@ class Subjects200KSource:
             image[:, top : top + side, left : left + side].contiguous()
             for left in (lefts[index % 2], lefts[1 - index % 2])
         )
-        return Pair(target, subject, None, self.caption(index))
+        return Pair(target, subject, None, self.caption(index), has_own_subject=True)
 
     def _good_rows(self) -> list[int]:
         count = len(self._table)

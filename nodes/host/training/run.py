@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from ....dreamcache_core.method.cache import LATENT_FACTOR
 from ....dreamcache_core.training.initialisation import FITS, new_adapters
 from ..folders import new_adapter_path
 from ..model import default_side_px, model_layout, require_model_fit, unet_of
-from ..report import PREVIEW_PX, node_id, preview, report
+from ..report import PREVIEW_PX, node_id, preview, report, show
 from .frozen_model import check_texts, noise_schedule
 from .images import (
     TrainingSet,
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 RESCUED = "dreamcache-interrupted"
 NUM_PREVIEWS = 100
 MIN_PX, MAX_PX = 64, 2048
+BACKGROUNDS_COME_ALONG = "their backgrounds will come through in the results"
 
 
 @dataclass(eq=False)
@@ -87,6 +89,7 @@ class TrainingRun:
         if not self.num_images:
             raise InputError("Expected images to train on, given none. Connect images.")
         self.num_masks, self.about_masks = 0, ""
+        self.last_told_s = -math.inf
         # one for each time that an image is seen, up to the limit
         num_epochs = math.ceil(self.steps * self.batch_size / self.num_images)
         self.num_variants = max(1, min(self.reference_variants, num_epochs))
@@ -169,10 +172,15 @@ class TrainingRun:
         """Preview a target beside its reference, as training sees them."""
         sheet = contact_sheet([[target, reference]], cell_px=PREVIEW_PX // 2)
         self.bar.update_absolute(self.bar.current + 1, preview=preview(sheet))
+        self._tell(
+            f"making references: {self.bar.current} of {self.num_images * self.num_variants}"
+        )
 
     def after_pass(self) -> None:
         """Count a pass that fits the start."""
         self.bar.update(1)
+        done = self.bar.current - self.num_images * self.num_variants
+        self._tell(f"fitting to the model: pass {done} of {NUM_PASSES}")
 
     def after_step(self, loss: float, num_updates: int) -> None:
         """Note the loss and preview its course; ComfyUI interrupts here."""
@@ -184,6 +192,17 @@ class TrainingRun:
         self.bar.update_absolute(
             self.num_prepared + done, preview=None if curve is None else preview(curve)
         )
+        self._tell(f"step {done} of {self.steps}, loss {loss:.4g}")
+
+    def _tell(self, phase: str) -> None:
+        """Show what is being done, at most once a second, with what is wrong about the masks."""
+        now = time.monotonic()
+        if now - self.last_told_s < 1:
+            return
+        self.last_told_s = now
+        num_bare = self.num_images - self.num_masks
+        bare = f"; {num_bare} of {self.num_images} images have no mask: {BACKGROUNDS_COME_ALONG}"
+        show(phase + (bare if num_bare else ""), node_id(self.node))
 
     def write_record(self, adapters: AdapterSet) -> None:
         """Write into the adapters how they were trained."""
@@ -212,6 +231,10 @@ class TrainingRun:
     def save_interrupted(self, adapters: AdapterSet) -> str | None:
         """Save what was learned before the run broke off, if anything; say where."""
         if not self.num_updates:
+            show(
+                "ended before the first step: nothing was learned, nothing is kept",
+                node_id(self.node),
+            )
             return None
         try:
             self.write_record(adapters)
@@ -254,8 +277,8 @@ class TrainingRun:
 
     def describe(self, adapters: AdapterSet) -> str:
         """One line for the node."""
-        first, last = self.losses[0], moving_average(self.losses)[-1]
+        last = moving_average(self.losses)[-1]
         return (
-            f"{len(self.losses)} steps on {self.num_images} images ({self.about_masks}), loss {first:.4g} -> "
-            f"{last:.4g}; {adapters.num_parameters / 1e6:.1f} M parameters, {adapters.info.layout.describe()}"
+            f"{len(self.losses)} steps on {self.num_images} images ({self.about_masks}), average loss at the end {last:.4g}; "
+            f"{adapters.num_parameters / 1e6:.1f} M parameters, {adapters.info.layout.describe()}"
         )

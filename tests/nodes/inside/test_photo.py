@@ -70,6 +70,14 @@ def test_it_does_what_its_parts_do(model, mask, inputs, guidance):
     assert all(torch.equal(features[name], reference.features[name]) for name in adapters.layers)
 
 
+def test_a_number_that_a_word_overrides_is_said(model, mask):
+    given = {"loaded_adapters": make_adapters(model), "mask": mask, "image_guidance": 5.0}
+    (text,) = from_photo(model, **given).ui["text"]
+    assert "image_guidance 5 has no effect, as strength is balanced: choose custom" in text
+    (text,) = from_photo(model, **given, strength="custom").ui["text"]
+    assert "no effect" not in text
+
+
 def test_it_shows_what_the_model_sees_and_says_what_it_did(model, mask):
     said = from_photo(model, loaded_adapters=make_adapters(model), mask=1 - mask).ui
     assert len(said["images"]) == 1
@@ -78,7 +86,7 @@ def test_it_shows_what_the_model_sees_and_says_what_it_did(model, mask):
         "the mask was turned round",
         "subject covers 16 %",
         "subject 1",
-        "adapters: connected",
+        "adapters: those that are connected",
     ):
         assert part in text
     (bare,) = from_photo(model, loaded_adapters=make_adapters(model)).ui["text"]

@@ -906,7 +906,8 @@ def test_a_training_set_gives_each_image_its_mask_and_caption(set_folder):
     assert sheet.shape[-1] == 3
     assert sheet.shape[1] > 64
     told = said("DreamCacheLoadTrainingSet", folder="toys")
-    assert told.startswith("23 images, 22 with a mask; 1 left out: 10_ball/5.png")
+    assert told.startswith("23 images, 22 with a mask (the backgrounds of the others will")
+    assert "; 1 left out: 10_ball/5.png" in told
 
 
 def test_a_training_set_trains_as_its_images_do(set_folder):
@@ -915,6 +916,32 @@ def test_a_training_set_trains_as_its_images_do(set_folder):
     adapters, _ = train(model, images=images, masks=masks, captions=captions, steps=2)
     record = json.loads(adapters.info.extra["training"])
     assert (record["images"], record["masks"]) == (23, 22)
+
+
+def test_a_cut_out_in_a_training_set_is_its_own_mask(set_folder):
+    folder = set_folder / "deep" / "bag"
+    for image in folder.glob("*.png"):
+        cutout = Image.open(image).convert("RGBA")
+        cutout.putalpha(Image.linear_gradient("L").resize(cutout.size))
+        cutout.save(image)
+    _, masks, _, _ = run("DreamCacheLoadTrainingSet", folder="toys/deep")
+    assert all(0 < float(mask.mean()) < 1 for mask in masks)
+
+
+def test_training_says_what_it_does_and_that_masks_are_missing(monkeypatch):
+    told = []
+    package = __import__("sys").modules[NODES + ".host.training.run"]
+    monkeypatch.setattr(package, "show", lambda text, node: told.append(text))
+    monkeypatch.setattr(package.time, "monotonic", iter(range(10_000)).__next__)
+    model = make_model("sd15")
+    train(model, init="fitted", steps=2)
+    assert [text.split(";")[0].split(",")[0] for text in told][-2:] == [
+        "step 1 of 2",
+        "step 2 of 2",
+    ]
+    assert any(text.startswith("making references: 1 of") for text in told)
+    assert any(text.startswith("fitting to the model: pass 128 of 128") for text in told)
+    assert all("2 of 2 images have no mask: their backgrounds will come" in text for text in told)
 
 
 def test_a_changed_file_runs_the_training_set_again(set_folder):
