@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..config import check_range
-from ..errors import InputError
+from ..errors import DreamCacheError, InputError
 from ..images.reference import resize_smoothly
 from ..method.cache import LATENT_FACTOR
 from .sources.source import PairSource
@@ -57,9 +57,10 @@ def target_sizes(
 ) -> list[tuple[int, int]]:
     """Choose height and width, pixels, of every target of a set; with buckets, the header of every image is read.
 
+    A target that cannot be read is given the square: what reads it deals with it.
+
     Raises:
-        InputError: ``resolution`` is no multiple of 8, or an image is too large.
-        FileFormatError: An image cannot be read.
+        InputError: ``resolution`` is no multiple of 8.
     """
     if resolution < LATENT_FACTOR or resolution % LATENT_FACTOR:
         raise InputError(
@@ -69,7 +70,14 @@ def target_sizes(
     if not has_buckets:
         return [(resolution, resolution)] * len(source.keys)
     buckets = aspect_buckets(resolution)
-    return [nearest_bucket(*source.size(i), buckets) for i in range(len(source.keys))]
+
+    def size_of(index: int) -> tuple[int, int]:
+        try:
+            return nearest_bucket(*source.size(index), buckets)
+        except DreamCacheError:
+            return resolution, resolution
+
+    return [size_of(index) for index in range(len(source.keys))]
 
 
 def crop_target(image: Tensor, height: int, width: int) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -149,12 +148,18 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
     def _candidates(self, index: int) -> Iterator[int]:
         """Yield a pair and those that may take its place: of a precomputed set, which was whole once, none."""
-        sizes = self.data.sizes
+        yield index
         if self.data.encoded is not None:
-            yield index
             return
-        following = ((index + step) % len(sizes) for step in range(len(sizes)))
-        yield from islice((i for i in following if sizes[i] == sizes[index]), MAX_TRIED)
+        sizes, tried = self.data.sizes, {self.data.files(index)}
+        for step in range(1, len(sizes)):
+            other = (index + step) % len(sizes)
+            if sizes[other] != sizes[index] or self.data.files(other) in tried:
+                continue
+            if len(tried) == MAX_TRIED:
+                return
+            tried.add(self.data.files(other))
+            yield other
 
     def _draw(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         height, width = (side // LATENT_FACTOR for side in self.data.sizes[index])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from training_set import save_base_model, write_pairs
+from training_set import save_base_model, write_captioned, write_pairs
 
 from dreamcache_core import InputError, StateError, load_adapters
 from dreamcache_core.cli.main import main
@@ -686,6 +686,17 @@ def test_an_unreadable_image_is_named_and_the_next_takes_its_place(
     assert "001_generation.png" in named
     again = train(settings, out=str(tmp_path / "again"))
     assert largest_difference(weights, again) == 0
+
+
+def test_a_damaged_image_that_is_repeated_often_gives_way_to_another(settings, tmp_path, caplog):
+    data = write_captioned(tmp_path / "set", 6)
+    for number in (0, 1):
+        (data / f"subject_{number}").rename(data / f"{39 * number + 1}_subject")
+        (data / "masks" / f"subject_{number}").rename(data / "masks" / f"{39 * number + 1}_subject")
+    for image in sorted((data / "40_subject").glob("*.png"))[:2]:
+        image.write_bytes(b"")
+    train({**settings, "data": str(data), "buckets": True, "steps": 9})
+    assert "2 unreadable files" in caplog.text
 
 
 def test_a_set_without_a_readable_image_is_refused_by_both_processes(settings, tmp_path):
