@@ -166,7 +166,15 @@ class TrainAdapters(io.ComfyNode):
         adapters = run.initial_adapters()
         data = run.encode()
         try:
-            train(run.model, adapters, data, run.settings, run.after_step, run.after_pass)
+            train(
+                run.model,
+                adapters,
+                data,
+                run.settings,
+                run.after_step,
+                run.after_pass,
+                run.show_sample,
+            )
             run.write_record(adapters)
             curve = draw_loss_curve(run.losses)
             shown = report(cls, run.describe(adapters))

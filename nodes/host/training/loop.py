@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ....dreamcache_core import AdapterSet, ReferenceCache, ReferenceUse, capture_features, inject
 from ....dreamcache_core.data.order import SampleOrder, sample_seed
+from ....dreamcache_core.fitting.fit import draw_latent
 from ....dreamcache_core.fitting.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
 from ....dreamcache_core.training.initialisation import FITS
 from ....dreamcache_core.training.objective import MIN_TIMESTEP, denoising_loss
@@ -32,7 +33,12 @@ from .frozen_model import (
 from .images import EMPTY_TEXT, TrainingSet
 
 MAX_GRAD_NORM = 1.0
+SAMPLE_CFG = 5.0
+SAMPLES_AFTER, SAMPLE_EVERY = (0, 50, 100), 250
+"""Steps after which an image is drawn, in runs that reach the second of them; and beyond, every so many."""
+
 AfterStep = Callable[[float, int], None]
+ShowSample = Callable[[Sequence[Tensor]], None]
 
 
 class DivergedError(Exception):
@@ -77,6 +83,7 @@ def train(
     settings: TrainSettings,
     after_step: AfterStep,
     after_pass: Callable[[], Any],
+    show_sample: ShowSample,
 ) -> None:
     """Train adapters in place.
 
@@ -89,6 +96,8 @@ def train(
         after_step: Called after each step with its loss and the number of updates that the adapters hold by then, which
             half precision makes fewer than steps where gradients overflow; may raise to end the training.
         after_pass: Called after each pass that fits the start.
+        show_sample: Called now and then with scaled latents, (1, channels, height, width): a reference, what the plain model draws
+            for its caption, and what it draws from the same noise with the reference.
 
     Raises:
         DivergedError: The loss became NaN or infinite.
@@ -97,7 +106,9 @@ def train(
     clean = clean_clone(wholly_loaded(model), keep_sampling=True)
     # all of the U-Net and nothing else on the device: no sampling run needs as much room
     comfy.model_management.load_models_gpu([clean], memory_required=1e20, force_full_load=True)
-    training = _Training(adapters, noise_schedule(model), data, settings, after_step, after_pass)
+    training = _Training(
+        adapters, noise_schedule(model), data, settings, after_step, after_pass, show_sample
+    )
     blank = torch.zeros_like(data.targets[0])
     text = data.texts[EMPTY_TEXT]
     try:
@@ -127,9 +138,12 @@ class _Training:
         settings: TrainSettings,
         after_step: AfterStep,
         after_pass: Callable[[], Any],
+        show_sample: ShowSample,
     ) -> None:
         self.adapters, self.schedule, self.data = adapters, schedule, data
         self.settings, self.after_step, self.after_pass = settings, after_step, after_pass
+        self.show_sample = show_sample
+        self._plain: Tensor | None = None
         sizes = [tuple(target.shape[-2:]) for target in data.targets]
         numbers = {size: number for number, size in enumerate(dict.fromkeys(sizes))}
         buckets = [numbers[size] for size in sizes] if len(numbers) > 1 else None
@@ -175,6 +189,7 @@ class _Training:
         scaler = torch.amp.GradScaler(base.device.type, enabled=has_half)
         good = [parameter.detach().clone() for parameter in parameters]
         num_updates = num_good = 0
+        self.sample(base, 0)
         for step in range(self.settings.steps):
             optimizer.zero_grad()
             loss = self.backward(base, step, scaler)
@@ -193,6 +208,37 @@ class _Training:
             scaler.update()
             num_updates += scaler.get_scale() >= scale  # it lowers the scale where it skips a step
             self.after_step(loss, num_updates)
+            self.sample(base, step + 1)
+
+    @torch.no_grad()
+    def sample(self, base: FrozenModel, step: int) -> None:
+        """After some steps, draw the first image of the set from its caption and reference; training is not touched by it."""
+        is_due = step in SAMPLES_AFTER or step % SAMPLE_EVERY == 0
+        if not is_due or self.settings.steps < SAMPLES_AFTER[1]:
+            return
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        noise = torch.randn(self.data.targets[0].shape, generator=generator)
+        reference = self.data.references[0][0].to(base.device)
+        reference_noise = torch.randn(reference.shape, generator=generator).to(base.device)
+        batch = {
+            "reference": reference,
+            "reference_noise": reference_noise,
+            "timestep": torch.zeros(1, dtype=torch.int64, device=base.device),
+        }
+        use = ReferenceUse(self.capture(base, batch), self.adapters)
+
+        def predict(latent: Tensor, noise: Tensor, timestep: int) -> Tensor:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            rows = (each.repeat(2, 1, 1, 1).to(base.device) for each in (latent, noise))
+            timesteps = torch.full((2,), timestep, device=base.device)
+            text, empty = base.predict(*rows, timesteps, [0, EMPTY_TEXT]).cpu().split(1)
+            return empty + SAMPLE_CFG * (text - empty)
+
+        if self._plain is None:
+            self._plain = draw_latent(predict, self.schedule, noise)
+        with inject(base.unet, use):
+            drawn = draw_latent(predict, self.schedule, noise)
+        self.show_sample([base.model.process_latent_in(reference).cpu(), self._plain, drawn])
 
     def backward(self, base: FrozenModel, step: int, scaler: Any) -> float:
         """Compute one batch's loss and gradients."""

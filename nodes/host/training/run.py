@@ -4,12 +4,14 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import comfy.utils
 import torch
 from comfy_api.latest import io
+from latent_preview import Latent2RGBPreviewer
 from torch import Tensor
 
 from ....dreamcache_core import (
@@ -24,6 +26,7 @@ from ....dreamcache_core.data.augmentation import Alterations
 from ....dreamcache_core.fitting.fit import DEFAULTS, NUM_PASSES, without_fit
 from ....dreamcache_core.images.files import contact_sheet
 from ....dreamcache_core.images.loss_curve import draw_loss_curve, moving_average
+from ....dreamcache_core.images.tensors import image_to_tensor
 from ....dreamcache_core.method.cache import LATENT_FACTOR
 from ....dreamcache_core.training.initialisation import FITS, new_adapters
 from ..folders import new_adapter_path
@@ -90,6 +93,7 @@ class TrainingRun:
             raise InputError("Expected images to train on, given none. Connect images.")
         self.num_masks, self.about_masks = 0, ""
         self.last_told_s = -math.inf
+        self.sample: Tensor | None = None
         # one for each time that an image is seen, up to the limit
         num_epochs = math.ceil(self.steps * self.batch_size / self.num_images)
         self.num_variants = max(1, min(self.reference_variants, num_epochs))
@@ -188,11 +192,24 @@ class TrainingRun:
         self.num_updates = num_updates
         done = len(self.losses)
         has_preview = done % max(1, self.steps // NUM_PREVIEWS) == 0
-        curve = draw_loss_curve(self.losses, width=PREVIEW_PX) if has_preview else None
-        self.bar.update_absolute(
-            self.num_prepared + done, preview=None if curve is None else preview(curve)
-        )
+        shown = None
+        if has_preview:
+            above = [] if self.sample is None else [self.sample]
+            width = above[0].shape[2] if above else PREVIEW_PX
+            shown = preview(torch.cat([*above, draw_loss_curve(self.losses, width=width)], dim=1))
+        self.bar.update_absolute(self.num_prepared + done, preview=shown)
         self._tell(f"step {done} of {self.steps}, loss {loss:.4g}")
+
+    def show_sample(self, latents: Sequence[Tensor]) -> None:
+        """Preview a reference, what is drawn without and with it, side by side in rough colours."""
+        form = self.model.model.latent_format
+        previewer = Latent2RGBPreviewer(
+            form.latent_rgb_factors, getattr(form, "latent_rgb_factors_bias", None)
+        )
+        tiles = [image_to_tensor(previewer.decode_latent_to_preview(each)) for each in latents]
+        captions = [["reference", "without", f"with, step {len(self.losses)}"]]
+        self.sample = contact_sheet([tiles], captions, cell_px=PREVIEW_PX // len(tiles))
+        self.bar.update_absolute(self.bar.current, preview=preview(self.sample))
 
     def _tell(self, phase: str) -> None:
         """Show what is being done, at most once a second, with what is wrong about the masks."""

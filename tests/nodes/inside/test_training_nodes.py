@@ -719,16 +719,16 @@ def test_an_interrupted_training_keeps_what_it_learned(model, trained, monkeypat
     # two references for each of the two images, then two steps
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", Hook(interrupt_after=6))
     with pytest.raises(Interrupted):
-        train(model, steps=50, reference_variants=2)
+        train(model, steps=40, reference_variants=2)
     monkeypatch.undo()
     (path,) = kept_files() - before
     loader = comfy_nodes.NODE_CLASS_MAPPINGS["DreamCacheLoadAdapters"]
     assert path.name in loader.define_schema().inputs[0].options
     assert str(path) in caplog.text
-    assert "after 2 of 50 steps" in caplog.text
+    assert "after 2 of 40 steps" in caplog.text
     kept = run("DreamCacheLoadAdapters", adapters=path.name)[0]
     assert same(kept, trained)
-    assert (record(kept)["step"], record(kept)["steps"]) == (2, 50)
+    assert (record(kept)["step"], record(kept)["steps"]) == (2, 40)
     further = train(model, adapters=kept)[0]
     assert same(kept, trained)
     assert not same(further, trained)
@@ -747,7 +747,7 @@ def test_an_interruption_in_the_middle_of_a_step_keeps_the_step_before(model, tr
     handle = unet.register_forward_pre_hook(count)
     try:
         with pytest.raises(Interrupted):
-            train(model, steps=50, reference_variants=2)
+            train(model, steps=40, reference_variants=2)
     finally:
         handle.remove()
     (path,) = kept_files() - before
@@ -926,6 +926,33 @@ def test_a_cut_out_in_a_training_set_is_its_own_mask(set_folder):
         cutout.save(image)
     _, masks, _, _ = run("DreamCacheLoadTrainingSet", folder="toys/deep")
     assert all(0 < float(mask.mean()) < 1 for mask in masks)
+
+
+def test_training_shows_what_it_draws_and_is_not_touched_by_it(model, monkeypatch):
+    loop, hook = pack_module("nodes.host.training.loop"), Hook()
+    plain, _ = train(model, steps=4)
+    monkeypatch.setattr(loop, "SAMPLES_AFTER", (0, 2))
+    monkeypatch.setattr(loop, "SAMPLE_EVERY", 3)
+    shown = []
+    show = pack_module("nodes.host.training.run").TrainingRun.show_sample
+    monkeypatch.setattr(
+        pack_module("nodes.host.training.run").TrainingRun,
+        "show_sample",
+        lambda self, latents: (shown.append((len(self.losses), latents)), show(self, latents)),
+    )
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    sampled, _ = train(model, steps=4)
+    assert same(plain, sampled)
+    assert [step for step, _ in shown] == [0, 2, 3]
+    for _, latents in shown:
+        assert [each.shape for each in latents] == [(1, 4, 8, 8)] * 3
+        assert all(each.isfinite().all() for each in latents)
+    first, last = shown[0][1], shown[-1][1]
+    assert torch.equal(first[1], last[1])  # without the reference: the same noise, the plain model
+    assert_close(first[2], first[1], 1e-4)  # identity starts as the plain model
+    assert not torch.equal(last[2], last[1])
+    above_curve = [image for _, _, image in hook.calls if image is not None][-1][1]
+    assert above_curve.size[1] > 360
 
 
 def test_training_says_what_it_does_and_that_masks_are_missing(monkeypatch):
