@@ -229,9 +229,10 @@ class _Training:
 
         def predict(latent: Tensor, noise: Tensor, timestep: int) -> Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            rows = (each.repeat(2, 1, 1, 1).to(base.device) for each in (latent, noise))
+            latents, noises = (x.repeat(2, 1, 1, 1).to(base.device) for x in (latent, noise))
             timesteps = torch.full((2,), timestep, device=base.device)
-            text, empty = base.predict(*rows, timesteps, [0, EMPTY_TEXT]).cpu().split(1)
+            both = base.predict(latents, noises, timesteps, [0, EMPTY_TEXT])
+            text, empty = both.cpu().split(1)
             return empty + SAMPLE_CFG * (text - empty)
 
         if self._plain is None:
