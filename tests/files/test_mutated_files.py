@@ -92,7 +92,7 @@ def read_scores(path: Path) -> Any:
 
 def read_run(path: Path) -> Any:
     run = Checkpoints(path.parent, keep=1)
-    return run._read_identity()
+    return run.read_identity()
 
 
 def cut(path: Path) -> Any:
