@@ -3,7 +3,7 @@
 from .parts import SD15, checkpoint, decoded, demo, empty, sampler, texts
 from .workflow import Workflow
 
-GRID = (0.4, 1.0, 2.0, 4.0)
+GRID = (0.4, 1.0, 2.0)
 
 
 def guidance_grid() -> Workflow:
@@ -12,7 +12,7 @@ def guidance_grid() -> Workflow:
     flow.column()
     flow.note(
         "What this is",
-        "### How closely?\nThe same noise and prompt with four values of **image_guidance**: low keeps more to the prompt, high more to the "
+        "### How closely?\nThe same noise and prompt with three values of **image_guidance**: low keeps more to the prompt, high more to the "
         "subject. The *scene*, *balanced* and *likeness* of **DreamCache from Photo** are 0.4, 1 and 2; for other values set its "
         "**strength** to *custom*.\n\nThe demo model draws it: nothing has to be "
         "downloaded. With a checkpoint in place of **DreamCache Demo Model** it is your model's answer.",

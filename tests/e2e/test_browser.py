@@ -60,6 +60,9 @@ SET_WIDGETS = """changes => window.app.graph._nodes.forEach(node => {
     for (const [name, value] of Object.entries(changes[node.type] ?? {}))
         node.widgets.find(widget => widget.name === name).value = value;
 })"""
+EARLY = ("0.3.", "0.8.")
+"""Versions of ComfyUI with pages from before Nodes 2.0."""
+
 IMAGES_SHOWN = """ids => ids.every(id => {
     const node = window.app.graph.getNodeById(id);
     const images = node.imgs ?? [...document.querySelectorAll(`[data-node-id="${id}"] img`)];
@@ -104,7 +107,7 @@ def _note(problems: list[str], message: Any) -> None:
 
 @pytest.fixture(scope="module", params=["classic", "nodes 2.0"])
 def rendering(request, page, server) -> Iterator[str]:
-    if request.param == "nodes 2.0" and server.version.startswith(("0.3.", "0.8.")):
+    if request.param == "nodes 2.0" and server.version.startswith(EARLY):
         pytest.skip("this ComfyUI has no such rendering, or an early one")
     page.evaluate(DRAW_BY, request.param == "nodes 2.0")
     yield request.param
@@ -213,7 +216,12 @@ def test_queueing_in_the_page_shows_the_images(
     shown = {int(key): of["images"] for key, of in run["outputs"].items() if "images" in of}
     # what an older page is told of nodes that another workflow has left in the cache is nothing
     cached = {int(key) for key in run["messages"]["execution_cached"]["nodes"]}
-    page.wait_for_function(IMAGES_SHOWN, arg=[*(shown.keys() - cached)], timeout=DONE_MS)
+    expected = shown.keys() - cached
+    if server.version.startswith(EARLY):
+        # nor does it keep what a node shows that ends before its request to queue is answered
+        kinds = {node["id"]: node["type"] for node in opened_workflow["nodes"]}
+        expected = {key for key in expected if kinds[key] != "DreamCacheDemoReference"}
+    page.wait_for_function(IMAGES_SHOWN, arg=[*expected], timeout=DONE_MS)
     page.wait_for_timeout(500)
     assert page.problems == []
     assert_apart(page, rendering)
