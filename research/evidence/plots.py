@@ -106,7 +106,7 @@ def plot_steps(sweeps: Sequence[Sweep], path: Path, *, title: str = "") -> None:
         steps = sorted({point.across.value for sweep in sweeps for point in sweep.points})
         axes.set_xticks(steps, [f"{step:,.0f}" for step in steps])
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left")
 
 
 def plot_bars(groups: Mapping[str, Sequence[Bar]], path: Path, *, title: str = "") -> None:
