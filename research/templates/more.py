@@ -8,6 +8,7 @@ from .parts import (
     decoded,
     demo,
     empty,
+    encoded_subject,
     from_photo,
     sampler,
     saved,
@@ -35,15 +36,7 @@ def save_once() -> Workflow:
     subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1)
     flow.column()
     adapters = base.photo["loaded_adapters"]
-    encoded = flow.add(
-        "DreamCacheEncode",
-        model=base.model,
-        vae=base.vae,
-        clip=base.clip,
-        image=subject["image"],
-        mask=subject["mask"],
-        adapters=adapters,
-    )["reference"]
+    encoded = encoded_subject(flow, base, subject, adapters)
     loaded = flow.add(
         "DreamCacheLoadReference",
         mode=MUTED,

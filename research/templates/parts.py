@@ -82,6 +82,19 @@ def from_photo(flow: Workflow, base: Base, image: Output, mask: Output) -> Node:
     )
 
 
+def encoded_subject(flow: Workflow, base: Base, subject: Node, adapters: Output) -> Output:
+    """A subject of the demo model, encoded for adapters."""
+    return flow.add(
+        "DreamCacheEncode",
+        model=base.model,
+        vae=base.vae,
+        clip=base.clip,
+        image=subject["image"],
+        mask=subject["mask"],
+        adapters=adapters,
+    )["reference"]
+
+
 def texts(flow: Workflow, base: Base, prompt: str, negative: str = "") -> Texts:
     """Prompt and negative prompt."""
     return Texts(

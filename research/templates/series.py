@@ -1,6 +1,6 @@
 """Many images at once: of several strengths, of a folder of subjects; and adapters that are trained."""
 
-from .parts import SD15, checkpoint, decoded, demo, empty, sampler, texts
+from .parts import SD15, checkpoint, decoded, demo, empty, encoded_subject, sampler, texts
 from .workflow import Workflow
 
 GRID = (0.4, 1.0, 2.0)
@@ -22,15 +22,7 @@ def guidance_grid() -> Workflow:
     subject = flow.add("DreamCacheDemoReference", title="The subject", shape="house", seed=2)
     flow.column()
     adapters = base.photo["loaded_adapters"]
-    reference = flow.add(
-        "DreamCacheEncode",
-        model=base.model,
-        vae=base.vae,
-        clip=base.clip,
-        image=subject["image"],
-        mask=subject["mask"],
-        adapters=adapters,
-    )["reference"]
+    reference = encoded_subject(flow, base, subject, adapters)
     prompts = texts(flow, base, "a house in the snow")
     latent = empty(flow, base, images=4)
     flow.column()

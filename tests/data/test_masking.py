@@ -106,10 +106,14 @@ def test_doubts_are_named_and_a_subject_that_is_not_found_leaves_no_mask(images,
         assert (image.size, image.convert("L").getextrema()) == ((96, 80), (255, 255))
 
 
-def test_a_detector_finds_the_box(images, models, capsys):
-    flags = ["--detector_model", str(models / "grounding_dino"), "--box_threshold", "0.0001"]
-    assert mask(images, models, *flags, "--model", str(models / "sam")) == 0
-    assert "cannot be read" in capsys.readouterr().out
+def test_a_detector_finds_the_box_and_its_threshold_decides(images, models, capsys):
+    flags = ["--model", str(models / "sam"), "--detector_model", str(models / "grounding_dino")]
+    assert mask(images, models, *flags, "--box_threshold", "0.9999") == 0
+    assert "3  without a subject that was found" in capsys.readouterr().out
+    assert len(masks(images)) == 1
+    assert mask(images, models, *flags, "--box_threshold", "0.0001") == 0
+    assert "3  masks were written" in capsys.readouterr().out
+    assert len(masks(images)) == 4
 
 
 @pytest.mark.parametrize(

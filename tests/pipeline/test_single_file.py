@@ -18,7 +18,6 @@ from dreamcache_core.pipeline.loading import load_diffusers_pipeline
 from dreamcache_core.pipeline.single_file.known import (
     CONTEXT_KEY,
     HERE,
-    V_PREDICTION_KEY,
     clip_tokenizer,
     known_config,
 )
@@ -113,7 +112,8 @@ def test_the_context_tells_the_family(tmp_path):
     ("name", "shapes", "cause"),
     [
         ("sd2.safetensors", {CONTEXT_KEY: (640, 1024)}, "noise or v"),
-        ("v.safetensors", {CONTEXT_KEY: (640, 2048), V_PREDICTION_KEY: (1,)}, "it predicts v"),
+        ("v.safetensors", {CONTEXT_KEY: (640, 2048), "v_pred": (1,)}, "does not predict noise"),
+        ("edm.safetensors", {CONTEXT_KEY: (640, 2048), "edm_mean": (4,)}, "does not predict noise"),
         ("lora.safetensors", {"lora_unet_x.alpha": (1,)}, "SDXL alone"),
         ("old.ckpt", {CONTEXT_KEY: (640, 768)}, "safetensors files"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from ...files.tensor_file import read_header
 
 HERE = Path(__file__).parent
 CONTEXT_KEY = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-V_PREDICTION_KEY = "v_pred"
-"""Tensor that says so, in checkpoints of SDXL."""
+OTHER_PREDICTION_KEYS = ("v_pred", "edm_mean", "edm_vpred.sigma_max")
+"""Tensors by which checkpoints of SDXL say that they predict something else than noise."""
 
 BY_CONTEXT_WIDTH = {768: "sd1", 2048: "sdxl"}
 UNDECIDED_WIDTH = 1024
@@ -38,15 +39,16 @@ def known_config(path: Path) -> Path:
     tensors = read_header(path).tensors if path.suffix.lower() == ".safetensors" else {}
     context = tensors.get(CONTEXT_KEY)
     width = 0 if context is None else context.shape[-1]
-    if width in BY_CONTEXT_WIDTH and V_PREDICTION_KEY not in tensors:
+    predicts_other = any(key in tensors for key in OTHER_PREDICTION_KEYS)
+    if width in BY_CONTEXT_WIDTH and not predicts_other:
         return HERE / BY_CONTEXT_WIDTH[width]
     cause = (
         "configurations come along for .safetensors files of Stable Diffusion 1.x and SDXL alone"
     )
     if width == UNDECIDED_WIDTH:
         cause = "of Stable Diffusion 2.x a file does not tell whether it predicts noise or v"
-    elif V_PREDICTION_KEY in tensors:
-        cause = "it predicts v, with noise levels of its own"
+    elif predicts_other:
+        cause = "it does not predict noise, and has noise levels of its own"
     raise InputError(
         f"{path} is a single-file checkpoint; {cause}. Give --config (with train --model_config), a local diffusers folder of "
         "the same family. Nothing is downloaded."
@@ -78,9 +80,7 @@ def clip_tokenizer(*, pad: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        (place / "merges.txt").write_text(
-            (HERE / "merges.txt").read_text(encoding="utf-8"), encoding="utf-8"
-        )
+        shutil.copy(HERE / "merges.txt", place)
         return CLIPTokenizer.from_pretrained(
             folder,
             model_max_length=77,
