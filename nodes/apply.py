@@ -9,10 +9,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..dreamcache_core import AdapterSet, Guidance, ReferenceCache, ReferenceUse
+from ..dreamcache_core.fitting.fit import fitted_to_another
 from ..dreamcache_core.images.masks import given_mask
 from ..dreamcache_core.method.layers import require_same_layout
 from .host.applied import FORMER_DEFAULT, Applied, AppliedUse, applied_to
-from .host.model import adapter_patcher, require_model_fit
+from .host.model import adapter_patcher, require_model_fit, unet_of
 from .host.report import node_id, report
 from .host.wrappers import with_references
 from .sockets import (
@@ -202,6 +203,11 @@ def _warnings(
         yield (
             f"These adapters were trained for a model with {adapters.info.prediction} prediction, this model has "
             f"{predicts}: expect a poor likeness. {advice}"
+        )
+    if fitted_to_another(unet_of(model), adapters):
+        yield (
+            "These adapters were fitted to another model: expect a weaker likeness. Fit them to this one with Adapters from "
+            "Model."
         )
     if start_percent >= end_percent:
         yield (

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..config import check_range
 from ..method.adapter import AdapterInfo, AdapterSet
+from ..method.backends import select_sites
+from ..method.compiling import plain_module
 from ..method.layers import Layout
 from .noise_schedule import NUM_TIMESTEPS, NoiseSchedule
 from .self_attention import observe_self_attention, start_from_self_attention
@@ -20,6 +22,30 @@ FITTED = "fitted"
 NUM_LATENTS, NUM_STEPS, NUM_LOOKS = 8, 12, 4
 NUM_PASSES = NUM_LATENTS * (NUM_STEPS + NUM_LOOKS)
 """Calls of the U-Net, one row each."""
+
+
+SAME_BIASES = 5e-3
+"""Up to this relative difference, several times what rounding to bfloat16 makes, biases are the same."""
+
+
+@torch.no_grad()
+def fitted_to_another(unet: nn.Module, adapters: AdapterSet) -> bool:
+    """Whether adapters were fitted, and that to another checkpoint: told by a bias that they have copied.
+
+    LoRAs leave biases alone, so one that came or went is not told.
+
+    Raises:
+        UnsupportedModelError: The model is not a supported U-Net.
+    """
+    if FITTED not in adapters.info.extra:
+        return False
+    own, copied = list[Tensor](), list[Tensor]()
+    for name, site in select_sites(plain_module(unet), adapters.layers).items():
+        adapter: Any = adapters[name]
+        own.append(site.block.attn1.to_out[0].bias.float().cpu())
+        copied.append(adapter.to_out.bias.float())
+    difference = torch.cat(own) - torch.cat(copied)
+    return bool(difference.norm() > SAME_BIASES * torch.cat(own).norm())
 
 
 def without_fit(extra: Mapping[str, str]) -> dict[str, str]:

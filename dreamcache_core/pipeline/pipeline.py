@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import check_range
 from ..errors import InputError, StateError
-from ..fitting.fit import FITTED
+from ..fitting.fit import fitted_to_another
 from ..images.files import ImageFile, encode_thumbnails
 from ..images.reference_files import prepare_references, read_references
 from ..method.adapter import AdapterModules, AdapterSet
@@ -34,7 +34,6 @@ from .arguments import (
     list_of_prompts,
     list_of_uses,
 )
-from .fingerprint import FINGERPRINT, UNET_PARTS, model_fingerprint
 from .fused import FusedAdapters
 from .latents import LatentCodec
 from .loading import is_sdxl, load_pipeline, noise_levels
@@ -102,8 +101,7 @@ class DreamCachePipeline:
         pipeline = load_pipeline(
             model, config=config, device=device, dtype=dtype, scheduler=scheduler
         )
-        fitted_to = loaded.info.extra.get(FINGERPRINT, "")
-        if FITTED in loaded.info.extra and fitted_to != model_fingerprint(model, UNET_PARTS):
+        if fitted_to_another(pipeline.unet, loaded):
             logger.warning(
                 "The adapters were fitted to another model (%s): expect a weaker likeness. Fit them to this one: "
                 "dreamcache fit --model %s --out FILE.",

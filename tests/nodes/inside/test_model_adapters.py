@@ -15,6 +15,7 @@ from tiny import (
     make_model,
     pack_module,
     run,
+    said_by_apply,
     sample,
 )
 
@@ -121,6 +122,17 @@ def test_images_are_made_with_them(model, fitted):
     assert bool(images.isfinite().all())
     assert (images - plain).abs().max() > 1e-3 * plain.abs().max()
     assert torch.equal(sample(apply(model, fitted, reference, scale=0.0)), plain)
+
+
+def test_on_another_checkpoint_apply_says_so_and_not_beside_a_lora():
+    model, other = make_model("sd15"), make_model("sd15", seed=5)
+    patched = comfy.sd.load_lora_for_models(model, None, lora_weights(), 1.0, 0.0)[0]
+    adapters, told = fit(model), "fitted to another model"
+    reference = encode(model, adapters=adapters)
+    assert told in said_by_apply(other, adapters, reference)
+    assert told not in said_by_apply(model, adapters, reference)
+    assert told not in said_by_apply(patched, adapters, reference)
+    assert told not in said_by_apply(other, reference=encode(other))
 
 
 LOADS = ["load_lora_for_models"]
