@@ -17,9 +17,11 @@ class Config:
 
     Attributes:
         elsewhere: What to do instead, by names that other programs have for the same.
+        seldom: Fields that ``--help`` leaves out; flags and files may set them all the same.
     """
 
     elsewhere: ClassVar[Mapping[str, str]] = {}
+    seldom: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:

@@ -16,6 +16,7 @@ from . import (
     photo,
     reference,
     reference_files,
+    reference_folder,
     training,
 )
 from .host.folders import register_folders
@@ -31,6 +32,7 @@ class DreamCacheExtension(ComfyExtension):
             photo,
             adapters,
             reference,
+            reference_folder,
             reference_files,
             apply,
             guidance,

@@ -16,9 +16,10 @@ from .host.model import default_side_px
 from .host.report import node_id, report
 from .host.sampling import bypass_loras
 from .host.training.fit import fit_to_model
-from .reference import MAX_SIDE_PX, empty_prompt, encode_images
+from .reference import empty_prompt, encode_images
 from .sockets import (
     DEFAULT_GUIDANCE,
+    MAX_SIDE_PX,
     PERSONALIZE,
     Adapters,
     Reference,

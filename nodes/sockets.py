@@ -23,6 +23,9 @@ class Reference(io.ComfyTypeIO):
     Type = ReferenceCache
 
 
+MAX_SIDE_PX = 2048
+"""Of the images that references are made of."""
+
 DEFAULT_GUIDANCE = 1.0
 """Of the pull towards the reference."""
 
@@ -81,4 +84,35 @@ def filename_prefix_input(default: str) -> io.String.Input:
         "filename_prefix",
         default=default,
         tooltip="Name of the file, subfolders allowed; a number is added, nothing is overwritten.",
+    )
+
+
+def square_inputs(size: int) -> list[io.Input]:
+    """Declare the square that images are prepared on; by default of this size."""
+    return [
+        io.Int.Input(
+            "size",
+            default=size,
+            min=0,
+            max=MAX_SIDE_PX,
+            step=8,
+            tooltip="Side of the square in pixels: 512 for Stable Diffusion 1.x and 2.x-base, 1024 for SDXL. 0: the model's own.",
+        ),
+        io.Float.Input(
+            "fill",
+            default=0.85,
+            min=0.05,
+            max=1.0,
+            step=0.01,
+            tooltip="How large the subject stands in the square: 1 touches the border. Best from 0.7 to 1, as in training.",
+        ),
+    ]
+
+
+def adapters_input() -> io.Input:
+    """Declare the adapters that a reference is made for."""
+    return Adapters.Input(
+        "adapters",
+        optional=True,
+        tooltip="The adapters that the reference is for. Without them it serves trained ones of the paper's kind.",
     )

@@ -66,7 +66,7 @@ PROGRAM = Group(
             "Build, mask, check, precompute or pack a training set.",
             {
                 "build": Command(BuildOptions, dataset.run_build),
-                "check": Command(dataset_check.CheckOptions, dataset_check.run, is_positional=True),
+                "check": Command(dataset_check.CheckOptions, dataset_check.run, first="path"),
                 "encode": Command(EncodeOptions, dataset.run_encode),
                 "masks": Command(MaskOptions, dataset.run_masks, first="path"),
                 "shard": Command(dataset.ShardOptions, dataset.run_shard, is_positional=True),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..config import Config, check_range
-from ..data.augmentation import Alterations
+from ..data.augmentation import ALL_ALTERATIONS, NO_ALTERATIONS
 from ..data.checking import SetReport, check_source, load_token_counter, training_sheet
 from ..data.sources.opening import open_source
 from ..errors import InputError
@@ -18,6 +18,8 @@ from ..files.texts import read_json
 from ..images.files import save_png
 from ..method.cache import LATENT_FACTOR
 from ..names import printable
+from ..training.config import TrainConfig
+from .parsing import parse_config
 
 MAX_LISTED = 10
 """Problems of a kind, and image sizes, that are listed; the rest is counted."""
@@ -30,13 +32,12 @@ class CheckOptions(Config):
     Exit code: 0 all is well, 1 there are problems, 2 it is no training set.
 
     Attributes:
-        path: Training set: folder, manifest, shards or parquet.
+        path: Training set: folder, manifest, shards or parquet; as the first word it needs no flag.
+        config: TOML file of a training run: set, captions, size and tokenizer as that run has them.
         caption: Caption of images that have none.
         resolution: Side of the images in training, pixels; else that of the tokenizer's model, or 512.
         buckets: Training keeps the aspect of targets, as buckets.
-        reference_flip: Training now and then mirrors references.
-        reference_jitter: Training now and then recolours references.
-        reference_erase: Training now and then erases parts of references.
+        keep_reference: Training leaves references as they are.
         out: PNG of targets and references to write.
         samples: Pairs in that image; 0: no image.
         tokenizer: Folder of a tokenizer or diffusers model: captions in tokens as well.
@@ -44,13 +45,12 @@ class CheckOptions(Config):
 
     elsewhere: ClassVar[Mapping[str, str]] = {"size": "It is called 'resolution' here."}
 
-    path: str
+    path: str = ""
+    config: str | None = None
     caption: str | None = None
     resolution: int | None = None
     buckets: bool = False
-    reference_flip: bool = Alterations.flip
-    reference_jitter: bool = Alterations.jitter
-    reference_erase: bool = Alterations.erase
+    keep_reference: bool = False
     out: str = "check.png"
     samples: int = 8
     tokenizer: str | None = None
@@ -61,6 +61,10 @@ class CheckOptions(Config):
         Raises:
             InputError: A number is out of range, or the image cannot be written.
         """
+        if not (self.path or self.config):
+            raise InputError(
+                "Expected a training set, or --config with a run's TOML file; given neither."
+            )
         side = self.resolution
         if side is not None and (side % 8 or not 64 <= side <= 2048):
             raise InputError(
@@ -80,6 +84,8 @@ def run(options: CheckOptions) -> None:
     Raises:
         SystemExit: There are problems (code 1).
     """
+    if options.config:
+        options = _as_in_training(options, options.config)
     count, limit = load_token_counter(options.tokenizer) if options.tokenizer else (None, None)
     source = open_source(options.path, options.caption)
     options = replace(options, resolution=options.resolution or _model_px(options.tokenizer))
@@ -87,15 +93,32 @@ def run(options: CheckOptions) -> None:
     report = check_source(source, **seen, count_tokens=count, has_bar=True)
     for line in _report_lines(report, options, limit):
         print(printable(line))
-    alterations = Alterations(
-        options.reference_flip, options.reference_jitter, options.reference_erase
-    )
+    alterations = NO_ALTERATIONS if options.keep_reference else ALL_ALTERATIONS
     sheet = training_sheet(source, **seen, num_samples=options.samples, alterations=alterations)
     if sheet is not None:
         save_png(options.out, sheet)
         print(printable(f"targets and references as training sees them: {options.out}"))
     if report.problems:
         raise SystemExit(1)
+
+
+def _as_in_training(options: CheckOptions, file: str) -> CheckOptions:
+    """Take from a run's file what it says of its set; a path that is given stays."""
+    run = parse_config(TrainConfig, ["--config", file], program="dreamcache train")
+    path = options.path or run.data
+    if path is None:
+        raise InputError(
+            f"{file} names no data, only a precomputed set. Give the training set as well."
+        )
+    return replace(
+        options,
+        path=path,
+        caption=run.caption,
+        resolution=run.resolution,
+        buckets=run.buckets,
+        keep_reference=run.keep_reference,
+        tokenizer=run.model if (Path(run.model) / "tokenizer").is_dir() else None,
+    )
 
 
 def _model_px(folder: str | None) -> int:
@@ -125,10 +148,14 @@ def _report_lines(
     yield from _caption_lines(report, token_limit)
     for kind, messages in report.problems.items():
         yield f"{len(messages)} {kind}:"
-        yield from (f"  {message}" for message in messages[:MAX_LISTED])
-        if len(messages) > MAX_LISTED:
-            yield f"  and {len(messages) - MAX_LISTED} more"
+        yield from _listed(messages)
     yield "problems found" if report.problems else "no problems"
+
+
+def _listed(texts: Sequence[str]) -> Iterator[str]:
+    yield from (f"  {text}" for text in texts[:MAX_LISTED])
+    if len(texts) > MAX_LISTED:
+        yield f"  and {len(texts) - MAX_LISTED} more"
 
 
 def _target_lines(report: SetReport, options: CheckOptions) -> Iterator[str]:
@@ -148,10 +175,12 @@ def _target_lines(report: SetReport, options: CheckOptions) -> Iterator[str]:
 
 
 def _caption_lines(report: SetReport, token_limit: int | None) -> Iterator[str]:
-    for unit, lengths in (("words", report.caption_words), ("tokens", report.caption_tokens)):
+    tokens = report.caption_tokens or {}
+    for unit, lengths in (("words", report.caption_words), ("tokens", tuple(tokens.values()))):
         if lengths:
             middle = statistics.median_low(lengths)
             yield f"captions: {min(lengths)} to {max(lengths)} {unit}, median {middle}"
-    num_long = sum(length > (token_limit or 0) for length in report.caption_tokens or ())
-    if num_long:
-        yield f"{num_long} captions exceed {token_limit} tokens; the text encoder cuts off the rest"
+    long = [key for key, length in tokens.items() if length > (token_limit or 0)]
+    if long:
+        yield f"captions of more than {token_limit} tokens, whose rest the text encoder cuts off: {len(long)}"
+        yield from _listed(long)

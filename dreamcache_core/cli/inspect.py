@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from ..config import Config
 from ..files.tensor_file import FORMAT_KEY, kind_of_weights, read_header
+from ..files.texts import parse_json
 from ..method import adapter_files as checkpoints
 from ..method import cache
 from ..method.adapter import AdapterSet
@@ -29,7 +32,7 @@ class InspectOptions(Config):
 def run(options: InspectOptions) -> None:
     """Print what a file is."""
     for name, value in describe_file(Path(options.file)).items():
-        print(printable(f"{name + ':':<12} {value}"))
+        print(printable(f"{name + ':':<12} {value}".rstrip()))
 
 
 def describe_file(path: Path) -> dict[str, str]:
@@ -73,8 +76,25 @@ def _describe_adapters(adapters: AdapterSet, is_released: bool) -> dict[str, str
         "timestep": str(info.timestep),
         "prediction": info.prediction,
         "base model": info.base_model or "not stated",
-        **info.extra,
+        **dict(_describe_extra(info.extra)),
     }
+
+
+def _describe_extra(extra: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Settings, which are JSON objects, one by one; those that were not set are left out."""
+    for name, text in extra.items():
+        try:
+            values = parse_json(text)
+        except ValueError:
+            values = None
+        if isinstance(values, dict):
+            yield name, ""
+            settings = cast(dict[str, Any], values).items()
+            yield from (
+                (f"  {key}", str(value)) for key, value in settings if value not in (None, [])
+            )
+        else:
+            yield name, text
 
 
 def _describe_reference(reference: ReferenceCache) -> dict[str, str]:

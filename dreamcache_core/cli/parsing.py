@@ -60,9 +60,10 @@ def parse_config(
         values = read_toml(files[-1])
         kind.check_keys(values)
         given = [part for part in _as_flags(values) if part[0] not in names] + given
+    is_help = any(word in ("-h", "--help") for word in argv)
     with errors_as_exceptions():
         parsed = tyro.cli(
-            annotated_form(kind, is_positional),
+            annotated_form(kind, is_positional, is_help=is_help),
             prog=program,
             args=_as_argv(kind, given),
         )
@@ -89,32 +90,39 @@ def require_tyro() -> Any:
     return tyro
 
 
-def annotated_form(kind: type[Config], is_positional: bool, *markers: Any) -> Any:
+def annotated_form(
+    kind: type[Config], is_positional: bool, *markers: Any, is_help: bool = False
+) -> Any:
     """Return what tyro is given for a configuration.
 
     Args:
         kind: The configuration.
         is_positional: As in ``parse_config``.
         *markers: Further ones of ``tyro.conf``.
+        is_help: Without what ``kind.seldom`` names, which tyro cannot hide and yet read.
     """
     conf = require_tyro().conf
     markers += (conf.DisallowNone,)
     if is_positional:
         markers += (conf.PositionalRequiredArgs, conf.PositionalMetavarFromFieldName)
-    return Annotated[(_make_form(kind, is_positional), *markers)]  # pyright: ignore[reportInvalidTypeForm]
+    return Annotated[(_make_form(kind, is_positional, is_help), *markers)]  # pyright: ignore[reportInvalidTypeForm]
 
 
 @cache
-def _make_form(kind: type[Config], is_positional: bool) -> type[Config]:
+def _make_form(kind: type[Config], is_positional: bool, is_help: bool = False) -> type[Config]:
     """Derive a class with the same fields and ``config``, whose values are not checked yet."""
     conf = require_tyro().conf
     file = Annotated[
         str | None, conf.arg(metavar="FILE", help="TOML file with any of these options.")
     ]
     has_file = not is_positional and "config" not in _names(kind)
+    left_out = [f for f in dataclasses.fields(kind) if is_help and f.name in kind.seldom]
     form = dataclasses.make_dataclass(
         kind.__name__,
-        [("config", file, None)] if has_file else [],
+        [
+            *([("config", file, None)] if has_file else []),
+            *((f.name, conf.Suppress[Any], f) for f in left_out),
+        ],
         bases=(kind,),
         namespace={"__post_init__": lambda _: None, "__doc__": kind.__doc__},
         frozen=True,

@@ -47,6 +47,7 @@ class Alterations:
 
 
 ALL_ALTERATIONS = Alterations()
+NO_ALTERATIONS = Alterations(flip=False, jitter=False, erase=False)
 
 
 def augment_reference(

@@ -62,7 +62,7 @@ class SetReport:
         num_transparent: Targets that are partly transparent: what is hidden there is background in training.
         num_without_mask: Pairs whose whole subject image is the reference.
         caption_words: Words of every readable pair's caption.
-        caption_tokens: Tokens of the same, start and end included; ``None``: not counted.
+        caption_tokens: Name of every readable pair to its caption's tokens, start and end included; ``None``: not counted.
     """
 
     num_pairs: int
@@ -74,12 +74,13 @@ class SetReport:
     num_transparent: int
     num_without_mask: int
     caption_words: tuple[int, ...]
-    caption_tokens: tuple[int, ...] | None
+    caption_tokens: Mapping[str, int] | None
 
 
 class _Facts(NamedTuple):
     """What is known of a pair that can be read."""
 
+    key: str
     size: tuple[int, int]
     has_mask: bool
     is_enlarged: bool
@@ -141,7 +142,7 @@ def check_source(
         num_transparent=sum(facts.is_transparent for facts in read),
         num_without_mask=sum(not facts.has_mask for facts in read),
         caption_words=tuple(facts.num_words for facts in read),
-        caption_tokens=None if count_tokens is None else tuple(f.num_tokens for f in read),
+        caption_tokens=None if count_tokens is None else {f.key: f.num_tokens for f in read},
     )
 
 
@@ -260,6 +261,7 @@ def _examine(
     height, width = pair.target.shape[1:3]
     size = nearest_bucket(height, width, sizes)
     facts = _Facts(
+        key=source.keys[index],
         size=(height, width),
         has_mask=pair.mask is not None,
         is_enlarged=height < size[0] or width < size[1],

@@ -39,6 +39,9 @@ GREY_STEPS = {"L;2": 85, "L;4": 17}
 
 DEEP_GREY = ("I", "F")
 
+SHRUNK_LATER = ("1", "P", "PA", "I", "F", "I;16", "I;16L", "I;16B")
+"""Modes of Pillow whose values it cannot average, or whose transparent colour is one exact value."""
+
 # Formats that Pillow decodes by itself; EPS, which would start another program, is not among them.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")
 
@@ -120,8 +123,8 @@ def read_image(file: ImageFile, name: str | None = None) -> tuple[Tensor, Tensor
     """Read an image as it is meant to be seen, and its alpha channel.
 
     EXIF orientation is applied. Greyscale, palette, 16-bit and CMYK images become RGB, and colours
-    of 8 bits with an ICC profile sRGB. Of an animation the first frame is read. Images of 8 bits above
-    16 megapixels are shrunk by a whole number, each pixel the mean of those it covers.
+    of 8 bits with an ICC profile sRGB. Of an animation the first frame is read. Images above 16 megapixels are
+    shrunk by a whole number, each pixel the mean of those it covers.
 
     Args:
         file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
@@ -138,11 +141,15 @@ def read_image(file: ImageFile, name: str | None = None) -> tuple[Tensor, Tensor
     """
     with open_image(file, name) as opened:
         clear = _transparent_colour(opened)
-        ImageOps.exif_transpose(opened, in_place=True)
-        plain = _to_plain_mode(opened)
-        is_deep = plain.mode in DEEP_GREY
-        pixels = image_to_tensor(plain if is_deep else _at_most(plain, MAX_KEPT_PIXELS))
-    if is_deep and isinstance(clear, int):
+        is_late = opened.mode in SHRUNK_LATER
+        small = opened if is_late else _at_most(opened, MAX_KEPT_PIXELS)
+        plain = _to_plain_mode(ImageOps.exif_transpose(small))
+    del opened, small  # each byte of a large file is four here
+    is_clear_exact = plain.mode in DEEP_GREY and isinstance(clear, int)
+    if is_late and not is_clear_exact:
+        plain = _at_most(plain, MAX_KEPT_PIXELS)
+    pixels = image_to_tensor(plain)
+    if is_clear_exact:
         alpha = (pixels[..., 0] != torch.tensor(clear).float() / 65535).float()
     elif pixels.shape[-1] == 4:
         alpha = pixels[..., 3].contiguous()

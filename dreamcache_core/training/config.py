@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..config import Config, check_range
-from ..data.augmentation import Alterations
+from ..data.augmentation import ALL_ALTERATIONS, NO_ALTERATIONS, Alterations
 from ..errors import InputError
 from ..fitting.fit import FitSettings
 from ..fitting.noise_schedule import NUM_TIMESTEPS
@@ -15,7 +15,7 @@ from .initialisation import Init
 from .objective import MIN_TIMESTEP
 
 MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
-LrSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+LrSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 Tracker = Literal["tensorboard", "wandb", "none"]
 
 PATHS = ("data", "encoded", "model", "model_config", "out", "adapters", "validation_data")
@@ -53,6 +53,9 @@ _SAME_AS = {
     "resume_from_checkpoint": "resume",
     "validation_prompt": "validation_prompts",
     "sample_every_n_steps": "validate_every",
+    "reference_flip": "keep_reference",
+    "reference_jitter": "keep_reference",
+    "reference_erase": "keep_reference",
 }
 """What diffusers' examples and kohya's scripts call the fields."""
 
@@ -93,6 +96,8 @@ _ANSWERS = {
 class TrainConfig(Config):
     """Train DreamCache adapters on images with masks and captions.
 
+    Further settings, which hardly anybody changes, are in docs/training.md.
+
     Attributes:
         model: Base model: diffusers folder or single-file checkpoint.
         out: Folder of the run: checkpoints, log, final adapters; else runs/ and the set's name.
@@ -107,9 +112,7 @@ class TrainConfig(Config):
         reference_caption: Cache references under their caption, not the empty prompt.
         resolution: Side of the images in pixels; else the model's.
         buckets: Keep the targets' aspect: buckets of equal area.
-        reference_flip: Now and then exchange a reference's left and right; not for lettering.
-        reference_jitter: Now and then alter a reference's colours a little.
-        reference_erase: Now and then paint a part of a reference white.
+        keep_reference: References are never mirrored, recoloured or partly erased: for lettering and exact colours.
         steps: Optimizer steps of the run.
         batch_size: Images per process and forward pass.
         gradient_accumulation: Forward passes per optimizer step.
@@ -148,6 +151,11 @@ class TrainConfig(Config):
         | dict.fromkeys(_NOT_NEEDED, "It is not needed: leave it out.")
         | _ANSWERS
     )
+    seldom: ClassVar[frozenset[str]] = frozenset({
+        "init", "layers", "timestep", "min_timestep", "reference_caption", "caption_dropout", "min_snr_gamma",
+        "ema_decay", "weight_decay", "max_grad_norm", "log_every", "keep_checkpoints",
+        "validation_samples", "validation_steps", "validation_image_guidance", "validation_cfg",
+    })  # fmt: skip
 
     model: str
     out: str = ""
@@ -162,9 +170,7 @@ class TrainConfig(Config):
     reference_caption: bool = False
     resolution: int | None = None
     buckets: bool = False
-    reference_flip: bool = Alterations.flip
-    reference_jitter: bool = Alterations.jitter
-    reference_erase: bool = Alterations.erase
+    keep_reference: bool = False
     steps: int = 1000
     batch_size: int = 4
     gradient_accumulation: int = 1
@@ -242,16 +248,11 @@ class TrainConfig(Config):
             raise InputError(
                 f"warmup_steps must be below steps; given {self.warmup_steps} and {self.steps}."
             )
-        if self.lr_schedule == "polynomial" and self.learning_rate <= LOWEST_POLYNOMIAL_RATE:
-            raise InputError(
-                f"lr_schedule = polynomial ends at {LOWEST_POLYNOMIAL_RATE}: learning_rate must be above; given "
-                f"{self.learning_rate}."
-            )
 
     @property
     def alterations(self) -> Alterations:
         """What may happen to references."""
-        return Alterations(self.reference_flip, self.reference_jitter, self.reference_erase)
+        return NO_ALTERATIONS if self.keep_reference else ALL_ALTERATIONS
 
     def without_folders(self) -> dict[str, Any]:
         """Return the fields with files by name only, so that a published adapter gives no folder away."""
@@ -260,8 +261,6 @@ class TrainConfig(Config):
             values[name] = values[name] and Path(values[name]).resolve().name
         return values
 
-
-LOWEST_POLYNOMIAL_RATE = 1e-7
 
 _LOWEST = {
     "steps": 1,

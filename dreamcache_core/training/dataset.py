@@ -225,9 +225,8 @@ def open_training_data(config: TrainConfig, base: BaseModel) -> TrainingData:
     }
     if source is not None:
         wanted["data_fingerprint"] = fingerprint(source)
-    if index.num_variants:
-        # what is left as it is may differ: the set decides
-        wanted |= {name: False for name in ALTERATION_FIELDS if not getattr(config, name)}
+    if index.num_variants and config.keep_reference:
+        wanted |= dict.fromkeys(ALTERATION_FIELDS, False)
     require_same_set(index, wanted)
     if not index.num_variants and source is None:
         raise InputError(

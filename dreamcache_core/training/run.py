@@ -145,7 +145,7 @@ class Run:
         source = self._images
         if (
             self.accelerator.is_main_process
-            and self.start is None
+            and (self.start is None or self.config.accept_changed_data)
             and source is not None
             and len(source.distinct) <= MAX_READ_THROUGH
         ):

@@ -11,7 +11,6 @@ from typing import Any
 
 from dreamcache_core.cli.parsing import parse_config, read_toml
 from dreamcache_core.config import Config
-from dreamcache_core.data.precomputed.encoded import ALTERATION_FIELDS
 from dreamcache_core.data.precomputed.encoding import EncodeOptions, encode_dataset
 from dreamcache_core.errors import InputError
 from dreamcache_core.files.whole_files import whole_file
@@ -106,8 +105,7 @@ def _train(config: VariantsConfig, name: str) -> Path:
     if finished.is_file():
         return finished
     changes, chosen = dict(VARIANTS[name]), read_toml(SETTINGS)
-    alterations = {key: chosen[key] for key in ALTERATION_FIELDS if key in chosen}
-    encoded = _encode(config, changes.pop("share", 1), alterations)
+    encoded = _encode(config, changes.pop("share", 1), chosen["keep_reference"])
     folder = Path(config.work) / name
     settings = {
         **chosen,
@@ -128,8 +126,8 @@ def _train(config: VariantsConfig, name: str) -> Path:
     return finished
 
 
-def _encode(config: VariantsConfig, share: int, alterations: Mapping[str, bool]) -> Path:
-    """Precompute one pair in ``share``, its references altered as the chosen adapters' are."""
+def _encode(config: VariantsConfig, share: int, keep_reference: bool) -> Path:
+    """Precompute one pair in ``share``, its references altered as the chosen adapters' are, or kept."""
     manifest = Path(config.data)
     folder = Path(config.work) / f"encoded-{share}"
     if share > 1:
@@ -142,7 +140,7 @@ def _encode(config: VariantsConfig, share: int, alterations: Mapping[str, bool])
         "model": config.model,
         "out": str(folder),
         "reference_variants": REFERENCES_PER_IMAGE,
-        **alterations,
+        "keep_reference": keep_reference,
     }
     return encode_dataset(EncodeOptions.from_dict(settings))
 

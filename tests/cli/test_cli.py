@@ -399,6 +399,16 @@ def test_inspect_saved_reference(files, capsys):
     assert said["latent"] == "8 x 8 (height x width)"
 
 
+def test_inspect_shows_settings_one_by_one_and_not_those_left_out(files, tmp_path, capsys):
+    adapters = load_adapters(files / "sd.safetensors")
+    extra = {"training": '{"steps": 10, "encoded": null, "layers": []}', "note": "[1"}
+    adapters.info = dataclasses.replace(adapters.info, extra=extra)
+    save_adapters(adapters, tmp_path / "a.safetensors")
+    said = inspect(tmp_path / "a.safetensors", capsys)
+    assert (said["training"], said["  steps"], said["note"]) == ("", "10", "[1")
+    assert not {"  encoded", "  layers"} & set(said)
+
+
 def test_inspect_shows_names_and_metadata_of_strangers_on_lines_of_their_own(
     files, tmp_path, capsys
 ):

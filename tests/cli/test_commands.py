@@ -19,8 +19,6 @@ from dreamcache_core.cli import generate
 from dreamcache_core.cli.commands import PROGRAM, Command, Group
 from dreamcache_core.cli.main import main
 from dreamcache_core.cli.parsing import parse_config
-from dreamcache_core.data.augmentation import Alterations
-from dreamcache_core.data.precomputed.encoding import EncodeOptions
 from dreamcache_core.evaluation.dreambench.options import DreamBenchOptions
 from dreamcache_core.pipeline.generate import GenerateOptions
 from dreamcache_core.training.config import TrainConfig
@@ -41,7 +39,7 @@ NEEDED = {
     "train": ["--data=d"],
     "evaluate dreambench": ["--images=i"],
     "generate": [],
-    "dataset check": ["--out=x.png"],
+    "dataset check": ["--path=p", "--out=x.png"],
 }
 """What a command wants besides its fields without a default."""
 
@@ -90,6 +88,9 @@ def test_help_tells_every_field_with_its_docstring_and_default(name, capsys, mon
     assert list(documented) == [f.name for f in dataclasses.fields(options)]
     for field in dataclasses.fields(options):
         text = plain(documented[field.name])
+        if field.name in options.seldom:
+            assert f"--{field.name.replace('_', '-')}" not in shown
+            continue
         if not has_default(field):
             text += " (required)"
         elif isinstance(field.default, bool | int | float | None):
@@ -138,7 +139,11 @@ def test_a_misspelt_flag_is_one_line_that_names_the_nearest(name, capsys):
 
 @pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if not c.is_positional])
 def test_a_misspelt_key_is_one_line_that_names_the_nearest(name, capsys, tmp_path):
-    if name in ("generate", "fit"):  # --config is the folder of a single file there
+    if name in (
+        "generate",
+        "fit",
+        "dataset check",
+    ):  # --config is of another model or command there
         return
     *_, field = dataclasses.fields(COMMANDS[name].options)
     (tmp_path / "file.toml").write_text(f"{field.name}x = 1\n")
@@ -189,19 +194,22 @@ def test_generate_without_an_image_is_refused(capsys):
     assert "image after --reference" in capsys.readouterr().err
 
 
-def test_defaults_of_generate_and_of_alterations_stand_once():
-    sources = (
-        (inspect.getsource(DreamBenchOptions), GenerateOptions, ""),
-        (inspect.getsource(TrainConfig), Alterations, "reference_"),
-        (inspect.getsource(EncodeOptions), Alterations, "reference_"),
-        (inspect.getsource(COMMANDS["dataset check"].options), Alterations, "reference_"),
-    )
-    for source, owner, prefix in sources:
-        # the benchmark keeps the paper's image guidance
-        names = {f.name for f in dataclasses.fields(owner) if has_default(f)} - {"image_guidance"}
-        for name in names:
-            for value in re.findall(rf"^    {prefix}{name}: .+ = (.+)$", source, re.MULTILINE):
-                assert value == f"{owner.__name__}.{name}"
+def test_what_help_leaves_out_is_read_all_the_same(capsys, monkeypatch):
+    assert "--steps" in (shown := help_of("train", capsys, monkeypatch))
+    assert "docs/training.md" in shown
+    assert TrainConfig.seldom <= {f.name for f in dataclasses.fields(TrainConfig)}
+    found = parse("train", "--timestep=5", "--layers=a")
+    assert isinstance(found, TrainConfig)
+    assert (found.timestep, list(found.layers)) == (5, ["a"])
+
+
+def test_defaults_of_generate_stand_once():
+    source = inspect.getsource(DreamBenchOptions)
+    # the benchmark keeps the paper's image guidance
+    names = {f.name for f in dataclasses.fields(GenerateOptions) if has_default(f)}
+    for name in names - {"image_guidance"}:
+        for value in re.findall(rf"^    {name}: .+ = (.+)$", source, re.MULTILINE):
+            assert value == f"GenerateOptions.{name}"
 
 
 def test_version_is_printed(capsys):

@@ -180,7 +180,7 @@ def test_command_suggests_buckets_and_names_hidden_pixels(
 
 def test_tokens_are_counted_with_the_given_counter(flawed: Path):
     report = check_source(FolderSource(flawed), resolution=64, count_tokens=len)
-    assert report.caption_tokens == (5, 12, 12, 0)
+    assert tuple(report.caption_tokens.values()) == (5, 12, 12, 0)
 
 
 def test_sheet_shows_target_and_reference_and_passes_over_the_unreadable(flawed: Path):
@@ -226,6 +226,28 @@ def test_command_returns_0_on_a_good_set(
     assert not Path("check.png").exists()
     assert main(["dataset", "check", "set", "--resolution", "64"]) == 0
     assert Path("check.png").exists()
+
+
+def test_the_file_of_a_run_says_how_training_sees_its_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    write_pair(tmp_path / "set", "0")
+    write_pair(tmp_path / "other", "0", size=(300, 200))
+    monkeypatch.chdir(tmp_path)
+    lines = ('model = "sd"', 'data = "set"', "resolution = 128", "keep_reference = true")
+    Path("run.toml").write_text("\n".join(lines))
+    assert main(["dataset", "check", "--config", "run.toml", "--out", "seen.png"]) == 0
+    assert "1 have a side below 128" in capsys.readouterr().out
+    given = ["set", "--resolution", "128", "--keep_reference"]
+    assert main(["dataset", "check", *given, "--out", "given.png"]) == 0
+    assert Path("seen.png").read_bytes() == Path("given.png").read_bytes()
+    assert main(["dataset", "check", "other", "--config", "run.toml"]) == 0
+    assert "300 x 200" in capsys.readouterr().out
+    Path("run.toml").write_text('model = "sd"\nencoded = "set"')
+    assert main(["dataset", "check", "--config", "run.toml"]) == 2
+    assert "names no data" in capsys.readouterr().err
+    assert main(["dataset", "check"]) == 2
+    assert "given neither" in capsys.readouterr().err
 
 
 def test_command_lists_ten_of_a_kind_and_ten_sizes_and_counts_the_rest(

@@ -338,7 +338,8 @@ def test_check_counts_tokens_over_the_limit(tmp_path, capsys):
         assert main([*arguments, str(tmp_path / given)]) == 0
         printed = capsys.readouterr().out
         assert "captions: 4 to 22 tokens, median 4" in printed
-        assert f"1 captions exceed {TOKENS} tokens" in printed
+        assert f"captions of more than {TOKENS} tokens" in printed
+        assert "cuts off: 1\n  subject_0/000\n" in printed
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_variants_of_references_alternate_by_epoch_and_need_no_images(options, t
 
 
 def test_references_are_altered_as_asked_in_both_ways_of_training(options, tmp_path, model, data):
-    plain = {f"reference_{name}": False for name in ("flip", "jitter", "erase")}
+    plain = {"keep_reference": True}
     encoded = encode({**options, "out": str(tmp_path / "plain")}, reference_variants=8, **plain)
     altered = encode({**options, "out": str(tmp_path / "altered")}, reference_variants=8)
 
@@ -118,7 +118,7 @@ def test_references_are_altered_as_asked_in_both_ways_of_training(options, tmp_p
     ]
     assert any(not torch.equal(trained[0][key], trained[1][key]) for key in trained[0])
     with pytest.raises(InputError, match="reference_flip was True, is False"):
-        train(tmp_path, model, "run", encoded=str(altered.folder), reference_flip=False)
+        train(tmp_path, model, "run", encoded=str(altered.folder), **plain)
 
 
 def test_buckets_keep_the_aspect(options, tmp_path):

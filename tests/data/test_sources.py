@@ -709,7 +709,19 @@ def test_images_beside_shards_are_not_passed_over_without_a_word(
     assert not caplog.records
     write_pair(tmp_path / "more", "1")
     assert open_source(tmp_path).keys == ("a/0",)
-    assert "tar files are read, images beside them are not" in caplog.text
+    assert "tar files are read, 3 other files are not (1_" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["b.tar.gz", "B.TGZ", "more/b.tar", "c.parquet"])
+def test_shards_in_subfolders_or_compressed_are_not_passed_over_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+):
+    write_tar(tmp_path / "a.tar", members("0"))
+    other = tmp_path / name
+    other.parent.mkdir(exist_ok=True)
+    other.write_bytes((tmp_path / "a.tar").read_bytes())
+    assert open_source(tmp_path).keys == ("a/0",)
+    assert f"1 other files are not ({other.name})" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes by name")

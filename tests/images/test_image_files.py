@@ -506,7 +506,7 @@ def test_transparent_colour_of_a_png_is_transparent_at_every_depth(content: byte
     assert image.shape == (1, 16, 16, 3)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "I;16"])
 def test_image_above_16_megapixels_is_shrunk_by_a_whole_number(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -514,7 +514,8 @@ def test_image_above_16_megapixels_is_shrunk_by_a_whole_number(
     image = Image.new("L", (20, 12), 0)
     image.paste(255, (0, 0, 3, 3))
     stream = io.BytesIO()
-    image.convert(mode).save(stream, format="PNG")
+    deep = image.convert("I").point(lambda value: value * 257) if mode == "I;16" else image
+    deep.convert(mode).save(stream, format="PNG")
     read, _ = read_image(stream.getvalue())
     assert read.shape == (1, 6, 10, 3)
     assert read[0, 0, :3, 0].tolist() == pytest.approx([1, 0.5, 0], abs=0.01)

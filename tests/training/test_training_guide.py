@@ -205,11 +205,10 @@ def test_the_manifests_are_read(tmp_path):
 
 
 def first_column(heading: str) -> list[str]:
-    """What stands between backticks in the first column of the table below a heading."""
-    (table,) = re.findall(rf"## {heading}\n\n((?:\|.*\n)+)", f"{GUIDE}\n")
-    return [
-        text for row in table.splitlines() for text in re.findall("`([^`]+)`", row.split("|")[1])
-    ]
+    """What stands between backticks in the first column of the tables below a heading."""
+    (section,) = re.findall(rf"## {heading}\n(.+?)(?=\n##|\Z)", GUIDE, re.DOTALL)
+    rows = re.findall(r"^\|.*", section, re.MULTILINE)
+    return [text for row in rows for text in re.findall("`([^`]+)`", row.split("|")[1])]
 
 
 def test_every_setting_is_explained():

@@ -22,7 +22,7 @@ from ...pipeline.base_model import MAX_CHECKED_CAPTIONS, BaseModel
 from ...pipeline.fingerprint import ENCODER_PARTS, model_fingerprint
 from ...pipeline.loading import DTYPES, require_diffusers
 from ...processes import join, require_shared_folder
-from ..augmentation import Alterations, augment_reference
+from ..augmentation import ALL_ALTERATIONS, NO_ALTERATIONS, Alterations, augment_reference
 from ..buckets import crop_target, target_sizes
 from ..order import sample_seed
 from ..sources.opening import open_source
@@ -53,9 +53,7 @@ class EncodeOptions(Config):
         resolution: Side of the images in pixels; else the model's.
         buckets: Keep the targets' aspect: buckets of equal area.
         reference_variants: Augmented references per image; 0: augmented and encoded in training.
-        reference_flip: Now and then exchange a reference's left and right; not for lettering.
-        reference_jitter: Now and then alter a reference's colours a little.
-        reference_erase: Now and then paint a part of a reference white.
+        keep_reference: References are never mirrored, recoloured or partly erased: for lettering and exact colours.
         batch_size: Images encoded at a time.
         samples_per_shard: Images in a file.
         dtype: Float type of the files.
@@ -70,9 +68,7 @@ class EncodeOptions(Config):
     resolution: int | None = None
     buckets: bool = False
     reference_variants: int = 0
-    reference_flip: bool = Alterations.flip
-    reference_jitter: bool = Alterations.jitter
-    reference_erase: bool = Alterations.erase
+    keep_reference: bool = False
     batch_size: int = 8
     samples_per_shard: int = 1000
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -93,7 +89,7 @@ class EncodeOptions(Config):
     @property
     def alterations(self) -> Alterations:
         """What may happen to references."""
-        return Alterations(self.reference_flip, self.reference_jitter, self.reference_erase)
+        return NO_ALTERATIONS if self.keep_reference else ALL_ALTERATIONS
 
 
 def encode_dataset(options: EncodeOptions) -> Path:
@@ -144,9 +140,9 @@ def _index(options: EncodeOptions, source: PairSource, base: BaseModel) -> Encod
         model_fingerprint=model_fingerprint(options.model, ENCODER_PARTS),
         dtype=options.dtype,
         seed=options.seed,
-        reference_flip=options.reference_flip,
-        reference_jitter=options.reference_jitter,
-        reference_erase=options.reference_erase,
+        reference_flip=options.alterations.flip,
+        reference_jitter=options.alterations.jitter,
+        reference_erase=options.alterations.erase,
     )
 
 

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 METADATA = "metadata"
 """Name of ImageFolder's list, without its ending."""
 
+SETS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".parquet")
+"""Endings of files that hold pairs, whether they are read or not."""
+
 FORMS = (
     "a folder, of any depth, of images with captions: X.png with X.txt or X.caption and, if there are, X-masklabel.png or "
     "masks/X.png; or X_generation.png, X_mask.png and X_caption.txt for every pair; or with metadata.jsonl or metadata.csv; "
@@ -62,9 +65,9 @@ def open_source(path: str | os.PathLike[str], caption: str | None = None) -> Pai
 
 
 def _open_folder(path: Path, caption: str | None) -> PairSource:
-    if shard_files(path):
+    if read := shard_files(path):
         form, name = ShardSource, "tar files"
-    elif parquet_files(path):
+    elif read := parquet_files(path):
         form, name = Subjects200KSource, "parquet files"
     else:
         try:
@@ -80,11 +83,22 @@ def _open_folder(path: Path, caption: str | None) -> PairSource:
             raise error from None
         logger.warning("%s: its images are read, its %s are not: %s", path, name, error)
     else:
-        if any(is_part_name(file) for _, files in walk_folders(str(path)) for file in files):
+        others = [
+            file
+            for folder, files in walk_folders(str(path))
+            for file in files
+            if (is_part_name(file) or file.lower().endswith(SETS))
+            and not file.startswith(".")
+            and path / folder / file not in read
+        ]
+        if others:
             logger.warning(
-                "%s: its %s are read, images beside them are not. Give their folders one by one.",
+                "%s: its %s are read, %d other files are not (%s). Give their folders one by one, and unpack what is "
+                "compressed.",
                 path,
                 name,
+                len(others),
+                printable(", ".join(others[:3])),
             )
     return source
 
