@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from dreamcache_core.demo.measures.match import measure_match
 from dreamcache_core.evaluation.statistics import Interval
 from dreamcache_core.fitting.fit import FitSettings
 from dreamcache_core.pipeline.fitting import adapters_from_model
-from dreamcache_core.pipeline.loading import load_diffusers_pipeline
+from dreamcache_core.pipeline.loading import DTYPES, load_diffusers_pipeline
 from dreamcache_core.pipeline.pipeline import DreamCachePipeline
 
 from .evidence.conditions import CHOSEN, WHOLE_RUN, Condition
@@ -61,6 +61,7 @@ class FittingConfig(Config):
         search: Vary the settings one at a time; else the image guidance.
         adapters: Adapter files to measure instead, and those fitted to the model.
         plot: PNG of the gap closed by training steps to write.
+        dtype: Float type that images are drawn in.
     """
 
     seed: int = TUNING_SEED
@@ -69,6 +70,7 @@ class FittingConfig(Config):
     search: bool = False
     adapters: list[str] = field(default_factory=list[str])
     plot: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 def measure(argv: Sequence[str]) -> None:
@@ -78,7 +80,7 @@ def measure(argv: Sequence[str]) -> None:
     model = require_demo_files().model
     precise, fast = (
         DreamCachePipeline(load_diffusers_pipeline(model, dtype=dtype))
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in (torch.float32, DTYPES[config.dtype])
     )
     print("| setting | group | gap closed | subject match | obedience |\n|---|---|---|---|---|")
     sweeps: dict[str, list[SweepPoint]] = {}
