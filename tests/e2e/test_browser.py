@@ -33,6 +33,7 @@ SAVED = "() => window.app.graph.serialize()"
 DRAW_BY = (
     "async vue => { await window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue); }"
 )
+TOGGLE_APP = "() => window.app.extensionManager.command.execute('Comfy.ToggleLinear')"
 SHOW_ALL = """() => {
     const canvas = window.app.canvas, nodes = window.app.graph._nodes;
     const ends = axis => [
@@ -267,6 +268,20 @@ SHOWN = """([type, ids]) => {
     });
 }"""
 OF_APPLY = ["DreamCacheApply", ["scale", "mask", "start_percent"]]
+
+
+def test_the_quickstart_is_an_app_too(page, server):
+    if server.version.startswith(EARLY):
+        pytest.skip("this ComfyUI has no apps")
+    open_workflow(page, "DreamCache 1 - Quickstart (no download)")
+    page.evaluate(TOGGLE_APP)
+    try:
+        for label in ("shape", "seed", "text", "strength"):
+            shown = page.get_by_text(label, exact=True).filter(visible=True)
+            shown.first.wait_for(timeout=15_000)
+        assert page.get_by_text("cfg", exact=True).filter(visible=True).count() == 0
+    finally:
+        page.evaluate(TOGGLE_APP)
 
 
 def test_a_node_shows_its_names_and_hides_what_is_advanced(page):
