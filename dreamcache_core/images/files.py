@@ -40,7 +40,7 @@ GREY_STEPS = {"L;2": 85, "L;4": 17}
 DEEP_GREY = ("I", "F")
 
 SHRUNK_LATER = ("1", "P", "PA", "I", "F", "I;16", "I;16L", "I;16B")
-"""Modes of Pillow whose values it cannot average, or whose transparent colour is one exact value."""
+"""Modes of Pillow whose values it cannot average."""
 
 # Formats that Pillow decodes by itself; EPS, which would start another program, is not among them.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")
@@ -141,9 +141,10 @@ def read_image(file: ImageFile, name: str | None = None) -> tuple[Tensor, Tensor
     """
     with open_image(file, name) as opened:
         clear = _transparent_colour(opened)
-        is_late = opened.mode in SHRUNK_LATER
+        ImageOps.exif_transpose(opened, in_place=True)
+        is_late = opened.mode in SHRUNK_LATER or "transparency" in opened.info
         small = opened if is_late else _at_most(opened, MAX_KEPT_PIXELS)
-        plain = _to_plain_mode(ImageOps.exif_transpose(small))
+        plain = _to_plain_mode(small)
     del opened, small  # each byte of a large file is four here
     is_clear_exact = plain.mode in DEEP_GREY and isinstance(clear, int)
     if is_late and not is_clear_exact:

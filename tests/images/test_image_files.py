@@ -521,6 +521,23 @@ def test_image_above_16_megapixels_is_shrunk_by_a_whole_number(
     assert read[0, 0, :3, 0].tolist() == pytest.approx([1, 0.5, 0], abs=0.01)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_large_image_is_upright_and_its_transparent_colour_is_averaged(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(files, "MAX_KEPT_PIXELS", 64)
+    image, stream, exif = Image.new("RGB", (20, 12), "red"), io.BytesIO(), Image.Exif()
+    image.paste("blue", (0, 0, 3, 12))
+    exif[0x0112] = 6
+    clear = {"transparency": (0, 0, 255)} if kind == "PNG" else {}
+    image.save(stream, format=kind, exif=exif, **clear)
+    read, alpha = read_image(stream.getvalue())
+    assert read.shape == (1, 10, 6, 3)
+    if kind == "PNG":
+        assert alpha is not None
+        assert alpha[0, :, 0].tolist() == pytest.approx([0, 0.5, *[1] * 8], abs=0.01)
+
+
 def test_thin_image_above_16_megapixels_keeps_its_shorter_side(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files, "MAX_KEPT_PIXELS", 64)
     stream = io.BytesIO()
