@@ -7,7 +7,8 @@ from tiny_pipeline import tiny_pipeline, tiny_sdxl_pipeline, wrap
 from torch import nn
 
 from dreamcache_core import InputError, StateError, UnsupportedModelError, adapters_from_model
-from dreamcache_core.fitting.fit import NUM_PASSES, FitSettings, draw_latent
+from dreamcache_core.fitting import fit
+from dreamcache_core.fitting.fit import FitSettings, draw_latent
 from dreamcache_core.fitting.noise_schedule import PREDICTIONS, NoiseSchedule
 from dreamcache_core.method.backends import select_sites
 
@@ -75,7 +76,7 @@ def test_adapters_mix_self_attention_of_image_and_reference(pipeline):
 def test_two_fits_are_equal_and_leave_nothing_behind(pipeline):
     before, passes = torch.random.get_rng_state(), []
     first = adapters_from_model(pipeline, on_pass=lambda: passes.append(1))
-    assert len(passes) == NUM_PASSES
+    assert len(passes) == fit.NUM_PASSES
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not any(m._forward_pre_hooks for m in pipeline.pipeline.unet.modules())
     torch.rand(3)
@@ -121,7 +122,7 @@ def test_weights_count_as_they_compute(pipeline):
 
     def change_weights():  # after the passes, so that nothing else differs
         passes.append(1)
-        if len(passes) == NUM_PASSES:
+        if len(passes) == fit.NUM_PASSES:
             site.block.attn1.to_v = Changed(site.block.attn1.to_v)
 
     changed = adapters_from_model(pipeline, on_pass=change_weights)
