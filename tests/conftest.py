@@ -15,6 +15,6 @@ FEW_PASSES = {"NUM_LATENTS": 2, "NUM_STEPS": 3, "NUM_LOOKS": 2, "NUM_PASSES": 10
 @pytest.fixture(autouse=True)
 def few_passes(request, monkeypatch):
     """Fit in few passes where nothing is compared with numbers of a whole fit."""
-    if request.path.parent.name in ("cli", "fitting", "pipeline", "training"):
+    if request.path.parent.name in ("cli", "data", "fitting", "pipeline", "training"):
         for name, number in FEW_PASSES.items():
             monkeypatch.setattr(fit, name, number)

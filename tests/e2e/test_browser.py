@@ -25,7 +25,7 @@ DEMOS = [name for name in WORKFLOWS if "(no download)" in name]
 CLEARLY = 0.1
 """By how much an image must match the subject better with the reference than without, of 1."""
 TITLE_PX = 30
-READY_MS, DONE_MS = 90_000, 120_000
+READY_MS, DONE_MS = 90_000, 300_000
 
 READY = "() => window.app?.vueAppReady && window.app.graph"
 LOAD = "async workflow => { await window.app.loadGraphData(workflow); }"
