@@ -218,10 +218,9 @@ def test_queueing_in_the_page_shows_the_images(
     # what an older page is told of nodes that another workflow has left in the cache is nothing
     cached = {int(key) for key in run["messages"]["execution_cached"]["nodes"]}
     expected = shown.keys() - cached
-    if server.version.startswith(EARLY):
-        # nor does it keep what a node shows that ends before its request to queue is answered
-        kinds = {node["id"]: node["type"] for node in opened_workflow["nodes"]}
-        expected = {key for key in expected if kinds[key] != "DreamCacheDemoReference"}
+    # nor does a page keep what a node shows that ends before its request to queue is answered
+    kinds = {node["id"]: node["type"] for node in opened_workflow["nodes"]}
+    expected = {key for key in expected if kinds[key] != "DreamCacheDemoReference"}
     page.wait_for_function(IMAGES_SHOWN, arg=[*expected], timeout=DONE_MS)
     page.wait_for_timeout(500)
     assert page.problems == []
