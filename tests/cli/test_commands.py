@@ -139,11 +139,8 @@ def test_a_misspelt_flag_is_one_line_that_names_the_nearest(name, capsys):
 
 @pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if not c.is_positional])
 def test_a_misspelt_key_is_one_line_that_names_the_nearest(name, capsys, tmp_path):
-    if name in (
-        "generate",
-        "fit",
-        "dataset check",
-    ):  # --config is of another model or command there
+    # --config is of another model or command there
+    if name in ("generate", "fit", "dataset check"):
         return
     *_, field = dataclasses.fields(COMMANDS[name].options)
     (tmp_path / "file.toml").write_text(f"{field.name}x = 1\n")
