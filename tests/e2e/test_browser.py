@@ -218,7 +218,8 @@ def test_queueing_in_the_page_shows_the_images(
     # what an older page is told of nodes that another workflow has left in the cache is nothing
     cached = {int(key) for key in run["messages"]["execution_cached"]["nodes"]}
     expected = shown.keys() - cached
-    # nor does a page keep what a node shows that ends before its request to queue is answered
+    # an older page does not keep what ends before its request to queue is answered; 0.33's classic one has the output of this
+    # node and did not always show it, for a reason that is not known yet
     kinds = {node["id"]: node["type"] for node in opened_workflow["nodes"]}
     expected = {key for key in expected if kinds[key] != "DreamCacheDemoReference"}
     page.wait_for_function(IMAGES_SHOWN, arg=[*expected], timeout=DONE_MS)
