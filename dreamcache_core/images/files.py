@@ -14,20 +14,28 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 from uuid import uuid4
 
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from ..errors import DreamCacheError, FileFormatError, InputError
 from ..files.whole_files import whole_file
 from .colour_profiles import colours_in_srgb
-from .tensors import image_to_tensor, tensor_to_image
+from .tensors import clear_grey, image_to_tensor, tensor_to_image
 
 ImageFile: TypeAlias = str | os.PathLike[str] | bytes
 """An image file by its path, or its contents."""
 
 MAX_PIXELS = 100_000_000
 """Images with more pixels are refused from their header alone."""
+
+MAX_PIXELS_OF = {
+    "TIFF": 60_000_000,
+    "CMYK": 50_000_000,
+    "AVIF": 40_000_000,
+    "WEBP": 32_000_000,
+    "JPEG2000": 20_000_000,
+}
+"""The same of formats and modes whose decoders keep more than the image, up to 24 bytes for a pixel."""
 
 THUMBNAIL_PX, THUMBNAILS_IN_ROW = 128, 4
 
@@ -37,10 +45,8 @@ MAX_KEPT_PIXELS = 2**24
 GREY_STEPS = {"L;2": 85, "L;4": 17}
 """What Pillow multiplies the values of a PNG of 2 or 4 bits with."""
 
-DEEP_GREY = ("I", "F")
-
-SHRUNK_LATER = ("1", "P", "PA", "I", "F", "I;16", "I;16L", "I;16B")
-"""Modes of Pillow whose values it cannot average."""
+STRIP_PIXELS = 2**20
+"""A large image is converted so many pixels at a time, about."""
 
 # Formats that Pillow decodes by itself; EPS, which would start another program, is not among them.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")
@@ -73,7 +79,7 @@ def open_image(file: ImageFile, name: str | None = None) -> Iterator[Image.Image
     What goes wrong while it is open becomes an error of ours, and Pillow's warnings are held back.
 
     Args:
-        file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
+        file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels (TIFF 60, CMYK 50, AVIF 40, WebP 32, JPEG 2000 20).
         name: What to call it in messages; ``None``: the file's own name.
 
     Yields:
@@ -91,13 +97,15 @@ def open_image(file: ImageFile, name: str | None = None) -> Iterator[Image.Image
             _refuse_known_others(stream.read(256), name)
             stream.seek(0)
             with Image.open(stream, formats=_known_formats()) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise _too_large(name, f"{image.width} x {image.height} pixels")
+                kinds = image.format or "", image.mode
+                most = min(MAX_PIXELS_OF.get(kind, MAX_PIXELS) for kind in kinds)
+                if image.width * image.height > most:
+                    raise _too_large(name, f"{image.width} x {image.height} pixels", most)
                 yield image
     except DreamCacheError:
         raise
     except Image.DecompressionBombError as error:
-        raise _too_large(name, str(error)) from error
+        raise _too_large(name, str(error), MAX_PIXELS) from error
     except _READ_ERRORS as error:
         raise FileFormatError(
             f"Expected an image file ({', '.join(_known_formats())}), got {name}, which cannot be read: {error}. The "
@@ -127,7 +135,7 @@ def read_image(file: ImageFile, name: str | None = None) -> tuple[Tensor, Tensor
     shrunk by a whole number, each pixel the mean of those it covers.
 
     Args:
-        file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels.
+        file: A PNG, JPEG, WebP, BMP, TIFF, GIF, ... file of at most 100 megapixels (TIFF 60, CMYK 50, AVIF 40, WebP 32, JPEG 2000 20).
         name: What to call it in messages; ``None``: the file's own name.
 
     Returns:
@@ -141,22 +149,14 @@ def read_image(file: ImageFile, name: str | None = None) -> tuple[Tensor, Tensor
     """
     with open_image(file, name) as opened:
         clear = _transparent_colour(opened)
-        ImageOps.exif_transpose(opened, in_place=True)
-        is_late = opened.mode in SHRUNK_LATER or "transparency" in opened.info
-        small = opened if is_late else _at_most(opened, MAX_KEPT_PIXELS)
-        plain = _to_plain_mode(small)
-    del opened, small  # each byte of a large file is four here
-    is_clear_exact = plain.mode in DEEP_GREY and isinstance(clear, int)
-    if is_late and not is_clear_exact:
-        plain = _at_most(plain, MAX_KEPT_PIXELS)
-    pixels = image_to_tensor(plain)
-    if is_clear_exact:
-        alpha = (pixels[..., 0] != torch.tensor(clear).float() / 65535).float()
-    elif pixels.shape[-1] == 4:
-        alpha = pixels[..., 3].contiguous()
-    else:
-        return pixels, None
-    return pixels[..., :3].contiguous(), None if bool((alpha == 1).all()) else alpha
+        plain = _shrink_to_plain_mode(opened, clear)
+        ImageOps.exif_transpose(plain, in_place=True)
+    del opened
+    alpha = None
+    if plain.mode == "RGBA":
+        alpha = image_to_tensor(plain.getchannel("A"))[..., 0]
+        plain = plain.convert("RGB")
+    return image_to_tensor(plain), None if alpha is None or bool((alpha == 1).all()) else alpha
 
 
 def read_mask(file: ImageFile, name: str | None = None) -> Tensor:
@@ -328,18 +328,44 @@ def _known_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _too_large(name: str, given: str) -> InputError:
+def _too_large(name: str, given: str, most: int) -> InputError:
     """Return the error for an image with too many pixels."""
     return InputError(
-        f"Expected an image of at most {MAX_PIXELS // 1_000_000} megapixels, got {name}: "
-        f"{given}. Make it smaller first; the subject is resized to a square of 512 to 1024 anyway."
+        f"Expected an image of at most {most // 1_000_000} megapixels, got {name}: {given}. Make it smaller first; the "
+        "subject is resized to a square of 512 to 1024 anyway."
     )
 
 
-def _to_plain_mode(image: Image.Image) -> Image.Image:
-    """Convert to RGB or RGBA, in sRGB, or, where greyscale is deeper than 8 bits, to I or F."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        return image if image.mode == "F" else image.convert("I")
+def _shrink_to_plain_mode(image: Image.Image, clear: object) -> Image.Image:
+    """Convert an image strip by strip, shrunk by a whole number where it has more than ``MAX_KEPT_PIXELS``; its EXIF stays."""
+    if image.width * image.height > MAX_KEPT_PIXELS:
+        image.draft(
+            image.mode, (image.width // 2, image.height // 2)
+        )  # JPEG decodes to half a side
+    width, height = image.size
+    factor = math.ceil(math.sqrt(width * height / MAX_KEPT_PIXELS))
+    factors = min(factor, width), min(factor, height)
+    step = factors[1] * math.ceil(STRIP_PIXELS / (width * factors[1]))
+    strips = [
+        _to_plain_mode(image.crop((0, top, width, min(top + step, height))), clear).reduce(factors)
+        for top in range(0, height, step)
+    ]
+    plain = Image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
+    top = 0
+    for strip in strips:
+        plain.paste(strip, (0, top))
+        top += strip.height
+    plain.getexif().update(image.getexif())
+    return plain
+
+
+def _to_plain_mode(image: Image.Image, clear: object) -> Image.Image:
+    """Convert to RGB or RGBA, in sRGB, or, where opaque greyscale is deeper than 8 bits, to I or F."""
+    if image.mode == "F":
+        return image
+    if image.mode.startswith("I"):
+        deep = image.convert("I")
+        return clear_grey(deep, clear) if isinstance(clear, int) else deep
     has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
     mode = "RGBA" if has_alpha else "RGB"
     # convert would copy what has the mode already
@@ -355,14 +381,6 @@ def _transparent_colour(image: Image.Image) -> object:
     elif isinstance(clear, tuple) and stored == "RGB;16B":
         clear = image.info["transparency"] = tuple(value >> 8 for value in clear)
     return clear
-
-
-def _at_most(image: Image.Image, num_pixels: int) -> Image.Image:
-    """Shrink an image by a whole number until it has at most so many pixels; a side that is shorter becomes 1."""
-    factor = math.ceil(math.sqrt(image.width * image.height / num_pixels))
-    if factor == 1:
-        return image
-    return image.reduce((min(factor, image.width), min(factor, image.height)))
 
 
 def _write_caption(sheet: Image.Image, text: str, corner: tuple[int, int], width: int) -> None:

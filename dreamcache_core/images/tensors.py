@@ -11,10 +11,10 @@ def image_to_tensor(image: Image.Image) -> Tensor:
     """Convert an image of Pillow.
 
     Args:
-        image: Of mode RGB or RGBA, or deep greyscale: I, values 0 ... 65535, or F, 0 ... 1.
+        image: Of mode RGB, RGBA or L, or deep greyscale: I, values 0 ... 65535, or F, 0 ... 1.
 
     Returns:
-        (1, height, width, 3), or 4 channels of RGBA; float32 in [0, 1].
+        (1, height, width, 3), or 4 channels of RGBA, 1 of L; float32 in [0, 1].
 
     Raises:
         FileFormatError: Deep greyscale has other values.
@@ -47,10 +47,33 @@ def tensor_to_image(image: Tensor) -> Image.Image:
             "Expected finite pixel values, got NaN or infinity. Nothing was written; "
             "a half-precision overflow in the decoder is the usual cause: run it in float32."
         )
-    values = image[0].detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return _image_of(image[0].detach().float().cpu().clamp(0, 1).mul(255).round(), "RGB")
+
+
+def clear_grey(deep: Image.Image, clear: int) -> Image.Image:
+    """Convert deep greyscale of which one value is transparent.
+
+    Args:
+        deep: Of mode I, values 0 ... 65535.
+        clear: The value.
+
+    Returns:
+        Of mode RGBA, 8 bits a channel; alpha is 0 or 255.
+
+    Raises:
+        FileFormatError: There are other values.
+    """
+    grey = _deep_grey_to_tensor(deep)[0].mul(255).round()
+    values = torch.frombuffer(bytearray(deep.tobytes()), dtype=torch.int32)
+    alpha = (values != clear).reshape(grey.shape) * 255.0
+    return _image_of(torch.stack((grey, grey, grey, alpha), -1), "RGBA")
+
+
+def _image_of(values: Tensor, mode: str) -> Image.Image:
+    """Convert (height, width, channels), whole numbers in [0, 255], to an image of that mode."""
     data = bytearray(values.numel())
     torch.frombuffer(data, dtype=torch.uint8).copy_(values.flatten())
-    return Image.frombytes("RGB", (values.shape[1], values.shape[0]), bytes(data))
+    return Image.frombytes(mode, (values.shape[1], values.shape[0]), bytes(data))
 
 
 def _deep_grey_to_tensor(image: Image.Image) -> Tensor:

@@ -3,10 +3,13 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import time
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -311,6 +314,24 @@ def test_huge_image_is_refused_from_its_header(tmp_path: Path, width: int, heigh
             read_image(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "mode", "size", "limit"),
+    [
+        ("TIFF", "RGBA", (10_000, 6_001), 60),
+        ("JPEG", "CMYK", (10_000, 5_001), 50),
+        ("WEBP", "RGB", (8_000, 4_001), 32),
+        ("JPEG2000", "RGB", (5_000, 4_001), 20),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_formats_whose_decoders_take_more_have_lower_limits(
+    kind: str, mode: str, size: tuple[int, int], limit: int, tmp_path: Path
+):
+    Image.new(mode, size).save(tmp_path / "x", kind)
+    with pytest.raises(InputError, match=f"at most {limit} megapixels, got x: {size[0]} x"):
+        read_image(tmp_path / "x")
+
+
 @pytest.mark.parametrize("limit", [None, 10, 10**12])
 def test_huge_image_is_refused_whatever_limit_pillow_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
@@ -536,6 +557,43 @@ def test_large_image_is_upright_and_its_transparent_colour_is_averaged(
     if kind == "PNG":
         assert alpha is not None
         assert alpha[0, :, 0].tolist() == pytest.approx([0, 0.5, *[1] * 8], abs=0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "mode", "size", "options"),
+    [
+        ("PNG", "RGBA", (10_000, 10_000), {"compress_level": 1}),
+        ("JPEG", "RGB", (10_000, 10_000), {"progressive": True}),
+        ("JPEG", "CMYK", (10_000, 5_000), {"progressive": True}),
+        (
+            "TIFF",
+            "RGBA",
+            (10_000, 6_000),
+            {"compression": "tiff_deflate", "tiffinfo": {278: 6_000}},
+        ),
+        ("WEBP", "RGBA", (8_000, 4_000), {"method": 0}),
+        ("JPEG2000", "RGBA", (5_000, 4_000), {}),
+        ("AVIF", "RGBA", (8_000, 5_000), {"speed": 10}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_largest_images_take_less_than_512_mib(
+    kind: str, mode: str, size: tuple[int, int], options: dict[str, Any], tmp_path: Path
+):
+    """100 megapixels took 808 MiB as RGBA, 1,843 as JPEG 2000."""
+    Image.new(mode, size, (200, 90, 30, 40)[: len(mode)]).save(tmp_path / "x", kind, **options)
+    script = """
+import resource, sys
+from dreamcache_core.images.files import image_endings, read_image
+image_endings()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read_image(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    run = [sys.executable, "-c", script, tmp_path / "x"]
+    assert float(subprocess.run(run, capture_output=True, check=True).stdout) < 512
 
 
 def test_thin_image_above_16_megapixels_keeps_its_shorter_side(monkeypatch: pytest.MonkeyPatch):
