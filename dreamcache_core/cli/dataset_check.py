@@ -33,7 +33,7 @@ class CheckOptions(Config):
 
     Attributes:
         path: Training set: folder, manifest, shards or parquet; as the first word it needs no flag.
-        config: TOML file of a training run: set, captions, size and tokenizer as that run has them.
+        config: TOML file of a training run: set, captions, size and tokenizer as that run has them, where they are not given.
         caption: Caption of images that have none.
         resolution: Side of the images in training, pixels; else that of the tokenizer's model, or 512.
         buckets: Training keeps the aspect of targets, as buckets.
@@ -103,22 +103,26 @@ def run(options: CheckOptions) -> None:
 
 
 def _as_in_training(options: CheckOptions, file: str) -> CheckOptions:
-    """Take from a run's file what it says of its set; a path that is given stays."""
+    """Take from a run's file what it says of its set; what is given stays."""
     run = parse_config(TrainConfig, ["--config", file], program="dreamcache train")
     path = options.path or run.data
     if path is None:
         raise InputError(
             f"{file} names no data, only a precomputed set. Give the training set as well."
         )
-    return replace(
-        options,
-        path=path,
-        caption=run.caption,
-        resolution=run.resolution,
-        buckets=run.buckets,
-        keep_reference=run.keep_reference,
-        tokenizer=run.model if (Path(run.model) / "tokenizer").is_dir() else None,
-    )
+    of_run = {
+        "caption": run.caption,
+        "resolution": run.resolution,
+        "buckets": run.buckets,
+        "keep_reference": run.keep_reference,
+        "tokenizer": run.model if (Path(run.model) / "tokenizer").is_dir() else None,
+    }
+    unset = {
+        key: value
+        for key, value in of_run.items()
+        if getattr(options, key) == getattr(CheckOptions, key)
+    }
+    return replace(options, path=path, **unset)
 
 
 def _model_px(folder: str | None) -> int:

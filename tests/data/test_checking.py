@@ -241,6 +241,9 @@ def test_the_file_of_a_run_says_how_training_sees_its_set(
     given = ["set", "--resolution", "128", "--keep_reference"]
     assert main(["dataset", "check", *given, "--out", "given.png"]) == 0
     assert Path("seen.png").read_bytes() == Path("given.png").read_bytes()
+    larger = ["--config", "run.toml", "--resolution", "320"]
+    assert main(["dataset", "check", "other", *larger]) == 0
+    assert "1 have a side below 320" in capsys.readouterr().out
     assert main(["dataset", "check", "other", "--config", "run.toml"]) == 0
     assert "300 x 200" in capsys.readouterr().out
     Path("run.toml").write_text('model = "sd"\nencoded = "set"')
