@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from .host.applied import require_applied
 from .host.gates import gate_conditioning
 from .host.guider import DreamCacheCFGGuider
+from .host.report import report
 from .host.wrappers import with_references
 from .sockets import PERSONALIZE, found_by, image_guidance_input, percent_input
 
@@ -132,6 +133,7 @@ class GuidanceRange(io.ComfyNode):
                     display_name="model", tooltip="For the sampler or DreamCache Guider."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -139,7 +141,11 @@ class GuidanceRange(io.ComfyNode):
         """Set the range on a clone."""
         applied = require_applied(model, "DreamCache Guidance Range")
         guidance = replace(applied.guidance, image_range=(start_percent, end_percent))
-        return io.NodeOutput(with_references(model, replace(applied, guidance=guidance)))
+        text = f"three predictions a step from {start_percent:g} to {end_percent:g} of the run, else two"
+        if not guidance.needs_unconditional:
+            text = "no effect while image_guidance is 1 or guidance joint: a step needs two predictions anyway"
+        model = with_references(model, replace(applied, guidance=guidance))
+        return io.NodeOutput(model, ui=report(cls, text))
 
 
 NODES: list[type[io.ComfyNode]] = [Conditioning, Guider, GuidanceRange]

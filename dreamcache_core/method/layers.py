@@ -178,7 +178,7 @@ def require_same_layout(first: Layout, first_name: str, second: Layout, second_n
     logger.debug("%s %s; %s %s", first_name, first.channels, second_name, second.channels)
     structure = " too, but of another structure" if first.family == second.family else ""
     raise MismatchError(
-        f"{first_name} {first.describe()}, {second_name} {second.describe()}{structure}. Use adapters for this model, and "
-        "encode the reference with this model for these adapters (Encode Reference's input adapters; in Python "
-        "encode_reference(image, adapters=adapters))."
+        f"{first_name} {first.describe()}, {second_name} {second.describe()}{structure}. Use adapters for this model (where "
+        "there is no file: 'from this model' in ComfyUI, 'dreamcache fit'), and encode the reference with this model for these "
+        "adapters (Encode Reference's input adapters; in Python encode_reference(image, adapters=adapters))."
     )

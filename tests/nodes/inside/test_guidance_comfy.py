@@ -11,6 +11,7 @@ from tiny import (
     apply,
     assert_close,
     encode,
+    execute,
     make_adapters,
     make_model,
     make_text,
@@ -243,7 +244,11 @@ def test_a_guidance_range_counts_rows_down_over_a_run_and_outlives_a_second_appl
 def test_a_guidance_range_has_no_effect_where_two_predictions_are_enough(setup, guidance):
     model, adapters, reference = setup
     applied = apply(model, adapters, reference, image_guidance=1.0, guidance=guidance)
-    assert torch.equal(sample(limited(applied, 0.0, 0.5)), sample(applied))
+    out = execute("DreamCacheGuidanceRange", model=applied)
+    assert torch.equal(sample(out.result[0]), sample(applied))
+    assert "no effect" in out.ui.value
+    needed = execute("DreamCacheGuidanceRange", model=apply(model, adapters, reference))
+    assert "three predictions a step from 0 to 0.5 of the run" in needed.ui.value
 
 
 def test_a_guidance_range_reads_the_noise_level_once_a_step(setup, monkeypatch):

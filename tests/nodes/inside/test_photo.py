@@ -122,7 +122,7 @@ def test_a_file_is_loaded_and_another_models_is_refused(model, tmp_path, monkeyp
     out = from_photo(model, adapters="own.safetensors")
     expected = apply(model, make_adapters(model), out.result[1], image_guidance=1.0)
     assert torch.equal(sample(out.result[0]), sample(expected))
-    with pytest.raises(CORE.MismatchError):
+    with pytest.raises(CORE.MismatchError, match="no file: 'from this model'"):
         from_photo(model, adapters="other.safetensors")
 
 
