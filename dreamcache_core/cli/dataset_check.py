@@ -151,7 +151,7 @@ def _report_lines(
     yield from _target_lines(report, options)
     yield from _caption_lines(report, token_limit)
     for kind, messages in report.problems.items():
-        yield f"{len(messages)} {kind}:"
+        yield f"{kind} ({len(messages)}):"
         yield from _listed(messages)
     yield "problems found" if report.problems else "no problems"
 

@@ -158,9 +158,9 @@ def warn_of_problems(source: PairSource, *, resolution: int, has_buckets: bool) 
     for kind, messages in report.problems.items():
         if kind != INCOMPLETE:
             logger.warning(
-                "%d %s: %s%s",
-                len(messages),
+                "%s (%d): %s%s",
                 kind,
+                len(messages),
                 " ".join(messages[:NUM_NAMED]),
                 " 'dataset check' lists more." if len(messages) > NUM_NAMED else "",
             )

@@ -210,7 +210,7 @@ def test_command_prints_the_report_writes_the_sheet_and_exits_1_on_flaws(
     assert lines[0] == "6 pairs, 4 of them readable"
     assert "         3  90 x 60" in lines
     assert "captions: 0 to 3 words, median 2" in lines
-    assert f"1 {BAD_MASK}:" in lines
+    assert f"{BAD_MASK} (1):" in lines
     assert lines[-1].endswith(str(out))
     sheet, _ = read_image(out)
     assert sheet.shape[2] == 512

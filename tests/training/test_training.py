@@ -488,8 +488,8 @@ def test_dry_run_finds_what_the_run_would(settings, tmp_path, capsys, caplog, mo
     ImageOps.invert(Image.open(mask)).save(mask)
     settings = {**settings, "data": str(data)}
     assert main(["train", *flags(settings), "--dry-run"]) == 0
-    assert "1 unreadable files: subject_1/001" in caplog.text
-    assert "1 masks of the background, turned round: subject_0/000" in caplog.text
+    assert "unreadable files (1): subject_1/001" in caplog.text
+    assert "masks of the background, turned round (1): subject_0/000" in caplog.text
     (tmp_path / "taken").write_text("")
     for out, reason in ((tmp_path / "taken", "no folder"), (tmp_path / "locked", "read-only")):
         if reason == "read-only":
@@ -681,7 +681,7 @@ def test_an_unreadable_image_is_named_and_the_next_takes_its_place(
     settings |= {"validate_every": 9, "validation_steps": 1, "validation_samples": 4}
     break_image(data)
     weights = train(settings)
-    assert "1 unreadable files" in caplog.text
+    assert "unreadable files (1)" in caplog.text
     (named,) = {text for text in caplog.messages if "Another takes its place" in text}
     assert "001_generation.png" in named
     again = train(settings, out=str(tmp_path / "again"))
@@ -696,7 +696,7 @@ def test_a_damaged_image_that_is_repeated_often_gives_way_to_another(settings, t
     for image in sorted((data / "40_subject").glob("*.png"))[:2]:
         image.write_bytes(b"")
     train({**settings, "data": str(data), "buckets": True, "steps": 9})
-    assert "2 unreadable files" in caplog.text
+    assert "unreadable files (2)" in caplog.text
 
 
 def test_a_set_without_a_readable_image_is_refused_by_both_processes(settings, tmp_path):
@@ -731,7 +731,7 @@ def test_a_copied_or_mended_set_is_resumed_on(settings, tmp_path, caplog):
     break_image(data)
     caplog.clear()
     train({**longer, "steps": 12}, accept_changed_data=True)
-    assert "1 unreadable files" in caplog.text
+    assert "unreadable files (1)" in caplog.text
 
 
 def test_processes_that_see_different_checkpoints_are_refused(settings, tmp_path):
