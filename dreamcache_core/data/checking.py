@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from ..errors import DreamCacheError, FileFormatError, InputError
 from ..images.files import contact_sheet
+from ..images.masks import weak_mask
 from ..packages import require
 from .augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from .buckets import bucket_choice, crop_target, nearest_bucket
 from .order import sample_seed
-from .sources.reading import MaskError, located, weak_mask
+from .sources.reading import MaskError, located
 from .sources.source import Pair, PairSource, spread
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 from uuid import uuid4
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
@@ -36,6 +36,9 @@ MAX_PIXELS_OF = {
     "JPEG2000": 20_000_000,
 }
 """The same of formats and modes whose decoders keep more than the image, up to 24 bytes for a pixel."""
+
+BITS_TAG, PHOTOMETRIC_TAG, SAMPLE_FORMAT_TAG, SIGNED = 258, 262, 339, 2
+"""Tags of TIFF, and a value of the last."""
 
 THUMBNAIL_PX, THUMBNAILS_IN_ROW = 128, 4
 
@@ -101,6 +104,7 @@ def open_image(file: ImageFile, name: str | None = None) -> Iterator[Image.Image
                 most = min(MAX_PIXELS_OF.get(kind, MAX_PIXELS) for kind in kinds)
                 if image.width * image.height > most:
                     raise _too_large(name, f"{image.width} x {image.height} pixels", most)
+                _refuse_odd_values(image, name)
                 yield image
     except DreamCacheError:
         raise
@@ -319,6 +323,18 @@ def _refuse_known_others(head: bytes, name: str) -> None:
         raise FileFormatError(
             f"Expected an image file, got {name}, which is {kinds[0] if head else 'an empty file'}. Download the image "
             "itself again."
+        )
+
+
+def _refuse_odd_values(image: Image.Image, name: str) -> None:
+    """Refuse a TIFF whose values Pillow takes for others: of 12 bits, signed, or deep with white as 0."""
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS_TAG, ())
+    is_signed = SIGNED in tags.get(SAMPLE_FORMAT_TAG, ()) and 32 not in bits
+    is_negative = tags.get(PHOTOMETRIC_TAG) == 0 and image.mode[0] in "IF"
+    if is_negative or is_signed or 12 in bits:
+        raise FileFormatError(
+            f"Expected a TIFF of 8 or 16 bits without signs, or of floats, with black as 0; got {name}. Save it so, or as PNG."
         )
 
 

@@ -23,6 +23,9 @@ MOST_BACKGROUND = 0.99
 WHITE_FROM = 0.95
 """A border is white where all channels are at least this."""
 
+STRONG_FROM = 0.9
+"""A mask whose largest value is below this was saved in other values than black and white."""
+
 TURNED = "the mask was turned round"
 EMPTY = "the mask is empty"
 UNSURE = "the mask was taken for the subject; if it marks the background, set mask_marks"
@@ -62,7 +65,8 @@ def find_subject(image: Tensor, mask: Tensor | None = None, marks: str = "auto")
         return Subject(None, _whole_image(given is not None, notes, shows_background(image)))
     shares = [round(100 * float(row.mean())) for row in opacity]
     covers = " to ".join(dict.fromkeys((f"{min(shares)}", f"{max(shares)}")))
-    return Subject(opacity, ", ".join([*in_words(notes), f"subject covers {covers} %"]))
+    words = [*in_words(notes), f"subject covers {covers} %", weak_mask(opacity)]
+    return Subject(opacity, ", ".join(filter(None, words)))
 
 
 def given_mask(mask: Tensor | None, marks: str = "subject") -> tuple[Tensor | None, list[str]]:
@@ -124,6 +128,16 @@ def seems_turned(mask: Tensor) -> bool:
     """Whether a mask, (height, width) in [0, 1], marks the background: most of the border, and more of it than of the rest."""
     border, area = _cover(mask)
     return border > max(area, 0.5) and area <= MOST_BACKGROUND
+
+
+def weak_mask(mask: Tensor) -> str:
+    """Say that masks, (batch, height, width) in [0, 1], nowhere reach white; empty where they do or are black."""
+    highest = float(mask.max())
+    if not 0 < highest < STRONG_FROM:
+        return ""
+    return (
+        f"the mask has values up to {highest:.2g} of 1, which fades the subject; save white as 255."
+    )
 
 
 def _cover(mask: Tensor) -> tuple[float, float]:

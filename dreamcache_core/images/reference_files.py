@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .files import ImageFile, read_image, read_mask
-from .masks import seems_turned
+from .masks import seems_turned, weak_mask
 from .reference import check_mask_aspect, prepare_reference_image
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def read_references(
     files: Sequence[ImageFile], masks: Sequence[ImageFile] = ()
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Read images of a subject with their masks; warnings name those that have none, or one of the background.
+    """Read images of a subject with their masks; warnings name those that have none, or one that is faint or of the background.
 
     Args:
         files: Image files.
@@ -43,12 +43,16 @@ def read_references(
         mask = read_mask(masks[index]) if masks else alpha
         if mask is not None:
             check_mask_aspect(mask, *image.shape[1:3])
+            given = masks[index] if masks else file
+            name = "A mask" if isinstance(given, bytes) else given
             if masks and seems_turned(mask[0]):
                 mask = 1 - mask
                 logger.warning(
                     "%s covers the border and leaves out the middle: it was turned round, as white marks the subject.",
-                    "A mask" if isinstance(masks[index], bytes) else masks[index],
+                    name,
                 )
+            if weakness := weak_mask(mask):
+                logger.warning("%s: %s", name, weakness)
         else:
             bare.append("an image" if isinstance(file, bytes) else Path(file).name)
         references.append((image, mask))

@@ -138,6 +138,38 @@ def test_an_image_folder_of_hugging_face_is_read_by_its_metadata(tmp_path, form,
     assert source.read(0).mask is not None
 
 
+def test_images_that_a_list_leaves_out_are_named(tmp_path, caplog):
+    for name in ("a.png", "b.png", "sub/c.png"):
+        write((tmp_path / name).parent, Path(name).name)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a dog\n")
+    assert open_source(tmp_path).keys == ("a.png",)
+    assert (
+        "what metadata.csv lists is read; 2 other images are not (b.png, sub/c.png)" in caplog.text
+    )
+
+
+def test_masks_of_no_image_and_texts_of_no_image_are_named(tmp_path, caplog):
+    write(tmp_path / "5_bag", "A.png")
+    for name in ("a.txt", "masks/a.png", "masks/b.png", "masks/A.bmp", "masks/A.png"):
+        (tmp_path / "5_bag" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "5_bag" / name).write_bytes(b"")
+    assert open_source(tmp_path).keys == ("5_bag/A.png",)
+    assert "3 files in folders masks are the mask of no image" in caplog.text
+    assert "5_bag/masks/A.png" in caplog.text
+    assert "not read: 1 .txt. A text has the name of its image" in caplog.text
+
+
+def test_an_accent_may_be_written_in_two_ways(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    write(tmp_path, f"{composed}.png")
+    (tmp_path / f"{apart}.txt").write_text("a cup")
+    (tmp_path / "masks").mkdir()
+    mask().save(tmp_path / "masks" / f"{apart}.png")
+    source = open_source(tmp_path)
+    assert source.caption(0) == "a cup"
+    assert source.read(0).mask is not None
+
+
 def test_two_layouts_in_one_folder_are_named(tmp_path, caplog):
     write_pair(tmp_path, "one")
     write(tmp_path, "a.png", "a red square")

@@ -299,7 +299,7 @@ def test_png_that_is_cut_after_its_header_has_a_size_still(tmp_path: Path):
 def test_nearly_black_mask_is_refused_with_the_cure(tmp_path: Path):
     write_pair(tmp_path, "a")
     mask().point([0, *[1] * 255]).save(tmp_path / "a_mask.png")
-    with pytest.raises(MaskError, match=r"values up to 0\.0039 of 1; save white as 255"):
+    with pytest.raises(MaskError, match=r"values up to 0\.0039 of 1, .*; save white as 255"):
         FolderSource(tmp_path).read(0)
     Image.new("L", (WIDTH, HEIGHT), 0).save(tmp_path / "a_mask.png")
     with pytest.raises(MaskError, match=r"the mask\.$"):
@@ -414,6 +414,30 @@ def test_csv_row_that_ends_early_is_left_out(tmp_path: Path):
     source = ManifestSource(path)
     assert source.keys == ("a.png",)
     assert "line 3: a.png has no caption" in source.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["image,caption", '"a.png","unclosed', "a.png,z"], "Mind the quotes"),
+        (["file_name,text,text", "a.png,x,y"], "each column once"),
+        (["image,caption,mask,mask", "a.png,x,,"], "each column once"),
+    ],
+)
+def test_csv_that_can_be_read_in_two_ways_is_refused(
+    tmp_path: Path, lines: list[str], message: str
+):
+    make_image().save(tmp_path / "a.png")
+    with pytest.raises(DreamCacheError, match=message):
+        open_source(write_lines(tmp_path / "set.csv", *lines))
+
+
+@pytest.mark.parametrize("caption", ["0", "false", "[]", "{}"])
+def test_caption_of_a_manifest_that_is_no_text_is_left_out(tmp_path: Path, caption: str):
+    make_image().save(tmp_path / "a.png")
+    lines = ['{"image": "a.png", "caption": "x"}', f'{{"image": "a.png", "caption": {caption}}}']
+    (problem,) = open_source(write_lines(tmp_path / "set.jsonl", *lines)).problems
+    assert "line 2: needs a text" in problem
 
 
 def test_csv_without_the_columns_is_refused(tmp_path: Path):
@@ -677,6 +701,24 @@ def test_links_and_doubles_in_a_shard_are_named(tmp_path: Path):
     assert source.keys == ("a/0",)
     assert sum("is there twice" in text for text in source.problems) == 3
     assert sum("is a link" in text for text in source.problems) == 3
+
+
+def test_keys_of_a_shard_may_have_dots_and_other_members_are_named(tmp_path: Path, caplog):
+    named = {f"v1.0_dog{name[1:]}": data for name, data in members("0").items()}
+    write_tar(tmp_path / "a.tar", named | {"b.jpg": b"", "c.txt": b"a dog", "c.d.txt": b""})
+    assert ShardSource(tmp_path).keys == ("a/v1.0_dog",)
+    assert "not read: 1 .jpg, 2 .txt." in caplog.text
+
+
+@pytest.mark.parametrize("kind", [b"L", b"K"])
+def test_tar_of_long_names_of_long_names_is_one_problem(tmp_path: Path, kind: bytes):
+    info = tarfile.TarInfo("x")
+    info.type = kind
+    path = write_tar(tmp_path / "a.tar", members("0"))
+    content = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(content.ljust(-(-len(content) // 512) * 512, b"\0") + info.tobuf() * 2000)
+    (problem,) = ShardSource(tmp_path).problems
+    assert "cut short or damaged" in problem
 
 
 @pytest.mark.parametrize(

@@ -527,6 +527,25 @@ def test_transparent_colour_of_a_png_is_transparent_at_every_depth(content: byte
     assert image.shape == (1, 16, 16, 3)
 
 
+@pytest.mark.parametrize(
+    ("bits", "sample_format", "photometric"),
+    [(16, 1, 0), (32, 3, 0), (12, 1, 1), (8, 2, 1), (16, 2, 1)],
+    ids=["white is 0", "white is 0, floats", "12 bits", "signed", "signed, 16 bits"],
+)
+def test_tiff_whose_values_pillow_takes_for_others_is_refused(
+    bits: int, sample_format: int, photometric: int
+):
+    """A mask of 16 bits with white as 0 was read inverted, 12 bits 16 times too dark."""
+    entries = [
+        *((256, 2), (257, 1), (258, bits), (259, 1), (262, photometric)),
+        *((273, 126), (277, 1), (278, 1), (279, bits // 4), (339, sample_format)),
+    ]
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    content = b"II*\0" + struct.pack("<IH", 8, len(entries)) + fields + bytes(4) + bytes(bits // 4)
+    with pytest.raises(FileFormatError, match="with black as 0"):
+        read_image(content.ljust(256, b"\0"))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "I;16"])
 def test_image_above_16_megapixels_is_shrunk_by_a_whole_number(
     mode: str, monkeypatch: pytest.MonkeyPatch

@@ -171,3 +171,12 @@ def test_a_mask_of_the_background_is_warned_of_where_files_are_read(
     assert "wrong.png covers the border" in caplog.text
     assert mask_read is not None
     assert (float(mask_read[0, 0, 0]), float(mask_read[0, 20, 30])) == (0, 1)
+
+
+def test_a_faint_mask_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    Image.new("RGB", (SIZE, SIZE), "red").save(tmp_path / "a.png")
+    Image.fromarray((CENTRE[0] * 128).byte().numpy()).save(tmp_path / "mask.png")
+    read_references([tmp_path / "a.png"], [tmp_path / "mask.png"])
+    assert "mask.png: the mask has values up to 0.5 of 1, which fades the subject" in caplog.text
+    assert "which fades the subject" in find_subject(photo(), CENTRE / 2).note
+    assert "fades" not in find_subject(photo(), CENTRE).note

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -74,9 +75,14 @@ class CaptionedSource(FileSource):
         def note(error: OSError) -> None:
             problems.append(f"{error.filename} cannot be opened: {error.strerror}.")
 
+        in_masks: list[str] = []
         for below, names in walk_folders(str(self.root), note=note):
             if MASKS not in below.lower().split(os.sep):
                 found += _images(self.root, below, names, caption, problems, unread)
+            else:
+                in_masks += (
+                    os.path.join(self.root, below, name) for name in names if name[0] != "."
+                )
         found.sort(key=lambda entry: entry[0])
         common = math.gcd(*(times for _, _, times in found))
         repeated = [
@@ -91,7 +97,7 @@ class CaptionedSource(FileSource):
         self._distinct = tuple(first.values())
         self._pairs = tuple(files for _, files in repeated)
         self.problems = require_pairs(self.root, len(found), sorted(problems))
-        _tell(self.root, [files for _, files, _ in found], unread)
+        _tell(self.root, [files for _, files, _ in found], unread, in_masks)
 
     @property
     def distinct(self) -> Sequence[int]:
@@ -196,22 +202,44 @@ def _listed(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _by_stem(names: Sequence[str], ending: str | None) -> dict[str, list[str]]:
-    """Group files of an ending, or images, by their names without it."""
+    """Group files of an ending, or images, by their names without it; an accent may be written in either way."""
     stems: dict[str, list[str]] = {}
     for name in sorted(names):
         stem, found = os.path.splitext(name)
         is_wanted = found.lower() in image_endings() if ending is None else found.lower() == ending
         if is_wanted:
-            stems.setdefault(stem, []).append(name)
+            stems.setdefault(unicodedata.normalize("NFC", stem), []).append(name)
     return stems
 
 
-def _tell(root: Path, pairs: Sequence[_Files], unread: Counter[str]) -> None:
-    """Say what was made of a set, and what in it is not read."""
+def _tell(
+    root: Path, pairs: Sequence[_Files], unread: Counter[str], in_masks: Sequence[str]
+) -> None:
+    """Say what was made of a set, and what in it is not read, ``in_masks`` being the files in folders of masks."""
     num_masks = sum(pair.mask is not None for pair in pairs)
     defaults = Counter(pair.caption for pair in pairs if pair.caption_file is None)
     lines = [f"{len(pairs)} images, {num_masks} with a mask of their own"]
     lines += [f"{count} without a caption get {text!r}" for text, count in defaults.items()]
     if unread:
         lines.append("not read: " + ", ".join(f"{n} {kind}" for kind, n in sorted(unread.items())))
-    logger.info("%s: %s.", root, "; ".join(lines))
+    has_lost_texts = any(kind in unread for kind in CAPTIONS)
+    logger.log(
+        logging.WARNING if has_lost_texts else logging.INFO,
+        "%s: %s.%s",
+        root,
+        "; ".join(lines),
+        " A text has the name of its image, capitals included." if has_lost_texts else "",
+    )
+    lost = sorted(
+        {*map(os.path.normpath, in_masks)}
+        - {pair.mask and os.path.normpath(pair.mask) for pair in pairs}
+    )
+    if lost:
+        logger.warning(
+            "%s: %d files in folders %s are the mask of no image that is read (%s). A mask has the name of its image, and there "
+            "is one for each.",
+            root,
+            len(lost),
+            MASKS,
+            printable(", ".join(os.path.relpath(file, root) for file in lost[:3])),
+        )

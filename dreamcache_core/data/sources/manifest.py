@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ def _json_lines(
 def _csv_lines(
     path: Path, text: str, problems: list[str]
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=FURTHER)
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=FURTHER, strict=True)
     try:
         given = list(reader.fieldnames or ())
         reader.fieldnames = [_renamed(name, given) for name in given]
@@ -131,6 +132,11 @@ def _csv_lines(
             raise InputError(
                 f"Expected a first line with the columns {', '.join(COLUMNS[:2])} in {path}, separated by commas; "
                 f"{' and '.join(missing)} missing in {given}. Name the columns so."
+            )
+        twice = [name for name, count in Counter(reader.fieldnames).items() if count > 1]
+        if twice:
+            raise InputError(
+                f"Expected each column once in {path}, got {', '.join(twice)} several times in {given}. Remove one."
             )
         for row in reader:
             if any(row.pop(FURTHER, ())):
@@ -169,7 +175,7 @@ def _complete(
     """Yield key and row of each line whose files are there; note the others."""
     exists = _Listing()
     for number, entry in lines:
-        texts = [entry.get(column) or "" for column in COLUMNS]
+        texts = ["" if entry.get(column) is None else entry[column] for column in COLUMNS]
         if not all(isinstance(text, str) for text in texts) or not texts[0]:
             problems.append(f"{path.name}, line {number}: needs a text for image and for caption.")
             continue

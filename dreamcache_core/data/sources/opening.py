@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import DreamCacheError, InputError
@@ -109,17 +110,38 @@ def _open_images(path: Path, caption: str | None) -> PairSource:
     if lists := [file for file in listed if file.is_file()]:
         if len(lists) > 1:
             logger.warning("%s: %s is read, %s is not.", path, *(file.name for file in lists))
-        return ManifestSource(lists[0])
+        source = ManifestSource(lists[0])
+        listed = {os.path.normpath(f) for i in range(len(source.keys)) for f in source.files(i)}
+        images = [
+            os.path.join(folder, name)
+            for folder, files in walk_folders(str(path))
+            for name in files
+            if is_image_name(name)
+        ]
+        _warn_of_rest(
+            f"{path}: what {lists[0].name} lists is read",
+            [image for image in images if os.path.normpath(path / image) not in listed],
+            "List them too.",
+        )
+        return source
     names = [name for _, files in walk_folders(str(path)) for name in files]
     if not any(map(is_part_name, names)):
         return CaptionedSource(path, caption)
-    others = [name for name in names if is_image_name(name) and not is_part_name(name)]
+    _warn_of_rest(
+        f"{path}: pairs of X_generation, X_mask and X_caption are read",
+        [name for name in names if is_image_name(name) and not is_part_name(name)],
+        "Give their folders one by one.",
+    )
+    return FolderSource(path)
+
+
+def _warn_of_rest(read: str, others: Sequence[str], cure: str) -> None:
+    """Name images that are not read, if there are any."""
     if others:
         logger.warning(
-            "%s: pairs of X_generation, X_mask and X_caption are read; %d other images are not (%s). Give their folders one by "
-            "one.",
-            path,
+            "%s; %d other images are not (%s). %s",
+            read,
             len(others),
             printable(", ".join(others[:3])),
+            cure,
         )
-    return FolderSource(path)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...images.files import ImageFile, open_image, read_image, read_mask
-from ...images.masks import seems_turned
+from ...images.masks import seems_turned, weak_mask
 from ...images.reference import check_image, subject_box, subject_opacity
 from ...names import printable
 from .source import Pair, PairSource
@@ -37,9 +37,6 @@ EXIF_BLOCKS = {
     b"iTXt": b"XML:com.adobe.xmp",
 }
 """Blocks of a PNG in which Pillow looks for the orientation, by what they begin with."""
-
-STRONG_FROM = 0.9
-"""A mask whose largest value is below this was saved in other values than black and white."""
 
 NUM_SHOWN = 3
 """Problems that the warning about a set names."""
@@ -197,14 +194,6 @@ def _checked_opacity(
         hint = f" Perhaps {weakness}" if weakness else ""
         raise MaskError(f"{name}: {error}{hint}") from error
     return opacity
-
-
-def weak_mask(mask: Tensor) -> str:
-    """Say that a mask, (1, height, width) in [0, 1], nowhere reaches white; empty where it does or is black."""
-    highest = float(mask.max())
-    if not 0 < highest < STRONG_FROM:
-        return ""
-    return f"the mask has values up to {highest:.2g} of 1; save white as 255."
 
 
 def require_pairs(path: Path, num_pairs: int, problems: Sequence[str]) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from .reading import (
     stamp_files,
 )
 
+logger = logging.getLogger(__name__)
+
 UNFINISHED = ".unfinished-shards"
 """Folder in the set in which its shards lie, each by a digest of what it holds, until the last one is written."""
 
@@ -30,8 +34,11 @@ _ENDINGS = {"caption.txt": "caption"} | {
 }
 
 
-_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, EOFError)
-"""What tarfile raises, of headers with nonsense numbers also the latter."""
+_TAR_ERRORS = (
+    *(tarfile.TarError, ValueError, OverflowError, EOFError),
+    *(IndexError, RecursionError),
+)
+"""What tarfile raises, of headers with nonsense also the latter."""
 
 
 class _Member(NamedTuple):
@@ -71,8 +78,9 @@ class ShardSource(FileSource):
         problems: list[str] = []
         keys: list[str] = []
         entries: list[_Entry] = []
+        unread: Counter[str] = Counter()
         for shard in shard_files(self.path):
-            for key, parts in _index(shard, problems).items():
+            for key, parts in _index(shard, problems, unread).items():
                 doubt = _incomplete(parts)
                 if doubt:
                     problems.append(f"{shard.name}: {key} {doubt}")
@@ -83,6 +91,14 @@ class ShardSource(FileSource):
         self.keys = tuple(keys)
         self._entries = tuple(entries)
         self.problems = require_pairs(self.path, len(keys), problems)
+        if unread:
+            logger.warning(
+                "%s: not read: %s. A pair is KEY.generation.png, KEY.mask.png and KEY.caption.txt.",
+                self.path,
+                printable(
+                    ", ".join(f"{count} .{ending}" for ending, count in sorted(unread.items()))
+                ),
+            )
 
     def files(self, index: int) -> tuple[str, ...]:
         """Shard and member of every part, as ``SHARD:MEMBER``."""
@@ -128,8 +144,8 @@ def shard_files(path: Path) -> list[Path]:
     return sorted(shard for shard in path.glob("*.tar") if not shard.name.startswith("."))
 
 
-def _index(shard: Path, problems: list[str]) -> dict[str, dict[str, _Member]]:
-    """Find the members of a shard: key to part to member."""
+def _index(shard: Path, problems: list[str], unread: Counter[str]) -> dict[str, dict[str, _Member]]:
+    """Find the members of a shard: key to part to member; count the others by their endings."""
     keys: dict[str, dict[str, _Member]] = {}
     try:
         # "r:" refuses compressed files: there is no seeking in them
@@ -138,7 +154,8 @@ def _index(shard: Path, problems: list[str]) -> dict[str, dict[str, _Member]]:
                 end = shard.stat().st_size
                 for info in tar:
                     if 0 <= info.size <= end - info.offset_data:
-                        problems += (f"{shard.name}: {doubt}" for doubt in _add(keys, info))
+                        doubts = _add(keys, info, unread)
+                        problems += (f"{shard.name}: {doubt}" for doubt in doubts)
                 if not _ends_at(tar):
                     problems.append(
                         f"{shard.name} is cut short, damaged, or several tar files in one, at byte {tar.offset}: what "
@@ -153,12 +170,17 @@ def _index(shard: Path, problems: list[str]) -> dict[str, dict[str, _Member]]:
     return keys
 
 
-def _add(keys: dict[str, dict[str, _Member]], info: tarfile.TarInfo) -> Iterator[str]:
-    """Take in a member, if it is a part of a pair; yield what is wrong with it."""
+def _add(
+    keys: dict[str, dict[str, _Member]], info: tarfile.TarInfo, unread: Counter[str]
+) -> Iterator[str]:
+    """Take in a member, if it is a part of a pair, else count its ending; yield what is wrong with it."""
     folder, slash, name = info.name.rpartition("/")
-    stem, _, ending = name.partition(".")
-    part = _ENDINGS.get(ending.lower())
-    if part is None or name.startswith("."):
+    stem, ending = _split(name)
+    part = _ENDINGS.get(ending)
+    if name.startswith("."):
+        return
+    if part is None:
+        unread.update([ending] if info.isreg() else [])
         return
     parts = keys.setdefault(f"{folder}{slash}{stem}", {})
     if not info.isreg() or info.issparse():
@@ -167,6 +189,14 @@ def _add(keys: dict[str, dict[str, _Member]], info: tarfile.TarInfo) -> Iterator
         yield f"{info.name} is there twice, and one of them is not read; give each pair a name of its own."
     else:
         parts[part] = _Member(info.name, info.offset_data, info.size)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Take a member's name apart -> key, and ending in lower case; a key may have dots."""
+    stem, _, kind = name.rpartition(".")
+    key, _, part = stem.rpartition(".")
+    ending = f"{part}.{kind}".lower()
+    return (key, ending) if ending in _ENDINGS else (stem, kind.lower())
 
 
 def _ends_at(tar: tarfile.TarFile) -> bool:
