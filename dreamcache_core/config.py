@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -85,9 +85,10 @@ def check_range(name: str, value: float, low: float, high: float | None = None) 
     Raises:
         InputError: It is out of range or not finite.
     """
-    if not (math.isfinite(value) and low <= value and (high is None or value <= high)):
+    # comparing holds of NaN, and of whole numbers that are too long for a float
+    if not low <= value <= (sys.float_info.max if high is None else high):
         allowed = f"at least {low}" if high is None else f"in {low} ... {high}"
-        raise InputError(f"{name} must be {allowed}; given {value}.")
+        raise InputError(f"{name} must be {allowed}; given {_short(value)}.")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..images.files import contact_sheet, save_png
 from ..images.reference_files import prepare_references, read_references
+from ..names import printable
 from ..pipeline.generate import (
     METADATA_KEY,
     GenerateOptions,
@@ -101,7 +102,7 @@ class _Files:
     def write(self, name: str, image: Tensor, parameters: Mapping[str, Any]) -> None:
         path = self.folder / f"{self.number:04d}_{name}.png"
         save_png(path, image, {METADATA_KEY: json.dumps(parameters)} if parameters else None)
-        tqdm.write(str(path))
+        tqdm.write(printable(str(path)))
 
 
 def _claim_number(folder: Path, name: str) -> int:

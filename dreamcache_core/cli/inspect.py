@@ -31,18 +31,18 @@ class InspectOptions(Config):
 
 def run(options: InspectOptions) -> None:
     """Print what a file is."""
-    for name, value in describe_file(Path(options.file)).items():
+    for name, value in describe_file(Path(options.file)):
         print(printable(f"{name + ':':<12} {value}".rstrip()))
 
 
-def describe_file(path: Path) -> dict[str, str]:
+def describe_file(path: Path) -> list[tuple[str, str]]:
     """Describe a file of weights, line by line.
 
     Args:
         path: The file.
 
     Returns:
-        Text by heading, in the order to show it.
+        Headings and texts, in the order to show them.
 
     Raises:
         FileFormatError: The file is missing, damaged, or no file of weights at all.
@@ -50,17 +50,20 @@ def describe_file(path: Path) -> dict[str, str]:
     header = read_header(path)
     kind, found = kind_of_weights(header.tensors), header.entries.get(FORMAT_KEY)
     if found == cache.FORMAT:
-        return {"file": str(path), **_describe_reference(ReferenceCache.load(path))}
+        return [("file", str(path)), *_describe_reference(ReferenceCache.load(path)).items()]
     is_released = found is None and kind.startswith("DreamCache adapters")
     if found == checkpoints.FORMAT or is_released:
-        text = _describe_adapters(load_adapters(path), is_released)
-        return {"file": str(path), **text, "dtype": ", ".join(sorted(header.dtypes))}
+        adapters = load_adapters(path)
+        text = _describe_adapters(adapters, is_released)
+        dtypes = ", ".join(sorted(header.dtypes))
+        said = _describe_extra(adapters.info.extra)
+        return [("file", str(path)), *text.items(), ("dtype", dtypes), *said]
     what = kind if found is None else f"a DreamCache file of unknown format {found}"
-    return {
-        "file": str(path),
-        "kind": f"{what}: neither DreamCache adapters nor a saved reference",
-        "tensors": str(len(header.tensors)),
-    }
+    return [
+        ("file", str(path)),
+        ("kind", f"{what}: neither DreamCache adapters nor a saved reference"),
+        ("tensors", str(len(header.tensors))),
+    ]
 
 
 def _describe_adapters(adapters: AdapterSet, is_released: bool) -> dict[str, str]:
@@ -76,25 +79,26 @@ def _describe_adapters(adapters: AdapterSet, is_released: bool) -> dict[str, str
         "timestep": str(info.timestep),
         "prediction": info.prediction,
         "base model": info.base_model or "not stated",
-        **dict(_describe_extra(info.extra)),
     }
 
 
 def _describe_extra(extra: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Settings, which are JSON objects, one by one; those that were not set are left out."""
+    """What a file says of itself, under one heading; settings, which are JSON objects, one by one without those not set."""
+    if extra:
+        yield "the file says", ""
     for name, text in extra.items():
         try:
             values = parse_json(text)
         except ValueError:
             values = None
         if isinstance(values, dict):
-            yield name, ""
+            yield f"  {name}", ""
             settings = cast(dict[str, Any], values).items()
             yield from (
-                (f"  {key}", str(value)) for key, value in settings if value not in (None, [])
+                (f"    {key}", str(value)) for key, value in settings if value not in (None, [])
             )
         else:
-            yield name, text
+            yield f"  {name}", text
 
 
 def _describe_reference(reference: ReferenceCache) -> dict[str, str]:

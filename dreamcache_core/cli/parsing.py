@@ -166,6 +166,10 @@ def _as_argv(kind: type[Config], parts: Iterable[tuple[str, list[str]]]) -> list
     return [*argv, *chain.from_iterable(lists.values())]
 
 
+MAX_TOML_BYTES = 2**14
+"""Largest file of settings; names of many parts take the square of their length in time."""
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file.
 
@@ -186,9 +190,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ) from error
     text = ""
     try:
-        text = read_text(path)
+        text = read_text(path, MAX_TOML_BYTES)
         return tomllib.loads(text)
-    except (FileFormatError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (FileFormatError, ValueError, RecursionError) as error:
         windows = " Write paths with backslashes in 'single quotes'." if "\\" in text else ""
         raise InputError(
             f"Expected --config to be a TOML file; {path} cannot be read as one: {error}. Write a line such as "
@@ -202,10 +206,21 @@ def _as_flags(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         if isinstance(value, Mapping):
             raise InputError(f"Expected plain fields in the file; [{key}] is a table. Remove it.")
         if isinstance(value, list):
-            entries = (str(entry) for entry in cast(list[Any], value))
+            entries = (_text(key, entry) for entry in cast(list[Any], value))
             yield key, [f"--{key}", *(e if e[:1] != "-" else NO_FLAG + e for e in entries)]
         else:
-            yield key, [f"--{key}={value}"]
+            yield key, [f"--{key}={_text(key, value)}"]
+
+
+def _text(key: str, value: object) -> str:
+    """Write a value as a word of the command line, which could not hold all that TOML can."""
+    try:
+        text = str(value)
+    except ValueError as error:
+        raise InputError(f"{key} is a number of too many digits. Set a smaller one.") from error
+    if "\0" in text:
+        raise InputError(f"{key} holds the character NUL. Remove it.")
+    return text
 
 
 @contextmanager

@@ -13,7 +13,7 @@ def run(config: TrainConfig) -> None:
 
     opened = open_run(config)
     if opened.accelerator.is_main_process:
-        print("\n".join(opened.plan.lines()))
+        print("\n".join(map(printable, opened.plan.lines())))
     if config.dry_run:
         opened.check()
         return

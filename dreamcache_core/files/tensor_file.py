@@ -232,6 +232,11 @@ def refuse_non_weights(path: str | os.PathLike[str]) -> bytes:
     return head
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values of a tensor of any float type are finite; of one without values nothing is known."""
+    return tensor.is_meta or bool(tensor.float().isfinite().all())
+
+
 def kind_of_weights(keys: Mapping[str, object] | set[str]) -> str:
     """Say what a set of weights is, by its keys.
 

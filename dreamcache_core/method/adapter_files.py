@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import FileFormatError, InputError
 from ..files.tensor_file import (
     FORMAT_KEY,
+    is_finite,
     kind_of_weights,
     read_header,
     read_tensor_file,
@@ -188,7 +189,11 @@ def _layout(tensors: Mapping[str, Tensor], layers: list[str], context_width: int
     channels: dict[str, int] = {}
     for layer in layers:
         # every tensor's first axis is the layer's width: what most of them say counts
-        widths = [t.shape[0] for k, t in tensors.items() if k.startswith(f"{layer}.") and t.ndim]
+        widths = [
+            t.shape[0]
+            for k, t in tensors.items()
+            if k.startswith(f"{layer}.") and t.ndim and t.numel()
+        ]
         channels[layer] = max(sorted(widths), key=widths.count, default=1) or 1
     return Layout(context_width, channels)
 
@@ -228,7 +233,7 @@ def _check_tensors(
         "misshapen": sorted(misshapen),
         "not of a float type": sorted(not_float),
         "with NaN or infinite values": sorted(
-            key for key in present if key not in not_float and not _is_finite(tensors[key])
+            key for key in present if key not in not_float and not is_finite(tensors[key])
         ),
     }
     listed = [f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys]
@@ -237,10 +242,6 @@ def _check_tensors(
             f"{source} does not hold complete DreamCache adapters. Tensors {'; '.join(listed)}. Download or convert "
             "the file again."
         )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return tensor.is_meta or bool(tensor.float().isfinite().all())
 
 
 def _context_width(family: str) -> int:

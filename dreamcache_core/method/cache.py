@@ -15,13 +15,15 @@ from torch import Tensor
 
 from ..config import check_range
 from ..errors import FileFormatError, InputError, MismatchError
-from ..files.tensor_file import read_tensor_file, shorten, write_tensor_file
+from ..files.tensor_file import is_finite, read_tensor_file, shorten, write_tensor_file
 from .layers import Layout, check_layer_names
 
 FORMAT = "reference/1"
 
 LATENT_FACTOR = 8
 """Pixels of an image's side for one of its latent, of all VAEs here."""
+
+MAX_LATENT_SIDE = 2**13
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,9 @@ class ReferenceCache:
             )
         check_range("context_width", self.context_width, 1)
         check_range("timestep", self.timestep, 0, 999)
+        sizes = [feature.shape[2:] for feature in self.features.values()]
+        for axis, side in enumerate(self.latent_size):
+            check_range("latent_size", side, max(size[axis] for size in sizes), MAX_LATENT_SIDE)
 
     def _check_features(self) -> None:
         if not self.features:
@@ -267,10 +272,10 @@ class ReferenceCache:
             height, width = json.loads(metadata["latent_size"])
             masks = {n: tensors.pop(f"masks.{n}") for n in layers if f"masks.{n}" in tensors}
             features = {n: tensors.pop(f"features.{n}") for n in layers}
-            if not all(bool(feature.isfinite().all()) for feature in features.values()):
+            if not all(is_finite(feature) for feature in features.values()):
                 raise InputError("features with NaN or infinite values")
             seed = json.loads(metadata["seed"])
-            if not isinstance(seed, int | None):
+            if isinstance(seed, bool) or not isinstance(seed, int | None):
                 raise InputError("a seed that is no number")
             if tensors:
                 raise InputError(f"unknown tensors {shorten(sorted(tensors))}")
@@ -285,7 +290,7 @@ class ReferenceCache:
                     b64decode(one) for one in json.loads(metadata.get("thumbnails", "[]"))
                 ),
             )
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise FileFormatError(
                 f"{path} is not a complete saved reference ({error}). Save it again with Save Reference."
             ) from error

@@ -19,6 +19,7 @@ from ..errors import FileFormatError, InputError, StateError
 from ..files.jsonl import append_lines, read_lines
 from ..files.texts import read_json
 from ..files.whole_files import digest_of, flush, whole_file
+from ..names import is_plain_name, printable
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +205,8 @@ def _damage(folder: Path) -> str:
         return ""
     try:
         for name, digest in read_json(contents).items():
+            if not (all(map(is_plain_name, name.split("/"))) and (folder / name).is_file()):
+                return f"there is no file {printable(name)!r}"
             if digest_of(folder / name) != digest:
                 return f"{name} has other contents than were written"
     except (FileFormatError, OSError) as error:

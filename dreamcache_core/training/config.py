@@ -228,6 +228,7 @@ class TrainConfig(Config):
         if side is not None and (side % 8 or not 64 <= side <= 2048):
             raise InputError(f"resolution must be a multiple of 8 in 64 ... 2048; given {side}.")
         check_range("min_timestep", self.min_timestep, 0, NUM_TIMESTEPS - 1)
+        check_range("seed", self.seed, 0, 2**63 - 1)
         for name in ("caption_dropout", "ema_decay"):
             value = getattr(self, name)
             if value is not None:
@@ -269,7 +270,6 @@ _LOWEST = {
     "warmup_steps": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
-    "seed": 0,
     "workers": 0,
     "log_every": 1,
     "checkpoint_every": 0,

@@ -405,20 +405,23 @@ def test_inspect_shows_settings_one_by_one_and_not_those_left_out(files, tmp_pat
     adapters.info = dataclasses.replace(adapters.info, extra=extra)
     save_adapters(adapters, tmp_path / "a.safetensors")
     said = inspect(tmp_path / "a.safetensors", capsys)
-    assert (said["training"], said["  steps"], said["note"]) == ("", "10", "[1")
-    assert not {"  encoded", "  layers"} & set(said)
+    assert (said["  training"], said["    steps"], said["  note"]) == ("", "10", "[1")
+    assert not {"    encoded", "    layers"} & set(said)
 
 
 def test_inspect_shows_names_and_metadata_of_strangers_on_lines_of_their_own(
     files, tmp_path, capsys
 ):
     adapters = load_adapters(files / "sd.safetensors")
-    extra = {"licence": "none\nkind: trusted\x1b[2J", "a\rb": "c"}
+    extra = {"licence": "none\nkind: trusted\x1b[2J", "a\rb": "c", "file": "/x", "parameters": "7"}
     adapters.info = dataclasses.replace(adapters.info, extra=extra)
     save_adapters(adapters, tmp_path / "a.safetensors")
     assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
     shown = capsys.readouterr().out
     assert r"none\nkind: trusted\x1b[2J" in shown
+    own, said = shown.split("the file says:")
+    assert f"file:        {tmp_path / 'a.safetensors'}\n" in own
+    assert all(line.startswith("  ") for line in said.strip("\n").split("\n"))
     assert all(line.isprintable() for line in shown.split("\n"))
 
 

@@ -202,7 +202,27 @@ def test_empty_list_in_a_file_empties_the_list(tmp_path):
     assert parse_config(Filled, [], program="p") == Filled()
 
 
-@pytest.mark.parametrize("text", ["words = " + "[" * 100_000, "words = [1, \0]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("words = " + "[" * 10_000, "words = [1, \0]", "steps = " + "1" * 5_000),
+        "a." * 30_000 + "a = 1",
+    ],
+    ids=["deep", "NUL", "digits", "parts"],
+)
 def test_deeply_nested_or_odd_file_is_refused_in_words(tmp_path, text):
     with pytest.raises(InputError, match="Expected --config to be a TOML file"):
         parse("--data=d", in_file(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = 0x" + "f" * 6_000, "too many digits"),
+        ('words = ["a\\u0000b"]', "character NUL"),
+        ('data = "a\\u0000b"', "character NUL"),
+    ],
+)
+def test_values_that_no_flag_could_have_are_refused_in_words(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        parse(in_file(tmp_path, text))

@@ -105,7 +105,10 @@ def test_masks_that_never_reach_white_are_a_flaw(tmp_path: Path, white: int, is_
     problems = check_source(FolderSource(tmp_path), resolution=64).problems
     assert list(problems) == [WEAK_MASK] * is_weak
     if white == 43:
-        assert "values up to 0.17 of 1, which fades the subject; save white as 255" in problems[WEAK_MASK][0]
+        assert (
+            "values up to 0.17 of 1, which fades the subject; save white as 255"
+            in problems[WEAK_MASK][0]
+        )
 
 
 def test_subjects_outside_the_crop_are_counted_and_buckets_keep_them(tmp_path: Path):

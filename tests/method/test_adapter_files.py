@@ -194,7 +194,10 @@ def test_what_a_file_says_of_its_base_model_is_printable(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "entries",
-    [{"timestep": "-5"}, {"timestep": "2048"}, {"context_width": "0"}, {"layers": "[" * 99999}],
+    [
+        *({"timestep": "-5"}, {"timestep": "2048"}, {"timestep": "1" + "0" * 400}),
+        *({"context_width": "0"}, {"context_width": "1" + "0" * 400}, {"layers": "[" * 99999}),
+    ],
 )
 def test_own_file_with_the_right_checksum_of_nonsense_is_refused(
     tmp_path: Path, entries: dict[str, str]

@@ -138,7 +138,7 @@ def test_reference_of_512_pixels_takes_6_mb_in_half_precision():
         name: torch.empty(1, width, side, side, dtype=torch.float16, device="meta")
         for name, (width, side) in widths.items()
     }
-    cache = make_cache(features=features)
+    cache = make_cache(features=features, latent_size=(64, 64))
     assert cache.nbytes == pytest.approx(2 * 3.03e6, rel=0.01)
 
 
@@ -475,6 +475,11 @@ def rewritten(path: Path, tensors: dict[str, Tensor] | None = None, **entries: s
         ({"seed": '["a"]'}, 0.0),
         ({"layers": "[" * 100_000}, 0.0),
         ({"latent_size": '{"a": 1}'}, 0.0),
+        ({"latent_size": "[Infinity, 1]"}, 0.0),
+        ({"latent_size": "[-5, 24]"}, 0.0),
+        ({"latent_size": "[1, 1]"}, 0.0),
+        ({"seed": "true"}, 0.0),
+        ({"timestep": "1" + "0" * 400}, 0.0),
     ],
 )
 def test_own_file_with_the_right_checksum_of_nonsense_is_refused(

@@ -1,6 +1,7 @@
 """Checkpoints appear whole or not at all, and a run resumes only as itself."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,16 +96,20 @@ def test_log_is_cut_back_to_the_step_that_is_resumed(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [10, 20]
 
 
-@pytest.mark.parametrize("change", ["bytes", "cut", "gone", "contents"])
+@pytest.mark.parametrize("change", ["bytes", "cut", "gone", "contents", "elsewhere", "NUL", "pipe"])
 def test_a_damaged_newest_checkpoint_is_named_with_the_good_one_before_it(
     checkpoints: Checkpoints, change: str
 ) -> None:
     save(checkpoints, 5)
     save(checkpoints, 10)
     newest = checkpoints.folder / "step-000010"
-    changed = {"bytes": b"weighty", "cut": b"weig", "gone": None, "contents": b"weights"}[change]
-    if change == "contents":
-        (newest / "contents.json").write_text("[1]")
+    contents = {"contents": "[1]", "elsewhere": '{"/dev/zero": ""}', "NUL": '{"a\\u0000b": ""}'}
+    changed = {"bytes": b"weighty", "cut": b"weig"}.get(change)
+    if change in contents:
+        (newest / "contents.json").write_text(contents[change])
+    elif change == "pipe":
+        (newest / "file").unlink()
+        os.mkfifo(newest / "file")
     elif changed is None:
         (newest / "file").unlink()
     else:
