@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 from uuid import uuid4
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import DreamCacheError, FileFormatError, InputError
@@ -111,8 +111,10 @@ def open_image(file: ImageFile, name: str | None = None) -> Iterator[Image.Image
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error), MAX_PIXELS) from error
     except _READ_ERRORS as error:
+        # what Pillow says of a kind that it does not know names an object of Python
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         raise FileFormatError(
-            f"Expected an image file ({', '.join(_known_formats())}), got {name}, which cannot be read: {error}. The "
+            f"Expected an image file ({', '.join(_known_formats())}), got {name}, which cannot be read{reason}. The "
             "file is damaged, cut short or of another kind; fetch it again or save it as PNG."
         ) from error
 

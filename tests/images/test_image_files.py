@@ -255,7 +255,7 @@ def test_contents_are_read_as_the_file_is(tmp_path: Path, pil_image: Image.Image
     [
         (b"", "b/c, which is an empty file"),
         (b"<html>", "b/c, which is a web page"),
-        (b"hello", "b/c, which cannot be read"),
+        (b"hello", "b/c, which cannot be read. The"),
         (png_header(20_000, 20_000), "at most 100 megapixels, got b/c:"),
     ],
 )
