@@ -9,9 +9,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..dreamcache_core import AdapterSet, InputError, ReferenceCache, prepare_reference_image
-from ..dreamcache_core.images.files import encode_thumbnails
 from ..dreamcache_core.images.masks import Subject, find_subject, on_white
 from ..dreamcache_core.images.reference import subject_box
+from ..dreamcache_core.images.sheets import encode_thumbnails
 from .host.encode import encode_reference
 from .host.model import default_side_px
 from .host.report import node_id, report

@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..dreamcache_core import InputError, ReferenceCache
-from ..dreamcache_core.images.files import read_thumbnails
+from ..dreamcache_core.images.sheets import read_thumbnails
 from .host.folders import (
     check_choice,
     choice_state,

@@ -9,8 +9,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..dreamcache_core import AdapterSet, ReferenceCache, prepare_reference_image
-from ..dreamcache_core.images.files import encode_thumbnails, read_image
+from ..dreamcache_core.images.files import read_image
 from ..dreamcache_core.images.masks import shows_background
+from ..dreamcache_core.images.sheets import encode_thumbnails
 from .host.encode import encode_reference, kept_on_disk
 from .host.folders import check_choice, choice_state, image_paths, left_out, list_image_folders
 from .host.model import default_side_px

@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..images.files import contact_sheet, save_png
+from ..images.files import save_png
 from ..images.reference_files import prepare_references, read_references
+from ..images.sheets import contact_sheet
 from ..names import printable
 from ..pipeline.generate import (
     METADATA_KEY,

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import DreamCacheError, FileFormatError, InputError
-from ..images.files import contact_sheet
 from ..images.masks import weak_mask
+from ..images.sheets import contact_sheet
 from ..packages import require
 from .augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from .buckets import bucket_choice, crop_target, nearest_bucket

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images.files import contact_sheet
+from ..images.sheets import contact_sheet
 from ..images.tensors import image_to_tensor
 from ..method.adapter import AdapterSet
 from ..method.blending import ReferenceUse

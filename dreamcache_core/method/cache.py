@@ -40,7 +40,7 @@ class ReferenceCache:
         timestep: Training index of the pass, 0 to 999.
         seed: Seed of the noise, or ``None`` where the caller made the noise.
         masks: Tokens of the subject by layer, bool (references, height, width); ``None``: all tokens.
-        thumbnails: A small image of each reference, as ``images.files.encode_thumbnails`` makes them, or none at all.
+        thumbnails: A small image of each reference, as ``images.sheets.encode_thumbnails`` makes them, or none at all.
     """
 
     features: Mapping[str, Tensor]

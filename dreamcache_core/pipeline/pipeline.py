@@ -13,8 +13,9 @@ from torch import Tensor
 from ..config import check_range
 from ..errors import InputError, StateError
 from ..fitting.fit import fitted_to_another
-from ..images.files import ImageFile, encode_thumbnails
+from ..images.files import ImageFile
 from ..images.reference_files import prepare_references, read_references
+from ..images.sheets import encode_thumbnails
 from ..method.adapter import AdapterModules, AdapterSet
 from ..method.adapter_files import load_adapters
 from ..method.backends import layout_of, require_fit

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..data.sources.opening import open_source
 from ..data.sources.source import Pair, PairSource, spread
 from ..errors import DreamCacheError, InputError
-from ..images.files import contact_sheet, save_png
+from ..images.files import save_png
 from ..images.reference import prepare_reference_image
+from ..images.sheets import contact_sheet
 from ..method.adapter import AdapterSet
 from ..method.blending import ReferenceUse
 from ..pipeline.base_model import BaseModel

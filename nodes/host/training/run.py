@@ -24,8 +24,8 @@ from ....dreamcache_core import (
 )
 from ....dreamcache_core.data.augmentation import Alterations
 from ....dreamcache_core.fitting.fit import DEFAULTS, NUM_PASSES, without_fit
-from ....dreamcache_core.images.files import contact_sheet
 from ....dreamcache_core.images.loss_curve import draw_loss_curve, moving_average
+from ....dreamcache_core.images.sheets import contact_sheet
 from ....dreamcache_core.images.tensors import image_to_tensor
 from ....dreamcache_core.method.cache import LATENT_FACTOR
 from ....dreamcache_core.training.initialisation import FITS, new_adapters
