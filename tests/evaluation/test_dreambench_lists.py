@@ -122,6 +122,40 @@ def test_unfit_lists_are_refused(tmp_path: Path, name: str, text: str, message: 
         read_benchmark(**given)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "subject,class,kind,refrence\nmug,mug,object,1.png\n",
+            "'refrence'. Did you mean 'reference'",
+        ),
+        ("subject,class,kind,notes\nmug,mug,object,\n", "'notes'. Those that are read: subject"),
+        ("subject,class,kind,class\nmug,mug,object,cup\n", "every column once"),
+        (
+            "subject,class,kind\n\nmug,mug,object,1.png\n",
+            "3 cells in line 3 of .* got 1.png as well",
+        ),
+        ("subject,class,kind\ncup,cup,object\nmug,mug,alive\n", "line 3 of"),
+        ('subject,class,kind\nmug,"a\nb",object\n', r"class of mug in .* got 'a\\nb'"),
+        ("subject,class,kind\nmug,\x1b[2J,object\n", "class of mug"),
+        ("subject,class,kind\nmug,m\x00g,object\n", "class of mug|NUL"),
+    ],
+)
+def test_what_a_list_of_subjects_says_is_read_or_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "subjects.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_benchmark(subjects=path)
+
+
+def test_empty_cells_beyond_the_columns_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "subjects.csv"
+    path.write_text("subject,class,kind\nmug,mug,object,,\n")
+    assert read_benchmark(subjects=path).subjects[0].class_word == "mug"
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc", "a/b", "..", "a\\b", "C:", ".hidden", "a\x1b[2J"])
 def test_subjects_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "subjects.csv"

@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...config import nearest
 from ...data.synthetic.captions import _numbered_lines
 from ...errors import InputError
-from ...names import is_plain_name
+from ...names import is_plain_name, printable
 
 LISTS = Path(__file__).parent / "lists"
 SUBJECTS_FILE = LISTS / "dreambench_subjects.csv"
@@ -23,6 +24,9 @@ OBJECT_PROMPTS_FILE = LISTS / "dreambench_object_prompts.txt"
 LIVE_PROMPTS_FILE = LISTS / "dreambench_live_prompts.txt"
 DATASET_FILE = "prompts_and_classes.txt"
 """File in a dataset's folder that takes the place of the lists."""
+
+COLUMNS = ("subject", "class", "kind", "reference")
+"""Columns of a list of subjects; the last may be missing."""
 
 LIVE_CLASSES = ("cat", "dog")
 """Class words of live subjects in the dataset's own file, which does not say so itself."""
@@ -123,20 +127,44 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def _read_subjects(path: Path) -> tuple[SubjectEntry, ...]:
+    entries: list[SubjectEntry] = []
     try:
-        rows = list(csv.DictReader(line for _, line in _numbered_lines(path)))
+        for number, row in _rows(path):
+            name, word, kind, reference = (row.get(column) or "" for column in COLUMNS)
+            if not name or not word or kind not in ("object", "live"):
+                raise InputError(
+                    f"Expected the columns subject, class and kind (object or live) in line {number} of {path}; got {row}. "
+                    "Head it with subject,class,kind and write a line such as 'backpack,backpack,object' for each."
+                )
+            entries.append(SubjectEntry(name, word, kind == "live", reference))
     except csv.Error as error:
         raise InputError(f"Expected CSV in {path}: {error}. Mind the quotes.") from error
-    entries: list[SubjectEntry] = []
-    for row in rows:
-        name, word, kind = (row.get(key) or "" for key in ("subject", "class", "kind"))
-        if not name or not word or kind not in ("object", "live"):
-            raise InputError(
-                f"Expected the columns subject, class and kind (object or live) in {path}; got {row}. Head it with "
-                "subject,class,kind and write a line such as 'backpack,backpack,object' for each."
-            )
-        entries.append(SubjectEntry(name, word, kind == "live", row.get("reference") or ""))
     return _checked(entries, path)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the number of each line, the last where quotes hold several, and its cells by column."""
+    lines = _numbered_lines(path)
+    reader = csv.DictReader((f"{line}\n" for _, line in lines), restkey="")
+    columns = list(reader.fieldnames or ())
+    for column in columns:
+        if column not in COLUMNS:
+            raise InputError(
+                f"Expected the columns {', '.join(COLUMNS)} in {path}, got {column!r}. "
+                f"{nearest(column, COLUMNS, 'Those that are read')}"
+            )
+    if len(set(columns)) < len(columns):
+        raise InputError(
+            f"Expected every column once in {path}, got {', '.join(columns)}. Remove what is double."
+        )
+    for row in reader:
+        number, _ = lines[reader.line_num - 1]
+        if any(more := row.pop("", [])):
+            raise InputError(
+                f"Expected {len(columns)} cells in line {number} of {path}, got {', '.join(more)} as well. Put a text with "
+                "commas into quotes."
+            )
+        yield number, row
 
 
 def _read_dataset_file(path: Path) -> Benchmark:
@@ -170,6 +198,12 @@ def _checked(entries: Sequence[SubjectEntry], path: Path) -> tuple[SubjectEntry,
             f"Expected the name of a folder for each subject in {path}; {outside[0]!r} is none. Give the folder's own "
             "name, such as backpack."
         )
+    for entry in entries:
+        if entry.class_word != printable(entry.class_word):
+            raise InputError(
+                f"Expected a word or two as the class of {entry.name} in {path}, got {entry.class_word!r}. Leave out line "
+                "breaks and control characters."
+            )
     twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
     if twice or not entries:
         raise InputError(
