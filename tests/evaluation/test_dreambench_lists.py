@@ -174,6 +174,40 @@ def test_images_come_with_masks_and_the_first_is_the_reference(dataset: Path) ->
     assert bear.number == 2
 
 
+@pytest.mark.parametrize("name", ["00_Mask.png", "00.mask.bmp", "00-MASK.tif"])
+def test_masks_are_told_from_images_however_they_are_spelt(dataset: Path, name: str) -> None:
+    mask = dataset / "red_mug" / "00_mask.png"
+    renamed = mask.rename(mask.with_name(name))
+    mug = subjects_of(dataset)[0]
+    assert [photo.image.name for photo in mug.photos] == ["00.png", "01.jpg"]
+    assert mug.photos[0].mask == renamed
+
+
+def test_a_mask_of_no_image_is_named_and_no_image_itself(
+    dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(dataset / "red_mug" / "02.mask.png")
+    assert len(subjects_of(dataset)[0].photos) == 2
+    assert "1 masks in" in caplog.text
+    assert "belong to no image: 02.mask.png." in caplog.text
+
+
+@pytest.mark.parametrize("double", ["00.JPG", "00.mask.png"])
+def test_a_mask_is_that_of_one_image(dataset: Path, double: str) -> None:
+    Image.new("RGB", (8, 8)).save(dataset / "red_mug" / double, format="PNG")
+    with pytest.raises(InputError, match=r"called 00 in .*red_mug, got 00.*00.*00.*Rename"):
+        subjects_of(dataset)
+
+
+@pytest.mark.parametrize("ending", ["bmp", "tif", "GIF"])
+def test_images_of_every_kind_that_is_read_count(dataset: Path, ending: str) -> None:
+    touch(dataset / "dog2" / f"b.{ending}")
+    assert [photo.image.name for photo in subjects_of(dataset)[1].photos] == [
+        "a.jpg",
+        f"b.{ending}",
+    ]
+
+
 def test_a_subject_keeps_its_number_when_others_are_left_out(dataset: Path) -> None:
     assert [subject.number for subject in subjects_of(dataset, "green-bear")] == [2]
 
@@ -231,6 +265,17 @@ def test_images_are_found_by_their_numbers_with_real_images_for_comparison(
         ("real/red_mug/01.jpg", None),
     ]
     assert found[0].photo.mask == images / "red_mug" / "00_1_mask.png"
+
+
+def test_images_whose_names_are_no_numbers_are_counted_and_three_named(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("00_0.png", "01_0 (1).png", "prompt1_0.png", "sheet.png", "z.bmp"):
+        touch(tmp_path / "images" / "red_mug" / name)
+    find_candidates(tmp_path / "images", subjects_of(dataset), 4)
+    assert "4 images in" in caplog.text
+    names = ("01_0 (1)", "prompt1_0", "sheet")
+    assert ": " + ", ".join(f"red_mug/{name}.png" for name in names) + " ..." in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 ::
 
     dataset/dog/00.jpg          real images, one of which is the reference
-    dataset/dog/00_mask.png     if there is one: white where the subject is
+    dataset/dog/00_mask.png     if there is one: white where the subject is; also 00_Mask.png, 00-mask.png, 00.mask.png
     images/dog/07_2.png         image 2 for prompt 7, both counted from 0
     images/dog/07_2_mask.png    if there is one
 """
@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import InputError
+from ...images.files import is_image_name
 from ...names import printable
 from .prompts import Benchmark, SubjectEntry
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_MASK_END = "_mask"
+_MASK_STEM = re.compile(r"(.+)[_.-]mask", re.IGNORECASE | re.DOTALL)
 _IMAGE_STEM = re.compile(r"(\d+)_(\d+)")
+NUM_SHOWN = 3
+"""Files that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def read_subjects(
         The subjects, in the order of the list.
 
     Raises:
-        InputError: There is no such folder, name, image or reference.
+        InputError: There is no such folder, name, image or reference, or a mask is not that of one image.
     """
     root = Path(dataset)
     known = sorted(entry.name for entry in benchmark.subjects)
@@ -155,7 +157,7 @@ def read_subjects(
     others = [
         folder.name
         for folder in sorted(root.iterdir())
-        if folder.name not in known and _photos(folder)
+        if folder.name not in known and _image_files(folder)
     ]
     if others:
         logger.warning(
@@ -191,7 +193,8 @@ def find_candidates(
     """List what is to be judged: the images that are there, and the real images, for comparison.
 
     Args:
-        images: Folder with a folder for each subject.
+        images: Folder with a folder for each subject. Images with other names than ``07_2.png`` are left out with a
+            warning.
         subjects: The subjects.
         images_per_prompt: 4 in the protocol; further images are left out.
 
@@ -203,10 +206,18 @@ def find_candidates(
             same number.
     """
     found: list[Candidate] = []
+    others: list[str] = []
     for subject in subjects:
-        found += _generated(Path(images), subject, images_per_prompt)
+        found += _generated(Path(images), subject, images_per_prompt, others)
         if len(subject.photos) > 1:
             found += [Candidate(subject, photo) for photo in subject.photos]
+    if others:
+        logger.warning(
+            "%d images in %s are left out, as their names are not PROMPT_IMAGE, such as 07_2.png: %s.",
+            len(others),
+            images,
+            _shown(others),
+        )
     if all(candidate.prompt_number is None for candidate in found):
         raise InputError(
             f"Expected images such as {subjects[0].name}/00_0.png (prompt 0, image 0) in {images}; there are none. "
@@ -215,11 +226,15 @@ def find_candidates(
     return found
 
 
-def _generated(root: Path, subject: Subject, images_per_prompt: int) -> list[Candidate]:
+def _generated(
+    root: Path, subject: Subject, images_per_prompt: int, others: list[str]
+) -> list[Candidate]:
+    """List the images of a subject by number; note those whose names are none."""
     numbered: dict[tuple[int, int], Photo] = {}
     for photo in _photos(root / subject.name):
         match = _IMAGE_STEM.fullmatch(photo.image.stem)
         if match is None:
+            others.append(f"{subject.name}/{photo.image.name}")
             continue
         number = int(match[1]), int(match[2])
         if number[0] >= len(subject.prompts) or number in numbered:
@@ -236,16 +251,35 @@ def _generated(root: Path, subject: Subject, images_per_prompt: int) -> list[Can
 
 
 def _photos(folder: Path) -> tuple[Photo, ...]:
-    """List a folder's images with their masks, by name."""
+    """List a folder's images with their masks, by name; name masks of no image, refuse one of several."""
+    images: list[Path] = []
+    masks: dict[str, list[Path]] = {}
+    for path in _image_files(folder):
+        match = _MASK_STEM.fullmatch(path.stem)
+        (masks.setdefault(match[1], []) if match else images).append(path)
+    for stem, given in masks.items():
+        marked = [path for path in images if path.stem == stem]
+        if marked and len(marked) + len(given) > 2:
+            names = ", ".join(path.name for path in (*marked, *given))
+            raise InputError(
+                f"Expected one image and one mask called {stem} in {folder}, got {names}. Rename or remove what is double."
+            )
+    stems = {path.stem for path in images}
+    lost = [path.name for stem, given in masks.items() if stem not in stems for path in given]
+    if lost:
+        logger.warning("%d masks in %s belong to no image: %s.", len(lost), folder, _shown(lost))
+    return tuple(Photo(path, *masks.get(path.stem, [None])) for path in images)
+
+
+def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        return ()
-    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
-    masks = {path.stem: path for path in files if path.stem.endswith(_MASK_END)}
-    return tuple(
-        Photo(path, masks.get(path.stem + _MASK_END))
-        for path in files
-        if path.stem not in masks and not path.name.startswith(".")
-    )
+        return []
+    return [path for path in sorted(folder.iterdir()) if is_image_name(path.name)]
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = " ..." if len(names) > NUM_SHOWN else ""
+    return printable(", ".join(names[:NUM_SHOWN])) + more
 
 
 def _reference(entry: SubjectEntry, photos: Sequence[Photo], root: Path) -> Photo:
