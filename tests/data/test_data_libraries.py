@@ -156,6 +156,46 @@ def test_damaged_and_foreign_parquet_files_are_refused_by_name(tmp_path):
         open_source(other)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "got"),
+    [
+        ("description", "left", "string"),
+        ("description", 5, "int64"),
+        ("description", ["left", "right"], "list<.*>"),
+        (
+            "description",
+            {"description_0": 1, "description_1": 2},
+            "struct<description_0: int64, .*>",
+        ),
+        ("description", {"description_0": "left"}, "struct<description_0: string>"),
+        ("image", 5, "int64"),
+        ("image", "a.png", "string"),
+        ("image", {"path": "a.png"}, "struct<path: string>"),
+        ("quality_assessment", 5, "int64"),
+        ("quality_assessment", {"imageQuality": "5"}, "struct<imageQuality: string>"),
+    ],
+)
+def test_columns_of_other_types_are_refused_before_rows_are_read(tmp_path, column, value, got):
+    good = write_parquet(tmp_path / "set" / "a.parquet", [row(two_squares(1, 2))])
+    other = good.with_name("b.parquet")
+    rows = [row(two_squares(1, 2)) | {column: value}]
+    datasets.Dataset.from_list(rows).to_parquet(str(other))
+    with pytest.raises(
+        FileFormatError, match=rf"column {column} in .*b\.parquet to be .*, got {got}\. Is this"
+    ):
+        open_source(other)
+    with pytest.raises(FileFormatError, match=r"b\.parquet"):
+        open_source(good.parent)
+    assert not list(tmp_path.rglob(".arrow"))
+
+
+def test_ratings_may_be_missing_or_of_any_number_type(tmp_path):
+    ratings = [None, {"imageQuality": 5.0}, {"imageQuality": 5, "objectConsistency": None}]
+    for number, rating in enumerate(ratings):
+        path = write_parquet(tmp_path / f"{number}.parquet", [row(two_squares(1, 2), rating)])
+        assert len(open_source(path).keys) == 2
+
+
 def test_damaged_image_of_a_row_is_named(tmp_path):
     single = io.BytesIO()
     Image.new("RGB", (SIDE, SIDE)).save(single, format="PNG")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,18 @@ LOWEST_SCORE = 5
 SIDES = ("left", "right")
 SIDE_STEP = 64
 """Both images are squares whose sides are a multiple of this; what remains of the height is border."""
+
+
+COLUMNS = {
+    "image": "binary, or struct<bytes: binary>",
+    "description": "struct<description_0: string, description_1: string>",
+    "quality_assessment": "struct of numbers",
+}
+"""Types of the columns that are read; the last may be missing."""
+
+_TEXT = ("string", "large_string", "null")
+_BYTES = ("binary", "large_binary")
+_NUMBER = re.compile(r"u?int\d+|halffloat|float|double|null")
 
 
 class Subjects200KSource:
@@ -137,6 +150,7 @@ def parquet_files(path: Path) -> list[Path]:
 
 def _load(path: Path) -> Any:
     with require("datasets", "train"):
+        import pyarrow.parquet
         from datasets import Dataset, Image
         from datasets.exceptions import DatasetGenerationError
     files = parquet_files(path)
@@ -145,18 +159,43 @@ def _load(path: Path) -> Any:
     folder = files[0].parent
     cache: Any = str(folder / CACHE_FOLDER) if os.access(folder, os.W_OK) else None
     try:
+        for file in files:
+            _check_types(file, pyarrow.parquet.read_schema(file))
         # not load_dataset: it reports the use of a set over the network
         table: Any = Dataset.from_parquet([str(f) for f in files], cache_dir=cache)
+    except FileFormatError:
+        raise
     except (DatasetGenerationError, ValueError, OSError) as error:
         raise FileFormatError(
             f"Expected parquet files of Subjects200K in {path}: {error.__cause__ or error}. Fetch them again."
         ) from error
-    if not {"image", "description"} <= set(table.column_names):
+    return table.cast_column("image", Image(decode=False))
+
+
+def _check_types(file: Path, schema: Any) -> None:
+    """Refuse a file without the columns that are read, or with others of their names."""
+    if not {"image", "description"} <= set(schema.names):
         raise FileFormatError(
-            f"Expected the columns image and description in {path}, got {', '.join(table.column_names)}. Is this "
+            f"Expected the columns image and description in {file}, got {', '.join(schema.names)}. Is this "
             "Subjects200K?"
         )
-    return table.cast_column("image", Image(decode=False))
+    for field in schema:
+        wanted = COLUMNS.get(field.name)
+        if wanted is not None and not _is_fit(field.name, field.type):
+            raise FileFormatError(
+                f"Expected the column {field.name} in {file} to be {wanted}, got {field.type}. Is this Subjects200K?"
+            )
+
+
+def _is_fit(column: str, kind: Any) -> bool:
+    """Whether a column has a type that can be read: arrow's, which is null where there are no values."""
+    name = str(kind)
+    parts = {part.name: str(part.type) for part in kind} if name.startswith("struct<") else {}
+    if column == "image":
+        return parts.get("bytes", name) in _BYTES
+    if column == "description":
+        return all(parts.get(f"description_{side}") in _TEXT for side in range(len(SIDES)))
+    return name == "null" or (bool(parts) and all(map(_NUMBER.fullmatch, parts.values())))
 
 
 def _is_good(rating: Mapping[str, int | None] | None) -> bool:
