@@ -283,3 +283,25 @@ def test_index_that_does_not_fit_together_is_refused(options, change):
     index.write_text(json.dumps(values))
     with pytest.raises(DreamCacheError, match="no complete precomputed set"):
         EncodedSet(encoded.folder)
+
+
+def test_entries_of_an_index_that_nothing_writes_are_named(options):
+    encoded = encode(options)
+    index = encoded.folder / "index.json"
+    written = json.loads(index.read_text())
+    for name, value in (
+        ("sizes", [[65, 67]] * 5),
+        ("sizes", [[64, 10**18]] * 5),
+        ("keys", "abcde"),
+        ("captions", dict.fromkeys("abcde")),
+        ("num_variants", True),
+        ("resolution", 10**30),
+        ("has_pooled", "no"),
+        ("reference_flip", 1),
+        ("dtype", ["float16"]),
+    ):
+        index.write_text(json.dumps({**written, name: value}))
+        with pytest.raises(
+            DreamCacheError, match=rf"ValueError: {name}: not what 'dataset encode'"
+        ):
+            EncodedSet(encoded.folder)

@@ -17,6 +17,7 @@ from ...errors import FileFormatError, InputError
 from ...files.tensor_file import raw_bytes
 from ...files.texts import parse_json, read_json
 from ...files.whole_files import whole_file
+from ...method.cache import LATENT_FACTOR
 
 FORMAT = "encoded/1"
 INDEX_FILE = "index.json"
@@ -37,6 +38,9 @@ COMPARED = (
     *ALTERATION_FIELDS,
 )
 """Fields of the index in which a set must agree with what is already in its folder."""
+
+MAX_SIDE_PX = 4096
+"""Longest side of a target: twice the largest resolution, see ``buckets.MAX_ASPECT``."""
 
 IDENTITY_KEY = "dreamcache.encoded"
 """Key in a shard's metadata of its set's identity and its tensors' digests."""
@@ -123,15 +127,35 @@ class EncodedIndex:
         Raises:
             ValueError: It is that.
         """
-        texts = [*self.keys, *self.captions, self.data_fingerprint, self.model_fingerprint]
-        lowest = {"samples_per_shard": 1, "num_variants": 0, "resolution": 8, "seed": 0}
-        numbers = [(getattr(self, name), low) for name, low in lowest.items()]
-        numbers += [(side, 8) for size in self.sizes for side in size]
-        is_sound = len(self.keys) == len(self.sizes) == len(self.captions) > 0
-        is_sound &= all(isinstance(text, str) for text in texts)
-        is_sound &= all(isinstance(number, int) and number >= low for number, low in numbers)
-        if not is_sound:
-            raise ValueError("its entries do not fit together")
+        texts = ("data_fingerprint", "model_fingerprint", "dtype")
+        flags = ("has_pooled", *ALTERATION_FIELDS)
+        lowest = {"samples_per_shard": 1, "num_variants": 0, "seed": 0}
+        is_sound = {
+            "sizes": bool(self.sizes)
+            and all(_is_side(side) for size in self.sizes for side in size),
+            "resolution": _is_side(self.resolution),
+            **{name: self._has_text_each(name) for name in ("keys", "captions")},
+            **{name: isinstance(getattr(self, name), str) for name in texts},
+            **{name: isinstance(getattr(self, name), bool) for name in flags},
+            **{name: _is_whole(getattr(self, name), low) for name, low in lowest.items()},
+        }
+        wrong = [name for name, is_so in is_sound.items() if not is_so]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: not what 'dataset encode' writes")
+
+    def _has_text_each(self, name: str) -> bool:
+        """Whether a field is a list with a text for every pair."""
+        values = getattr(self, name)
+        is_list = isinstance(values, list) and len(values) == len(self.sizes)
+        return is_list and all(isinstance(value, str) for value in values)
+
+
+def _is_whole(value: object, low: int) -> bool:
+    return type(value) is int and value >= low
+
+
+def _is_side(value: object) -> bool:
+    return type(value) is int and value in range(LATENT_FACTOR, MAX_SIDE_PX + 1, LATENT_FACTOR)
 
 
 class EncodedSet:
