@@ -13,6 +13,7 @@ from ..errors import FileFormatError, InputError, UnsupportedModelError
 from ..files.tensor_file import refuse_non_weights
 from ..files.texts import read_json
 from ..packages import require
+from .model_settings import check_settings
 from .single_file.known import known_config, missing_tokenizers
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -138,13 +139,14 @@ def load_diffusers_pipeline(
             else:
                 options |= missing_tokenizers(folder, is_sdxl=is_sdxl)
                 pipeline = kind.from_single_file(str(path), config=str(folder), **options)
-            # older releases of diffusers do not know the option dtype
-            return pipeline if pipeline.unet.dtype == dtype else pipeline.to(dtype)
     except Exception as error:  # damaged files make diffusers raise nearly anything
         raise FileFormatError(
             f"{path} could not be loaded as a {name} ({type(error).__name__}: {error}). Check that the files are "
             "complete and that --config, if given, is of the same family."
         ) from error
+    check_settings(pipeline, folder)
+    # older releases of diffusers do not know the option dtype
+    return pipeline if pipeline.unet.dtype == dtype else pipeline.to(dtype)
 
 
 @contextmanager

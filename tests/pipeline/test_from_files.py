@@ -1,14 +1,18 @@
 """From a model folder, an adapter file and a subject's image to images."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image
 from tiny_diffusers import random_adapters
-from tiny_pipeline import tiny_pipeline
+from tiny_pipeline import tiny_pipeline, tiny_sdxl_pipeline
 
 from dreamcache_core import (
     DreamCachePipeline,
+    FileFormatError,
     InputError,
     MismatchError,
     ReferenceUse,
@@ -19,7 +23,7 @@ from dreamcache_core import (
 )
 from dreamcache_core.images.files import read_image
 from dreamcache_core.method.backends import layout_of
-from dreamcache_core.pipeline.loading import choose_device
+from dreamcache_core.pipeline.loading import choose_device, load_diffusers_pipeline, load_pipeline
 
 pytestmark = pytest.mark.diffusers
 
@@ -124,3 +128,43 @@ def test_masks_of_another_number_are_refused(files, pipe):
 def test_without_adapters_the_error_names_from_files(files, pipe):
     with pytest.raises(StateError, match="from_files"):
         DreamCachePipeline(pipe.pipeline).read_reference(files / "dog.png")
+
+
+def changed_model(model, folder, file, **values):
+    """Copy a model's folder, with other settings in one of its files."""
+    shutil.copytree(model, folder)
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("unet/config.json", "sample_size", "abc"),
+        ("unet/config.json", "sample_size", 16.5),
+        ("unet/config.json", "sample_size", None),
+        ("unet/config.json", "sample_size", [8, 8, 8]),
+        ("vae/config.json", "scaling_factor", "x"),
+        ("vae/config.json", "scaling_factor", None),
+        ("vae/config.json", "scaling_factor", 0),
+        ("scheduler/scheduler_config.json", "prediction_type", "foo"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 0),
+        ("tokenizer/tokenizer_config.json", "model_max_length", 13),
+        ("tokenizer/tokenizer_config.json", "model_max_length", 10**30),
+    ],
+)
+def test_settings_with_which_no_image_can_be_made_are_named(files, tmp_path, file, name, value):
+    model = changed_model(files / "model", tmp_path / "m", file, **{name: value})
+    with pytest.raises(FileFormatError) as caught:
+        load_pipeline(model, device="cpu")
+    assert f"Expected {name} in {model / file} to be" in str(caught.value)
+    assert f"got {value!r}. Mend the file" in str(caught.value)
+
+
+def test_a_tokenizer_without_its_length_is_refused_also_as_the_second(tmp_path):
+    tiny_sdxl_pipeline(tmp_path).save_pretrained(tmp_path / "sdxl")
+    assert load_diffusers_pipeline(tmp_path / "sdxl")
+    (tmp_path / "sdxl" / "tokenizer_2" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(FileFormatError, match=r"tokenizer_2/tokenizer_config\.json"):
+        load_diffusers_pipeline(tmp_path / "sdxl")

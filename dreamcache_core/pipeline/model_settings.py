@@ -1,0 +1,58 @@
+"""Settings of a model that the libraries take as they are, and that would fail only once images are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileFormatError
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def check_settings(pipeline: Any, folder: Path) -> None:
+    """Refuse a model with which no image can be made.
+
+    Args:
+        pipeline: The loaded pipeline, with all its parts.
+        folder: Where its settings are from.
+
+    Raises:
+        FileFormatError: A setting has no value that it can have; the message names its file.
+    """
+    for file, name, value, wanted, is_fit in _settings(pipeline):
+        if not is_fit:
+            raise FileFormatError(
+                f"Expected {name} in {folder / file} to be {wanted}, got {value!r}. Mend the file, or fetch it again."
+            )
+
+
+def _settings(pipeline: Any) -> Iterator[tuple[str, str, object, str, bool]]:
+    """Yield file and name of each setting, its value, what that should be, and whether it is."""
+    size = pipeline.unet.config.sample_size
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size,)
+    are_sides = all(map(_is_count, sides))
+    yield "unet/config.json", "sample_size", size, "a whole number above 0, or two", are_sides
+
+    factor = pipeline.vae.config.scaling_factor
+    is_factor = isinstance(factor, int | float) and 0 < factor < inf
+    yield "vae/config.json", "scaling_factor", factor, "a number above 0", is_factor
+
+    file, scheduler = "scheduler/scheduler_config.json", pipeline.scheduler.config
+    count = scheduler.num_train_timesteps
+    yield file, "num_train_timesteps", count, "a whole number above 0", _is_count(count)
+    kind = scheduler.get("prediction_type", PREDICTIONS[0])
+    is_known = kind in PREDICTIONS
+    yield file, "prediction_type", kind, f"one of {', '.join(PREDICTIONS)}", is_known
+
+    for end in ("", "_2") if hasattr(pipeline, "tokenizer_2") else ("",):
+        length = getattr(pipeline, f"tokenizer{end}").model_max_length
+        most = getattr(pipeline, f"text_encoder{end}").config.max_position_embeddings
+        file, wanted = f"tokenizer{end}/tokenizer_config.json", f"a whole number in 1 ... {most}"
+        yield file, "model_max_length", length, wanted, _is_count(length) and length <= most
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
