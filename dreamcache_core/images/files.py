@@ -276,9 +276,8 @@ def _too_large(name: str, given: str, most: int) -> InputError:
 def _shrink_to_plain_mode(image: Image.Image, clear: object) -> Image.Image:
     """Convert an image strip by strip, shrunk by a whole number where it has more than ``MAX_KEPT_PIXELS``; its EXIF stays."""
     if image.width * image.height > MAX_KEPT_PIXELS:
-        image.draft(
-            image.mode, (image.width // 2, image.height // 2)
-        )  # JPEG decodes to half a side
+        # JPEG decodes to half a side, other kinds as they are
+        image.draft(image.mode, (image.width // 2, image.height // 2))
     width, height = image.size
     factor = math.ceil(math.sqrt(width * height / MAX_KEPT_PIXELS))
     factors = min(factor, width), min(factor, height)
