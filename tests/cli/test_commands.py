@@ -249,6 +249,16 @@ def test_two_runs_into_one_folder_at_the_same_time_overwrite_nothing(tmp_path: P
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such file names")
+def test_a_folders_name_cannot_command_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "a\x1b[31m"
+    folder.mkdir()
+    generate._Files(folder, {}, []).write("x", torch.zeros(1, 8, 8, 3), {})
+    assert r"a\x1b[31m/0000_x.png" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such file names")
 def test_file_name_that_is_no_unicode_is_shown_and_not_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

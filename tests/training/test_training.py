@@ -481,6 +481,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(settings, tmp_path, capsys):
     assert "MiB" in plan
 
 
+def test_a_folders_name_cannot_forge_lines_of_the_plan(settings, tmp_path, capsys):
+    odd = {**settings, "out": str(tmp_path / "a\x1b[31m\nsteps: forged")}
+    assert main(["train", *flags(odd), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "\x1b" not in plan
+    assert r"a\x1b[31m\nsteps: forged" in plan
+
+
 def test_dry_run_finds_what_the_run_would(settings, tmp_path, capsys, caplog, monkeypatch):
     data = write_pairs(tmp_path / "set", 5)
     break_image(data)
@@ -533,6 +541,7 @@ def test_flags_override_the_file(settings, tmp_path, capsys):
         ({"warmup_steps": 2}, "constant_with_warmup"),
         ({"lr_schedule": "linear", "warmup_steps": 4}, "warmup_steps must be below steps"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"seed": 10**30}, "seed must be in 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"caption_dropout": 1.5}, "caption_dropout must be in 0"),
