@@ -360,6 +360,14 @@ def test_manifest_keys_are_unique_where_an_image_is_named_like_a_repetition(tmp_
         assert len(set(keys)) == len(names)
 
 
+def test_a_key_that_a_line_gives_twice_is_refused(tmp_path: Path):
+    make_image().save(tmp_path / "a.png")
+    manifest = tmp_path / "set.jsonl"
+    manifest.write_text('{"image": "a.png", "caption": "one", "caption": "two"}\n')
+    with pytest.raises(InputError, match=r"line 1.*'caption' is given 2 times"):
+        _ = ManifestSource(manifest)
+
+
 def test_csv_and_jsonl_of_the_same_rows_give_the_same_pairs(tmp_path: Path):
     make_image(10).save(tmp_path / "a, b.png")
     mask().save(tmp_path / "m.png")

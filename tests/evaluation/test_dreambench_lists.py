@@ -13,7 +13,7 @@ from dreamcache_core.evaluation.dreambench.dataset import (
     read_subjects,
 )
 from dreamcache_core.evaluation.dreambench.options import DreamBenchOptions
-from dreamcache_core.evaluation.dreambench.prompts import DATASET_FILE, read_benchmark
+from dreamcache_core.evaluation.dreambench.prompts import DATASET_FILE, Benchmark, read_benchmark
 
 OWN_FILE = """Classes
 
@@ -45,9 +45,13 @@ def touch(path: Path) -> Path:
     return path
 
 
-def subjects_of(dataset: Path, *names: str) -> list[Subject]:
+def benchmark_of(dataset: Path) -> Benchmark:
     (dataset / DATASET_FILE).write_text(OWN_FILE)
-    return read_subjects(dataset, read_benchmark(dataset), names)
+    return read_benchmark(dataset)
+
+
+def subjects_of(dataset: Path, *names: str) -> list[Subject]:
+    return read_subjects(dataset, benchmark_of(dataset), names)
 
 
 @pytest.fixture
@@ -257,7 +261,7 @@ def test_images_are_found_by_their_numbers_with_real_images_for_comparison(
     images = tmp_path / "images"
     for name in ("1_0.jpg", "00_1.png", "00_1_mask.png", "00_2.png", "sheet.png"):
         touch(images / "red_mug" / name)
-    found = find_candidates(images, subjects_of(dataset), 2)
+    found = find_candidates(images, benchmark_of(dataset), subjects_of(dataset), 2)
     assert [(c.name, c.prompt) for c in found] == [
         ("red_mug/00_1.png", "a mug in the snow"),
         ("red_mug/1_0.jpg", "a red mug"),
@@ -272,10 +276,23 @@ def test_images_whose_names_are_no_numbers_are_counted_and_three_named(
 ) -> None:
     for name in ("00_0.png", "01_0 (1).png", "prompt1_0.png", "sheet.png", "z.bmp"):
         touch(tmp_path / "images" / "red_mug" / name)
-    find_candidates(tmp_path / "images", subjects_of(dataset), 4)
+    find_candidates(tmp_path / "images", benchmark_of(dataset), subjects_of(dataset), 4)
     assert "4 images in" in caplog.text
     names = ("01_0 (1)", "prompt1_0", "sheet")
     assert ": " + ", ".join(f"red_mug/{name}.png" for name in names) + " ..." in caplog.text
+
+
+def test_generated_images_of_a_folder_that_is_no_subjects_are_named(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("red_mug", "dog2", "red-mug"):
+        touch(tmp_path / "images" / folder / "00_0.png")
+    benchmark = benchmark_of(dataset)
+    mug = read_subjects(dataset, benchmark, ["red_mug"])
+    found = find_candidates(tmp_path / "images", benchmark, mug, 4)
+    assert [c.name for c in found if c.prompt_number is not None] == ["red_mug/00_0.png"]
+    assert "1 folders of" in caplog.text
+    assert "does not have them: red-mug." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -292,7 +309,7 @@ def test_missing_misnumbered_and_double_images_are_refused(
     for name in names:
         touch(tmp_path / "images" / "red_mug" / name)
     with pytest.raises(InputError, match=message):
-        find_candidates(tmp_path / "images", subjects_of(dataset), 4)
+        find_candidates(tmp_path / "images", benchmark_of(dataset), subjects_of(dataset), 4)
 
 
 @pytest.mark.parametrize(

@@ -154,18 +154,7 @@ def read_subjects(
             root,
             ", ".join(missing),
         )
-    others = [
-        folder.name
-        for folder in sorted(root.iterdir())
-        if folder.name not in known and _image_files(folder)
-    ]
-    if others:
-        logger.warning(
-            "%d folders of %s are not read, as the list of subjects does not have them: %s. Give a list with --subject_list.",
-            len(others),
-            root,
-            printable(", ".join(others)),
-        )
+    _name_other_folders(root, benchmark)
     return subjects
 
 
@@ -188,13 +177,14 @@ def all_items(subjects: Sequence[Subject], images_per_prompt: int) -> list[Item]
 
 
 def find_candidates(
-    images: str | Path, subjects: Sequence[Subject], images_per_prompt: int
+    images: str | Path, benchmark: Benchmark, subjects: Sequence[Subject], images_per_prompt: int
 ) -> list[Candidate]:
     """List what is to be judged: the images that are there, and the real images, for comparison.
 
     Args:
-        images: Folder with a folder for each subject. Images with other names than ``07_2.png`` are left out with a
-            warning.
+        images: Folder with a folder for each subject. Images with other names than ``07_2.png``, and folders that are no
+            subject's, are left out with a warning.
+        benchmark: The lists.
         subjects: The subjects.
         images_per_prompt: 4 in the protocol; further images are left out.
 
@@ -218,6 +208,7 @@ def find_candidates(
             images,
             _shown(others),
         )
+    _name_other_folders(Path(images), benchmark)
     if all(candidate.prompt_number is None for candidate in found):
         raise InputError(
             f"Expected images such as {subjects[0].name}/00_0.png (prompt 0, image 0) in {images}; there are none. "
@@ -275,6 +266,20 @@ def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return [path for path in sorted(folder.iterdir()) if is_image_name(path.name)]
+
+
+def _name_other_folders(root: Path, benchmark: Benchmark) -> None:
+    """Warn of folders with images that belong to no subject of the list."""
+    known = {entry.name for entry in benchmark.subjects}
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    others = [each.name for each in folders if each.name not in known and _image_files(each)]
+    if others:
+        logger.warning(
+            "%d folders of %s are not read, as the list of subjects does not have them: %s. Give a list with --subject_list.",
+            len(others),
+            root,
+            printable(", ".join(others)),
+        )
 
 
 def _shown(names: Sequence[str]) -> str:

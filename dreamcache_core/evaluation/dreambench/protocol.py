@@ -66,7 +66,9 @@ def evaluate_dreambench(options: DreamBenchOptions, state: Any) -> Results | Non
         with state.split_between_processes(items) as own:
             generate_images(options, own, device=state.device, has_bar=has_bar)
         state.wait_for_everyone()
-    candidates = find_candidates(options.image_folder, subjects, options.images_per_prompt)
+    candidates = find_candidates(
+        options.image_folder, benchmark, subjects, options.images_per_prompt
+    )
     log = ScoreLog(out, state.process_index)
     models = {"dino": options.dino, "clip": options.clip}
     size = options.batch_size
