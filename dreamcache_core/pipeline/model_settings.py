@@ -36,9 +36,20 @@ def _settings(pipeline: Any) -> Iterator[tuple[str, str, object, str, bool]]:
     are_sides = all(map(_is_count, sides))
     yield "unet/config.json", "sample_size", size, "a whole number above 0, or two", are_sides
 
-    factor = pipeline.vae.config.scaling_factor
-    is_factor = isinstance(factor, int | float) and 0 < factor < inf
-    yield "vae/config.json", "scaling_factor", factor, "a number above 0", is_factor
+    file, vae = "vae/config.json", pipeline.vae.config
+    factor, channels = vae.scaling_factor, vae.latent_channels
+    yield (
+        file,
+        "scaling_factor",
+        factor,
+        "a number above 0",
+        _are_numbers([factor], 1) and factor > 0,
+    )
+    mean, std = vae.get("latents_mean"), vae.get("latents_std")
+    is_fit = mean is None or _are_numbers(mean, channels)
+    yield file, "latents_mean", mean, f"null, or {channels} numbers", is_fit
+    is_fit = std is None or (_are_numbers(std, channels) and 0 not in std)
+    yield file, "latents_std", std, f"null, or {channels} numbers other than 0", is_fit
 
     file, scheduler = "scheduler/scheduler_config.json", pipeline.scheduler.config
     count = scheduler.num_train_timesteps
@@ -52,6 +63,12 @@ def _settings(pipeline: Any) -> Iterator[tuple[str, str, object, str, bool]]:
         most = getattr(pipeline, f"text_encoder{end}").config.max_position_embeddings
         file, wanted = f"tokenizer{end}/tokenizer_config.json", f"a whole number in 1 ... {most}"
         yield file, "model_max_length", length, wanted, _is_count(length) and length <= most
+
+
+def _are_numbers(values: object, count: int) -> bool:
+    if not isinstance(values, list | tuple) or len(values) != count:
+        return False
+    return all(isinstance(value, int | float) and -inf < value < inf for value in values)
 
 
 def _is_count(value: object) -> bool:
