@@ -16,10 +16,9 @@ import numpy as np
 from dreamcache_core.cli.parsing import parse_config
 from dreamcache_core.config import Config
 from dreamcache_core.demo.world.world import (
-    Subject,
+    draw_known_subject,
     draw_pose,
     draw_scene,
-    draw_subject,
     render,
     render_cutout,
     write_caption,
@@ -76,13 +75,6 @@ def draw_pairs(config: PairsConfig) -> Path:
     with whole_file(out / MANIFEST) as unfinished:
         unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return out / MANIFEST
-
-
-def draw_known_subject(random: np.random.Generator) -> Subject:
-    """Draw by lot one of the subjects that adapter training may show."""
-    while (subject := draw_subject(random)).is_unseen:
-        pass
-    return subject
 
 
 def _draw_chunk(start: int, *, out: Path, count: int, seed: int) -> list[str]:

@@ -12,20 +12,22 @@ from dreamcache_core.demo.world.patterns import PATTERNS
 from dreamcache_core.demo.world.shapes import SHAPES, UNSEEN_SHAPES
 from dreamcache_core.demo.world.world import (
     IMAGE_SIZE,
+    OUTLINE,
     PALETTE,
     Pose,
     Scene,
     Subject,
+    draw_known_subject,
     draw_pose,
     draw_scene,
     draw_subject,
+    draw_training_image,
     is_unseen_combination,
     render,
     render_cutout,
     subject_masks,
     write_caption,
 )
-from research.demo_model.draw_pairs import draw_known_subject
 from research.demo_model.image_pool import draw_twin_poses
 
 COLOUR_WORDS = (
@@ -192,3 +194,15 @@ def test_adapter_training_meets_no_unseen_subject():
     known = [draw_known_subject(source) for _ in range(400)]
     assert not any(subject.is_unseen for subject in known)
     assert any(draw_subject(source).is_unseen for _ in range(100))
+
+
+def test_training_image_marks_its_subject_and_its_caption_names_the_shape():
+    for seed in range(20):
+        image, caption = draw_training_image(random(seed), "mug")
+        pixels = np.asarray(image).astype(int)
+        shown = pixels[..., 3] > 127
+        assert 0.03 < shown.mean() < 0.5
+        outline = np.abs(pixels[..., :3] - OUTLINE).max(axis=-1) < 40
+        assert outline[shown].any()
+        assert "mug" in caption
+        assert not any(pattern.word in caption.split() for pattern in PATTERNS.values())

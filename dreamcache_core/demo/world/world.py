@@ -155,6 +155,18 @@ def draw_subject(
     return Subject(shape, pattern, tuple((r, g, b) for r, g, b in colours.tolist()), kinds)
 
 
+def draw_known_subject(random: np.random.Generator, shape: str | None = None) -> Subject:
+    """Draw by lot one of the subjects that adapter training may show.
+
+    Args:
+        random: Source of everything random.
+        shape: Its shape, one of ``SHAPES`` but for ``UNSEEN_SHAPES``, or None for any of these.
+    """
+    while (subject := draw_subject(random, shape)).is_unseen:
+        pass
+    return subject
+
+
 def draw_scene(
     random: np.random.Generator, backgrounds: Sequence[str] = SCENE_BACKGROUNDS
 ) -> Scene:
@@ -270,11 +282,25 @@ def render_cutout(subject: Subject, random: np.random.Generator) -> Image.Image:
     Returns:
         RGBA image of 128 x 128; its alpha channel cuts the subject out.
     """
-    pose = draw_reference_pose(random)
-    image = render(subject, Scene(PAPER), pose, random)
-    whole, _ = subject_masks(subject, pose, IMAGE_SIZE * OVERSAMPLING)
-    image.putalpha(Image.fromarray(whole.astype(np.uint8) * 255).reduce(OVERSAMPLING))
-    return image
+    return _render_marked(subject, Scene(PAPER), draw_reference_pose(random), random)
+
+
+def draw_training_image(
+    random: np.random.Generator, shape: str | None = None
+) -> tuple[Image.Image, str]:
+    """Draw an image to train adapters on by lot, none of the held-out subjects.
+
+    Args:
+        random: Source of everything random.
+        shape: The subject's shape, one of ``SHAPES`` but for ``UNSEEN_SHAPES``, or None for any of these.
+
+    Returns:
+        RGBA image of 128 x 128, whose alpha channel tells where the subject is in its scene, and the caption, which names
+        neither colours nor pattern.
+    """
+    subject, scene = draw_known_subject(random, shape), draw_scene(random)
+    image = _render_marked(subject, scene, draw_pose(random, scene), random)
+    return image, write_caption(subject, scene, random, name_pattern=False)
 
 
 def write_caption(
@@ -302,6 +328,16 @@ def write_caption(
     thing = with_article(" ".join(word for word in (size, pattern, subject.shape) if word))
     twin = " and its twin" if scene.has_twin else ""
     return f"{opening}{thing}{twin} {phrase}{place and f', {place}'}"
+
+
+def _render_marked(
+    subject: Subject, scene: Scene, pose: Pose, random: np.random.Generator
+) -> Image.Image:
+    """Draw a subject in a scene; the alpha channel tells where it is."""
+    image = render(subject, scene, pose, random)
+    whole, _ = subject_masks(subject, pose, IMAGE_SIZE * OVERSAMPLING)
+    image.putalpha(Image.fromarray(whole.astype(np.uint8) * 255).reduce(OVERSAMPLING))
+    return image
 
 
 def with_article(thing: str) -> str:

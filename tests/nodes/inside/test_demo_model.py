@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the folder comes fr
 
 DEMO = pack_module("nodes.host.demo")
 FILES = pack_module("dreamcache_core.demo.files")
+WORLD_SHAPES = pack_module("dreamcache_core.demo.world.shapes").SHAPES
 PROMPT = "a striped mug on the grass, left"
 TOLERANCE = 1e-4
 
@@ -211,3 +212,37 @@ def test_the_reference_shows_the_subject_of_its_seed():
     assert not torch.equal(one, other)
     with pytest.raises(CORE.InputError, match="shape must be one of ball"):
         run("DreamCacheDemoReference", shape="dragon", seed=0)
+
+
+def test_views_are_images_of_the_same_subject_in_other_poses():
+    one = run("DreamCacheDemoReference", shape="star", seed=7)
+    images, masks = run("DreamCacheDemoReference", shape="star", seed=7, views=3)[:2]
+    assert images.shape == (3, 128, 128, 3)
+    assert masks.shape == (3, 128, 128)
+    assert torch.equal(images[:1], one[0])
+    assert not torch.equal(images[0], images[1])
+    colours = [image[mask > 0.5].mean(dim=0) for image, mask in zip(images, masks, strict=True)]
+    assert difference(colours[0], colours[1]) < 0.1
+
+
+def test_photos_are_a_training_set_of_the_world(loaded, adapters):
+    images, masks, captions = run("DreamCacheDemoPhotos", shape="any", count=4, seed=3)[:3]
+    fewer = run("DreamCacheDemoPhotos", shape="any", count=2, seed=3)
+    assert all(map(torch.equal, fewer[0], images[:2]))
+    assert [image.shape for image in images] == [(1, 128, 128, 3)] * 4
+    assert all(0.01 < mask.mean() < 0.5 for mask in masks)
+    shapes = [
+        next(word for word in WORLD_SHAPES if word in text.replace(",", "").split())
+        for text in captions
+    ]
+    assert len(set(shapes)) > 1
+    model, clip, vae = loaded
+    inputs = {"model": model, "vae": vae, "clip": clip, "adapters": adapters, "resolution": 128}
+    settings = {"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "seed": 0, "init": "identity"}
+    given = {name: [value] for name, value in (inputs | settings).items()}
+    trained = TRAIN.execute(images=images, masks=masks, captions=captions, **given).result[0]
+    assert trained.info.layout == adapters.info.layout
+    mugs = run("DreamCacheDemoPhotos", shape="mug", count=3, seed=3)[2]
+    assert all("mug" in caption for caption in mugs)
+    with pytest.raises(CORE.InputError, match="shape must be one of any, ball"):
+        run("DreamCacheDemoPhotos", shape="crown", count=1, seed=0)
