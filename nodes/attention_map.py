@@ -169,6 +169,10 @@ def _region(mask: Tensor | None, point: tuple[float, float], samples: Tensor) ->
     if mask is not None:
         mask = fit_mask(mask, len(samples), LATENT_FACTOR * height, LATENT_FACTOR * width)
     if min(point) < 0:
+        if max(point) >= 0:
+            raise InputError(
+                "Only one of point_x and point_y is given. Set both, or leave both at -1."
+            )
         return mask
     if mask is not None:
         raise InputError(

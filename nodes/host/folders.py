@@ -1,5 +1,6 @@
 """Where adapters and saved references lie on disk, as ComfyUI knows its folders."""
 
+import errno
 import logging
 import os
 import re
@@ -362,10 +363,13 @@ def _new_path(prefix: str, root: str, rule: str, example: str, reserved: str = "
         os.makedirs(root, exist_ok=True)
         path = _claim("/".join(parts), root)
     except OSError as error:
-        raise InputError(
-            f"Cannot write into {root}: {error.strerror}. Make the folder writable, or give ComfyUI another one "
-            "(extra_model_paths.yaml for models, --output-directory for outputs)."
-        ) from error
+        cure = (
+            "Make the folder writable, or give ComfyUI another one (extra_model_paths.yaml for models, --output-directory "
+            "for outputs)."
+        )
+        if error.errno == errno.ENAMETOOLONG:
+            cure = "Give a shorter name."
+        raise InputError(f"Cannot write into {root}: {error.strerror}. {cure}") from error
     try:
         yield path
     except BaseException:
@@ -376,7 +380,14 @@ def _new_path(prefix: str, root: str, rule: str, example: str, reserved: str = "
 def _claim(prefix: str, root: str) -> str:
     """Make the first file of a prefix whose number is free, empty; another process may be doing the same."""
     while True:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+        try:
+            folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+        except OSError:
+            raise
+        except Exception as error:  # ComfyUI's refusal of a link that leads elsewhere has no type
+            raise InputError(
+                f"{os.path.dirname(prefix)!r} leads out of {root}, which ComfyUI does not allow. Give another folder."
+            ) from error
         path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
         try:
             with open(path, "xb"):

@@ -3,6 +3,7 @@
 import functools
 import html
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -10,7 +11,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ...dreamcache_core import AdapterSet, DreamCacheError
+from ...dreamcache_core import AdapterSet, DreamCacheError, InputError
 from ...dreamcache_core.fitting.fit import FITTED
 from ...dreamcache_core.images.tensors import tensor_to_image
 from ...dreamcache_core.names import printable
@@ -58,12 +59,16 @@ def show(text: str, node: str | None) -> None:
 
 
 def shows_errors(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """Let a node show on itself what goes wrong in it, see ``without_path``; returns the node."""
+    """Let a node show on itself what goes wrong in it, see ``without_path``, and check its numbers; returns the node."""
     execute: Any = node.execute.__func__
+    ranges: list[tuple[str, float, float]] = []
 
     @functools.wraps(execute)
     def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        if not ranges:
+            ranges.extend(_ranges(node))
         try:
+            _check_numbers(ranges, kwargs)
             return execute(cls, *args, **kwargs)
         except DreamCacheError as error:
             context = get_executing_context()
@@ -72,6 +77,27 @@ def shows_errors(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 
     node.execute = classmethod(run)
     return node
+
+
+def _ranges(node: type[io.ComfyNode]) -> list[tuple[str, float, float]]:
+    """Name, least and greatest value of a node's numbers."""
+    inputs = node.define_schema().inputs
+    return [
+        (each.id, each.min, each.max)
+        for each in inputs
+        if isinstance(each, io.Int.Input | io.Float.Input)
+    ]
+
+
+def _check_numbers(ranges: Sequence[tuple[str, float, float]], given: Mapping[str, Any]) -> None:
+    """Refuse numbers out of range, as ComfyUI does where they are typed in, but not where they come by a link."""
+    for name, low, high in ranges:
+        value = given.get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not low <= number <= high:
+                raise InputError(
+                    f"Expected {name} in {low} ... {high}, got {number}. Look at what is connected to it."
+                )
 
 
 def without_path(error: DreamCacheError) -> DreamCacheError:

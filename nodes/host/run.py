@@ -194,7 +194,7 @@ class RunStore:
             x: The latents, (images, channels, height, width).
             place: Where they lie in the step's; ``None``: nobody knows, and the masks are taken for theirs.
         """
-        height, width = (x if place is None else step.x).shape[2:]
+        height, width = (x if place is None else step.x).shape[-2:]
         conds: dict[str, CONDNoiseShape] = {}
         for index in step.active:
             region = self.applied.uses[index].use.regions

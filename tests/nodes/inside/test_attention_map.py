@@ -116,6 +116,10 @@ def test_the_centre_of_the_demo_models_house_looks_at_the_house():
     [
         ({"reference_number": 2}, "reference_number is 2, but the model has 1 references"),
         (
+            {"point_x": 0.5},
+            "Only one of point_x and point_y",
+        ),
+        (
             {"mask": torch.ones(1, 16, 16), "point_x": 0.5, "point_y": 0.5},
             "Both a mask and a point",
         ),

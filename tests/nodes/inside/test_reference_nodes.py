@@ -501,6 +501,33 @@ def test_saving_outside_the_output_folder_is_refused(model, prefix):
     assert sorted(Path(folder_paths.get_output_directory()).parent.rglob("*")) == before
 
 
+def test_a_link_out_of_the_output_folder_is_refused_where_comfyui_refuses_it(
+    model, tmp_path, monkeypatch
+):
+    output = tmp_path / "output"
+    output.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (output / "link").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(output))
+    reference = encode(model)
+    try:
+        folder_paths.get_save_image_path("link/x", str(output))
+        is_refused = False
+    except Exception:
+        is_refused = True
+    if is_refused:
+        with pytest.raises(CORE.InputError, match="'link' leads out of"):
+            run("DreamCacheSaveReference", reference=reference, filename_prefix="link/x")
+    else:
+        run("DreamCacheSaveReference", reference=reference, filename_prefix="link/x")
+    assert len(list((tmp_path / "elsewhere").iterdir())) == (not is_refused)
+
+
+def test_a_name_that_is_too_long_is_said_to_be_so(model):
+    with pytest.raises(CORE.InputError, match="too long. Give a shorter name"):
+        run("DreamCacheSaveReference", reference=encode(model), filename_prefix="x" * 300)
+
+
 @pytest.mark.parametrize("prefix", ["", "  ", "..", "dogs/", "a\0b", "a\nb", "\x1b[2J"])
 def test_saving_without_a_file_name_is_refused(model, prefix):
     with pytest.raises(CORE.InputError, match="saved by name"):

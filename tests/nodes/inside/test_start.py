@@ -268,6 +268,21 @@ def test_null_and_other_values_over_the_api_are_refused_in_words(node, name, val
         getattr(FOLDERS, finds[name])(value)
 
 
+def test_numbers_of_a_link_are_refused_out_of_range_as_typed_ones_are():
+    numbers = [
+        (node, each)
+        for node, schema in SCHEMAS.items()
+        for each in schema.inputs
+        if isinstance(each, io.Int.Input | io.Float.Input)
+    ]
+    assert len(numbers) > 30
+    for node, each in numbers:
+        execute = comfy_nodes.NODE_CLASS_MAPPINGS[node].execute
+        for value in (each.min - 1, each.max + 1, float("nan"), [each.max + 1]):
+            with pytest.raises(CORE.InputError, match=f"Expected {each.id} in {each.min} "):
+                execute(**{each.id: value})
+
+
 def test_an_error_is_shown_on_its_node_and_named_without_a_path(page):
     with CurrentNodeContext("prompt", "7"), pytest.raises(CORE.InputError) as caught:
         run("DreamCacheLoadReference", reference="zzz")

@@ -137,7 +137,7 @@ def kept_files() -> set[Path]:
 def test_only_the_adapters_learn(model):
     unet = model.model.diffusion_model
     before = {name: (p, p.clone(), p.requires_grad) for name, p in unet.named_parameters()}
-    untrained = train(model, learning_rate=0.0, steps=1)[0]
+    untrained = train(model, learning_rate=1e-7, steps=1)[0]
     adapters, curve = train(model)
     for name, parameter in weights(adapters).items():
         assert not torch.equal(parameter, weights(untrained)[name]), name
@@ -202,7 +202,7 @@ def test_the_loss_is_the_one_of_the_method(make, inputs):
     images, masks = make_image(3, 64, 128, batch=2), tall_and_wide_masks(64, 128)
     adapters = train(
         model, images=[images], masks=[masks], captions=captions, steps=2, seed=seed,
-        learning_rate=0.0, init="paper", **inputs,
+        learning_rate=1e-7, init="paper", **inputs,
     )[0]  # fmt: skip
     with torch.inference_mode(False), torch.no_grad():
         schedule = FROZEN.noise_schedule(model)
@@ -330,7 +330,7 @@ def test_gradients_are_clipped_to_a_norm_of_one():
 def test_the_loss_falls_when_two_images_are_learned_by_heart(model):
     """Below that of predicting nothing, 1, which a U-Net of random weights is above."""
     inputs = {"steps": 25, "caption_dropout": 0.0}
-    untrained = record(train(model, learning_rate=0.0, **inputs)[0])["loss"]
+    untrained = record(train(model, learning_rate=1e-7, **inputs)[0])["loss"]
     learned = record(train(model, learning_rate=1e-2, **inputs)[0])["loss"]
     assert learned < 1 < untrained
 
@@ -344,7 +344,7 @@ def test_the_same_inputs_and_seed_give_the_same_adapters(model, trained):
 
 def test_adapters_that_have_not_learned_are_the_plain_model(model, trained):
     reference, plain = encode(model), sample(model)
-    untrained = train(model, steps=1, learning_rate=0.0)[0]
+    untrained = train(model, steps=1, learning_rate=1e-7)[0]
     assert_close(sample(apply(model, untrained, reference)), plain, 1e-4)
     learned = sample(apply(model, trained, reference))
     assert learned.isfinite().all()
@@ -352,8 +352,8 @@ def test_adapters_that_have_not_learned_are_the_plain_model(model, trained):
 
 
 def test_a_start_from_self_attention_has_its_weights_and_is_the_plain_model(model):
-    started = train(model, init="self_attention", learning_rate=0.0, steps=1)[0]
-    random = train(model, learning_rate=0.0, steps=1)[0]
+    started = train(model, init="self_attention", learning_rate=1e-7, steps=1)[0]
+    random = train(model, learning_rate=1e-7, steps=1)[0]
     for name, site in SITES(model.model.diffusion_model, started.layers).items():
         own, keys = site.block.attn1, started[name].to_k.weight
         assert torch.equal(started[name].to_q.weight, own.to_q.weight)
@@ -473,7 +473,7 @@ def test_kernels_without_gradients_are_not_used(model, trained, monkeypatch):
 def test_half_precision_models_train_adapters_in_float32(dtype, manual_cast):
     model = make_model(dtype=dtype, manual_cast=manual_cast)
     adapters = train(model)[0]
-    untrained = train(model, learning_rate=0.0)[0]
+    untrained = train(model, learning_rate=1e-7)[0]
     for name, parameter in weights(adapters).items():
         assert parameter.dtype == torch.float32
         assert parameter.isfinite().all()
