@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 from .errors import InputError
@@ -83,10 +84,13 @@ def check_range(name: str, value: float, low: float, high: float | None = None) 
         high: Greatest allowed value; ``None``: any finite one.
 
     Raises:
-        InputError: It is out of range or not finite.
+        InputError: It is out of range, not finite, or no number.
     """
+    if not isinstance(value, Real):
+        raise InputError(f"{name} must be a number; given {value!r}.")
+    number = value if isinstance(value, int) else float(value)  # numpy compares in its own type
     # comparing holds of NaN, and of whole numbers that are too long for a float
-    if not low <= value <= (sys.float_info.max if high is None else high):
+    if not low <= number <= (sys.float_info.max if high is None else high):
         allowed = f"at least {low}" if high is None else f"in {low} ... {high}"
         raise InputError(f"{name} must be {allowed}; given {_short(value)}.")
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class ReferenceUse:
             InputError: The scale is no finite number, or the mask is misshapen or outside [0, 1].
             MismatchError: Reference and adapters were made for different models.
         """
-        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+        if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
             raise InputError(f"scale must be a finite number; given {self.scale!r}.")
         if self.mask is not None:
             check_mask(self.mask)

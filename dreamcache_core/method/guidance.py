@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal
 
 from torch import Tensor
@@ -39,9 +40,14 @@ class Guidance(Config):
         if self.mode not in ("separate", "joint"):
             raise InputError(f"guidance must be 'separate' or 'joint'; given {self.mode!r}.")
         scale = self.image_guidance_scale
-        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        if not isinstance(scale, Real) or not math.isfinite(scale):
             raise InputError(f"image_guidance must be a finite number; given {scale!r}.")
-        start, end = self.image_range
+        try:
+            start, end = map(float, self.image_range)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"Expected the range of image_guidance to be two numbers; given {self.image_range!r}."
+            ) from error
         if not 0 <= start < end <= 1:
             raise InputError(
                 f"The range of image_guidance must be from 0 to 1 with its start before its end; given {start} to {end}. "

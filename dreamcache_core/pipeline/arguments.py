@@ -1,7 +1,9 @@
 """Checks of what ``DreamCachePipeline`` is called with; each raises ``InputError``."""
 
 import math
+import re
 from collections.abc import Sequence, Sized
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,8 @@ from ..images.reference import check_image, check_mask_aspect
 from ..method.blending import ReferenceUse
 
 OutputType = Literal["pil", "pt", "latent"]
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What no tokenizer takes."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -35,14 +39,13 @@ def list_of_uses(uses: Any) -> list[ReferenceUse]:
 
 
 def list_of_prompts(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str]
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None
 ) -> tuple[list[str], list[str]]:
     """Make equally long lists of prompts and negative prompts."""
-    if not isinstance(prompt, (str, Sequence)):
-        raise InputError(f"Expected a prompt or a list of them; given {type(prompt).__name__}.")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    is_one = isinstance(negative_prompt, str)
-    negatives = [negative_prompt] * len(prompts) if is_one else list(negative_prompt)
+    negative_prompt = "" if negative_prompt is None else negative_prompt
+    prompts, negatives = map(_list_of_texts, (prompt, negative_prompt))
+    if isinstance(negative_prompt, str):
+        negatives *= len(prompts)
     if not prompts or len(negatives) != len(prompts):
         raise InputError(
             f"Expected at least one prompt and one negative prompt for all or for each; given {len(prompts)} "
@@ -51,8 +54,25 @@ def list_of_prompts(
     return prompts, negatives
 
 
+def _list_of_texts(given: Any) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    if isinstance(texts, bytes) or not isinstance(texts, Sequence) or not all(map(_is_text, texts)):
+        raise InputError(f"Expected a prompt or a list of them; given {given!r}.")
+    return list(texts)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not _LONE_SURROGATE.search(value)
+
+
 def list_of_generators(generator: Generators, num_images: int) -> Generators:
     """Return what diffusers takes: one generator, or a list with one for each image."""
+    listed = generator if isinstance(generator, Sequence) else [generator]
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in listed):
+        raise InputError(
+            f"Expected a torch.Generator, or a list of them; given {generator!r}. Make one of a seed with "
+            "torch.Generator().manual_seed(seed)."
+        )
     if isinstance(generator, Sequence):
         check_one_or_each(generator, "generator", num_images)
         return list(generator)
@@ -79,12 +99,18 @@ def check_images(image: Tensor, mask: Tensor | None, factor: int) -> None:
 
 def check_settings(guidance_scale: float, num_steps: int, scheduler: Any, output_type: str) -> None:
     """Refuse numbers and words out of range."""
-    most = scheduler.config.num_train_timesteps
-    if not math.isfinite(guidance_scale):
-        raise InputError(f"guidance_scale must be a finite number; given {guidance_scale}.")
-    check_range("num_inference_steps", num_steps, 1, most)
+    if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise InputError(f"guidance_scale must be a finite number; given {guidance_scale!r}.")
+    check_count("num_inference_steps", num_steps, 1, scheduler.config.num_train_timesteps)
     if output_type not in ("pil", "pt", "latent"):
         raise InputError(f"output_type must be 'pil', 'pt' or 'latent'; given {output_type!r}.")
+
+
+def check_count(name: str, value: float, low: int, high: int | None = None) -> None:
+    """Refuse what is no whole number, or out of range."""
+    if not isinstance(value, Integral):
+        raise InputError(f"{name} must be a whole number; given {value!r}.")
+    check_range(name, value, low, high)
 
 
 def check_one_or_each(values: Sized, name: str, num_images: int) -> None:

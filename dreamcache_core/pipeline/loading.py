@@ -1,5 +1,6 @@
 """Load a diffusers pipeline from local files onto a device. Nothing is downloaded; diffusers is imported on first use."""
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -278,12 +279,23 @@ def noise_levels(scheduler: Any) -> Tensor:
     """Cumulated signal power at every training index, as a scheduler of diffusers keeps it.
 
     Raises:
-        UnsupportedModelError: It has no table of noise levels (flow matching).
+        UnsupportedModelError: It has no table of noise levels (flow matching), or its steps take more than others'.
     """
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         raise UnsupportedModelError(
             f"Expected a scheduler with alphas_cumprod; {type(scheduler).__name__} has none. Use one of Stable Diffusion's, "
             "DDIMScheduler say."
+        )
+    takes = inspect.signature(scheduler.step).parameters.values()
+    needed = [
+        each.name
+        for each in takes
+        if each.default is each.empty and each.kind is not each.VAR_KEYWORD
+    ]
+    if needed != ["model_output", "timestep", "sample"]:
+        raise UnsupportedModelError(
+            f"Expected a scheduler that takes a prediction, a timestep and a sample; {type(scheduler).__name__} takes "
+            f"{', '.join(needed)}. Use one of Stable Diffusion's, DDIMScheduler say."
         )
     return alphas

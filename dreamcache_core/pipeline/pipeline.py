@@ -10,7 +10,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ..config import check_range
 from ..errors import InputError, StateError
 from ..fitting.fit import fitted_to_another
 from ..images.files import ImageFile
@@ -27,6 +26,7 @@ from ..method.injection import prepare_for_compile
 from .arguments import (
     Generators,
     OutputType,
+    check_count,
     check_images,
     check_one_or_each,
     check_settings,
@@ -270,7 +270,7 @@ class DreamCachePipeline:
         self,
         prompt: str | Sequence[str],
         uses: ReferenceUse | Sequence[ReferenceUse],
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         guidance_scale: float = 7.5,
         image_guidance_scale: float = 1.0,
         num_inference_steps: int = 50,
@@ -293,7 +293,7 @@ class DreamCachePipeline:
             prompt: What to show; several prompts give a batch.
             uses: References with their adapters, one or several. Unfused adapters are fused once per adapter set, to
                 the U-Net's float type and device.
-            negative_prompt: One for all prompts, or one each.
+            negative_prompt: One for all prompts, or one each; ``None`` is the empty one.
             guidance_scale: s_text, unitless; 7.5 in the paper.
             image_guidance_scale: s_image, unitless; 0.4 in the paper's benchmark, 1 needs one prediction less.
             num_inference_steps: Steps of the pipeline's scheduler.
@@ -319,7 +319,9 @@ class DreamCachePipeline:
         """
         rule = Guidance(image_guidance_scale, guidance, image_range)
         check_settings(guidance_scale, num_inference_steps, self.pipeline.scheduler, output_type)
-        check_range("num_images_per_prompt", num_images_per_prompt, 1)
+        check_count("num_images_per_prompt", num_images_per_prompt, 1)
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback must be a function; given {callback!r}.")
         prompts, negatives = (
             [text for text in texts for _ in range(num_images_per_prompt)]
             for texts in list_of_prompts(prompt, negative_prompt)
@@ -386,10 +388,14 @@ class DreamCachePipeline:
     ) -> tuple[int, int]:
         """Choose height and width of the new images: as given, that of the latents, the model's own."""
         factor, default = self.pipeline.vae_scale_factor, self.default_size_px
+        if latents is not None and not isinstance(latents, Tensor):
+            raise InputError(f"Expected latents to be a tensor; given {type(latents).__name__}.")
         if latents is not None and latents.ndim == 4:
             default = latents.shape[-2] * factor, latents.shape[-1] * factor
         size = height or default[0], width or default[1]
-        if min(size) < factor or any(side % factor for side in size):
+        for name, side in zip(("height", "width"), size, strict=True):
+            check_count(name, side, factor)
+        if any(side % factor for side in size):
             raise InputError(
                 f"Expected height and width to be multiples of {factor} pixels; given {size[0]} x {size[1]}."
             )

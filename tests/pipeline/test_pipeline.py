@@ -5,6 +5,7 @@ import gc
 import sys
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
@@ -565,6 +566,13 @@ def test_bad_arguments_are_refused(pipe, options, message):
         run(pipe, use, **options)
 
 
+def test_no_negative_prompt_is_the_empty_one_and_numbers_may_be_numpys(pipe):
+    use = make_use(pipe)
+    expected = run(pipe, use, negative_prompt="", guidance_scale=2.0, image_guidance_scale=0.5)
+    given = {"guidance_scale": np.float32(2), "image_guidance_scale": np.float32(0.5)}
+    assert torch.equal(run(pipe, use, negative_prompt=None, **given), expected)
+
+
 def test_region_masks_of_another_number_are_refused(pipe):
     use = make_use(pipe, mask=torch.rand(3, 8, 8))
     with pytest.raises(InputError, match="each of the 1 images"):
@@ -594,7 +602,21 @@ def test_half_precision_folders_are_loaded(tmp_path):
     [
         ({"uses": None}, "Expected uses to be a ReferenceUse"),
         ({"prompt": None}, "Expected a prompt"),
+        ({"prompt": ["a", None]}, "Expected a prompt or a list"),
+        ({"prompt": b"a dog"}, "Expected a prompt or a list"),
+        ({"prompt": "a \ud800"}, "Expected a prompt or a list"),
+        ({"negative_prompt": [1]}, "Expected a prompt or a list"),
         ({"num_inference_steps": 1001}, r"1 \.\.\. 1000"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number"),
+        ({"num_images_per_prompt": "2"}, "num_images_per_prompt must be a whole number"),
+        ({"height": 64.0}, "height must be a whole number"),
+        ({"generator": 42}, "Expected a torch.Generator"),
+        ({"generator": [None]}, "Expected a torch.Generator"),
+        ({"guidance_scale": None}, "guidance_scale must be a finite number; given None"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, "Expected latents to be a tensor; given ndarray"),
+        ({"image_range": None}, "two numbers; given None"),
+        ({"image_range": (0,)}, "two numbers"),
+        ({"callback": 1}, "callback must be a function"),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_refused(pipe, changes, message):

@@ -130,6 +130,17 @@ def test_a_scheduler_without_noise_levels_is_refused_whenever_it_was_put_in(tmp_
             refused()
 
 
+def test_a_scheduler_whose_steps_take_more_is_refused(tmp_path):
+    from diffusers import RePaintScheduler
+
+    base = tiny_pipeline(tmp_path)
+    pipe, base.scheduler = wrap(base), RePaintScheduler()
+    with pytest.raises(
+        UnsupportedModelError, match=r"RePaintScheduler takes .*original_image, mask"
+    ):
+        pipe("a dog", [], num_inference_steps=1)
+
+
 def test_a_tiny_vae_encodes_and_decodes_by_itself(tmp_path):
     base = tiny_pipeline(tmp_path)
     with torch.random.fork_rng():

@@ -524,7 +524,7 @@ def test_a_link_out_of_the_output_folder_is_refused_where_comfyui_refuses_it(
 
 
 def test_a_name_that_is_too_long_is_said_to_be_so(model):
-    with pytest.raises(CORE.InputError, match="too long. Give a shorter name"):
+    with pytest.raises(CORE.InputError, match=r"too long\. Give a shorter name"):
         run("DreamCacheSaveReference", reference=encode(model), filename_prefix="x" * 300)
 
 
