@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
 from ..images.files import save_png
 from ..images.reference_files import prepare_references, read_references
-from ..images.sheets import contact_sheet
+from ..images.sheets import contact_sheet, sheet_cell
 from ..names import printable
 from ..pipeline.generate import (
     METADATA_KEY,
@@ -75,7 +76,7 @@ class _Files:
     ) -> None:
         self.folder, self.parameters, self.references = folder, parameters, references
         self.number = 0
-        self.images: list[tuple[Tensor, int]] = []
+        self.images: list[tuple[Image.Image, int]] = []
 
     def add_image(self, image: Tensor, seed: int) -> None:
         if not self.images:
@@ -88,11 +89,11 @@ class _Files:
             self.number = _claim_number(self.folder, names[0])
             for name, reference in zip(names, self.references, strict=True):
                 self.write(name, reference, {})
-        self.images.append((image, seed))
+        self.images.append((sheet_cell(image), seed))
         self.write(f"seed_{seed}", image, {**self.parameters, "seed": seed})
 
     def finish(self) -> None:
-        rows: list[list[Tensor]] = [self.references]
+        rows: list[Sequence[Tensor | Image.Image]] = [self.references]
         captions = [["reference"] * len(self.references)]
         for start in range(0, len(self.images), SHEET_COLUMNS):
             chunk = self.images[start : start + SHEET_COLUMNS]

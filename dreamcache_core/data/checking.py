@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import DreamCacheError, FileFormatError, InputError
 from ..images.masks import weak_mask
-from ..images.sheets import contact_sheet
+from ..images.sheets import contact_sheet, sheet_cell
 from ..packages import require
 from .augmentation import ALL_ALTERATIONS, Alterations, augment_reference
 from .buckets import bucket_choice, crop_target, nearest_bucket
@@ -195,7 +196,7 @@ def training_sheet(
         A contact sheet, a pair in a row; ``None`` where no pair can be shown.
     """
     sizes = bucket_choice(resolution, has_buckets)
-    rows: list[tuple[Tensor, Tensor]] = []
+    rows: list[tuple[Image.Image, Image.Image]] = []
     texts: list[tuple[str, str]] = []
     for index in spread(source, num_samples):
         generator = torch.Generator().manual_seed(sample_seed(0, index))
@@ -212,7 +213,7 @@ def training_sheet(
             continue
         height, width = pair.target.shape[1:3]
         size = nearest_bucket(height, width, sizes)
-        rows.append((crop_target(pair.target, *size), reference))
+        rows.append((sheet_cell(crop_target(pair.target, *size)), sheet_cell(reference)))
         texts.append((pair.caption, source.keys[index]))
     return contact_sheet(rows, texts) if rows else None
 

@@ -11,6 +11,7 @@ from ..errors import FileFormatError
 from .files import open_image
 from .tensors import image_to_tensor, tensor_to_image
 
+CELL_PX = 256
 THUMBNAIL_PX, THUMBNAILS_IN_ROW = 128, 4
 
 
@@ -52,17 +53,30 @@ def read_thumbnails(thumbnails: Sequence[bytes], name: str) -> Tensor:
     return contact_sheet(rows, cell_px=THUMBNAIL_PX)
 
 
+def sheet_cell(image: Tensor, cell_px: int = CELL_PX) -> Image.Image:
+    """Shrink or enlarge an image to fit a square cell of a sheet; what many images are kept as until they are laid out.
+
+    Args:
+        image: (1, height, width, 3) in [0, 1].
+        cell_px: Side of the cell, pixels.
+
+    Raises:
+        InputError: The image is misshapen or not finite.
+    """
+    return ImageOps.pad(tensor_to_image(image), (cell_px, cell_px), color="white")
+
+
 def contact_sheet(
-    rows: Sequence[Sequence[Tensor]],
+    rows: Sequence[Sequence[Tensor | Image.Image]],
     captions: Sequence[Sequence[str]] | None = None,
     *,
-    cell_px: int = 256,
+    cell_px: int = CELL_PX,
 ) -> Tensor:
     """Lay images out in a grid on white, each shrunk or enlarged to fit its square cell.
 
     Args:
-        rows: The images by row, at least one, each (1, height, width, 3) in [0, 1]; sizes may differ, and rows may be
-            of different length.
+        rows: The images by row, at least one, each (1, height, width, 3) in [0, 1] or what ``sheet_cell`` made of it; sizes
+            may differ, and rows may be of different length.
         captions: Text under each image, nested as ``rows``; None leaves no room for text.
         cell_px: Side of a cell, pixels.
 
@@ -78,7 +92,7 @@ def contact_sheet(
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             x, y = j * cell_px, i * (cell_px + text_px)
-            cell = ImageOps.pad(tensor_to_image(image), (cell_px, cell_px), color="white")
+            cell = image if isinstance(image, Image.Image) else sheet_cell(image, cell_px)
             sheet.paste(cell, (x, y))
             if captions is not None:
                 _write_caption(sheet, captions[i][j], (x, y + cell_px), cell_px)

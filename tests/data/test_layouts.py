@@ -44,18 +44,21 @@ def test_images_with_captions_beside_them_are_read_in_any_depth_and_capitals(tmp
     assert pair.target[0, BOX[1], BOX[0]].tolist() == pytest.approx([200 / 255, 0, 0])
 
 
-@pytest.mark.parametrize("place", ["masklabel", "root", "beside"])
+@pytest.mark.parametrize("place", ["masklabel", "MaskLabel", "underscore", "dot", "root", "beside"])
 def test_masks_of_onetrainer_and_of_a_folder_masks_belong_to_their_images(tmp_path, place):
     write(tmp_path / "sub", "a.jpg", "a red square")
     write(tmp_path / "sub", "b.png", "a red square")
     where = {
         "masklabel": tmp_path / "sub" / "a-masklabel.png",
+        "MaskLabel": tmp_path / "sub" / "a-MaskLabel.png",
+        "underscore": tmp_path / "sub" / "a_mask.png",
+        "dot": tmp_path / "sub" / "a.Mask.png",
         "root": tmp_path / "masks" / "sub" / "a.png",
         "beside": tmp_path / "sub" / "Masks" / "a.png",
     }[place]
     where.parent.mkdir(parents=True, exist_ok=True)
     mask().save(where)
-    source = open_source(tmp_path)
+    source = open_source(tmp_path, "not a target of its own")
     assert source.keys == ("sub/a.jpg", "sub/b.png")
     assert source.files(0) == tuple(
         str(path) for path in (tmp_path / "sub" / "a.jpg", where, tmp_path / "sub" / "a.txt")
@@ -75,6 +78,21 @@ def test_kohyas_folders_give_captions_and_weights(tmp_path):
         "20_red toy/a.png": "red toy",
         "20_red toy/a.png#2": "red toy",
     }
+
+
+def test_a_folder_called_by_a_year_is_not_repeated(tmp_path):
+    write(tmp_path / "2019_holiday", "a.png", "a red square")
+    write(tmp_path / "2020_holiday", "b.png", "a red square")
+    assert open_source(tmp_path).keys == ("2019_holiday/a.png", "2020_holiday/b.png")
+
+
+def test_conditioning_images_and_masks_of_no_image_are_no_targets(tmp_path, caplog):
+    write(tmp_path / "10_toy", "a.png")
+    write(tmp_path / "10_toy", "a-condlabel.png")
+    write(tmp_path / "10_toy", "b-masklabel.png")
+    with caplog.at_level(logging.INFO):
+        assert open_source(tmp_path).keys == ("10_toy/a.png",)
+    assert "not read: 2 .png" in caplog.text
 
 
 def test_one_caption_serves_all_that_have_none(tmp_path):

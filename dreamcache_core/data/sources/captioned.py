@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,8 +30,13 @@ MASKS = "masks"
 """Folder of masks with the names of their images; below the set's folder or beside the images."""
 
 CAPTIONS = (".txt", ".caption")
-_MASK_LABEL = "-masklabel"
-_REPEATS = re.compile(r"(?P<times>[1-9]\d{0,4})_(?P<name>.+)", re.DOTALL)
+_MASK_LABEL = re.compile(
+    r"(?P<stem>.+)(?:(?P<kind>-masklabel)|[_.-]mask)", re.DOTALL | re.IGNORECASE
+)
+_CONDITION_LABEL = "-condlabel"
+"""OneTrainer's images for ControlNets."""
+_REPEATS = re.compile(r"(?P<times>[1-9]\d{0,2})_(?P<name>.+)", re.DOTALL)
+"""Longer numbers are years: ``2019_holiday``."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class CaptionedSource(FileSource):
 
     The caption of ``x.png`` is in ``x.txt`` or ``x.caption``; without either, ``caption`` counts, else the name of a folder
     such as ``10_red bag`` (kohya), whose images also count that often, relative to other such folders. Its mask is
-    ``x-masklabel.png`` (OneTrainer), or has the same name in a folder ``masks``. Without a mask an alpha channel serves;
+    ``x-masklabel.png`` (OneTrainer) or ``x_mask.png``, or has the same name in a folder ``masks``. Without a mask an alpha channel serves;
     such a target is laid on white. Names that begin with a dot are passed over.
 
     Args:
@@ -153,20 +158,25 @@ def _images(
 ) -> Iterator[tuple[str, _Files, int]]:
     """Yield key, files and repeats of the images of one folder; note what is incomplete, count what is not read."""
     folder = os.path.join(root, below)
-    names = [name for name in names if not name.startswith(".") and not is_part_name(name)]
+    names = [name for name in names if not name.startswith(".")]
+    labels = _labels(_by_stem(names, None))
+    marked = set(labels.values())
+    names = [name for name in names if name in marked or not is_part_name(name)]
     by_stem = {ending: _by_stem(names, ending) for ending in (*CAPTIONS, None)}
     images, masks = by_stem.pop(None), _masks(root, below)
-    labels = {stem for stem in images if stem.endswith(_MASK_LABEL)}
+    conditions = {stem for stem in images if stem.lower().endswith(_CONDITION_LABEL)}
     named = _REPEATS.fullmatch(os.path.basename(os.path.abspath(folder)))
     times, default = (int(named["times"]), named["name"]) if named else (1, "")
     default = default if caption is None else caption
     read: set[str] = set()
-    for stem in sorted(images.keys() - labels):
+    for stem in sorted(images.keys() - conditions):
         name, *others = images[stem]
+        if name in marked:
+            continue
         key = f"{below}/{name}".replace(os.sep, "/") if below else name
         read.update((name, *others))
         texts = [files[stem][0] for files in by_stem.values() if stem in files]
-        label = images.get(stem + _MASK_LABEL, [None])[0]
+        label = labels.get(stem)
         read.update(texts, [label] if label else [])
         if others or len(texts) > 1:
             double = [name, *others] if others else texts
@@ -183,6 +193,16 @@ def _images(
     unread.update(
         os.path.splitext(name)[1].lower() or "without an ending" for name in set(names) - read
     )
+
+
+def _labels(images: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Masks beside their images, by the stem of the image."""
+    found: dict[str, str] = {}
+    for stem, files in images.items():
+        match = _MASK_LABEL.fullmatch(stem)
+        if match and (match["stem"] in images or match["kind"]):
+            found.setdefault(match["stem"], files[0])
+    return found
 
 
 def _masks(root: Path, below: str) -> dict[str, str]:

@@ -106,6 +106,12 @@ def is_part_name(name: str) -> bool:
     return not name.startswith(".") and _MEMBER.fullmatch(name) is not None
 
 
+def tells_pairs(name: str) -> bool:
+    """Whether a file, by its name, tells that its folder holds pairs; ``x_mask.png`` may be the mask of ``x.png``."""
+    match = _MEMBER.fullmatch(name)
+    return is_part_name(name) and match is not None and (match["image"] or "").lower() != "mask"
+
+
 def _by_stem(names: list[str]) -> dict[str, dict[str, list[str]]]:
     """Group the files of one folder: stem to part to names."""
     stems: dict[str, dict[str, list[str]]] = {}

@@ -13,7 +13,7 @@ from ...images.files import is_image_name
 from ...names import printable
 from . import manifest
 from .captioned import CaptionedSource
-from .folder import FolderSource, is_part_name
+from .folder import FolderSource, is_part_name, tells_pairs
 from .manifest import ManifestSource
 from .shards import ShardSource, shard_files
 from .source import PairSource
@@ -125,7 +125,7 @@ def _open_images(path: Path, caption: str | None) -> PairSource:
         )
         return source
     names = [name for _, files in walk_folders(str(path)) for name in files]
-    if not any(map(is_part_name, names)):
+    if not any(map(tells_pairs, names)):
         return CaptionedSource(path, caption)
     _warn_of_rest(
         f"{path}: pairs of X_generation, X_mask and X_caption are read",
