@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ..config import Config, check_range
 from ..data.augmentation import ALL_ALTERATIONS, NO_ALTERATIONS
 from ..data.checking import SetReport, check_source, load_token_counter, training_sheet
-from ..data.sources.opening import open_source
+from ..data.sources.opening import open_source, refuse_within
 from ..errors import InputError
 from ..files.texts import read_json
 from ..images.files import save_png
@@ -82,11 +82,13 @@ def run(options: CheckOptions) -> None:
     """Print what is in a set, and write an image of how training sees it.
 
     Raises:
+        InputError: The image would become part of the set.
         SystemExit: There are problems (code 1).
     """
     if options.config:
         options = _as_in_training(options, options.config)
     count, limit = load_token_counter(options.tokenizer) if options.tokenizer else (None, None)
+    refuse_within(options.out, options.path)
     source = open_source(options.path, options.caption)
     options = replace(options, resolution=options.resolution or _model_px(options.tokenizer))
     seen: Any = {"resolution": options.resolution, "has_buckets": options.buckets}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``None`` takes those of the process.
 
     Returns:
-        Exit code: 0 done, 2 bad input (one line on stderr says what), 130 interrupted.
+        Exit code: 0 done, 2 bad input (one line on stderr says what), 130 interrupted, 141 nobody reads the output any more.
 
     Raises:
         SystemExit: Help was asked for (code 0), or ``dataset check`` found problems (1).
@@ -66,6 +67,9 @@ def guarded(run: Callable[[Any], None], given: Any) -> int:
     with _log_on_stderr():
         try:
             run(given)
+        except BrokenPipeError:  # whoever read the output, "head" say, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except (DreamCacheError, OSError) as error:
             return _fail(str(error))
         except UnicodeEncodeError as error:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..data.checking import warn_of_problems
+from ..data.sources.opening import refuse_within
 from ..data.sources.source import PairSource
 from ..errors import InputError, MissingPackageError
 from ..fitting.noise_schedule import NoiseSchedule
@@ -133,8 +134,11 @@ class Run:
         """Check all that can be checked without writing a file: disk, memory, steps; a set of moderate size is read through.
 
         Raises:
-            InputError: There is no room for checkpoints, or the run has more steps than it is to have.
+            InputError: The folder lies in the set, there is no room for checkpoints, or the run has more steps than it is to
+                have.
         """
+        if self.config.data is not None:
+            refuse_within(self.folder, self.config.data)
         device = self.accelerator.device
         free_memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         self.plan.require_room(self.folder, self.checkpoints.num_bytes, free_memory)

@@ -502,3 +502,13 @@ def test_convert_refuses_values_that_overflow(files, tmp_path, capsys):
     assert main([*words, "--dtype", "float16"]) == 2
     assert "bfloat16" in capsys.readouterr().err
     assert not (tmp_path / "own.safetensors").exists()
+
+
+def test_a_reader_that_has_enough_ends_the_program_without_an_error(files):
+    file = str(files / "sd.safetensors")
+    command = [sys.executable, "-u", "-m", "dreamcache_core", "inspect", file]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -231,6 +231,19 @@ def test_command_returns_0_on_a_good_set(
     assert Path("check.png").exists()
 
 
+def test_the_sheet_is_not_written_into_the_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    write_pair(tmp_path / "set", "0")
+    monkeypatch.chdir(tmp_path / "set")
+    target = Path("0_generation.png").read_bytes()
+    for out in ("check.png", "0_generation.png", str(tmp_path / "set" / "new.png")):
+        assert main(["dataset", "check", ".", "--resolution", "64", "--out", out]) == 2
+        assert "Expected --out to be outside of the set" in capsys.readouterr().err
+    assert Path("0_generation.png").read_bytes() == target
+    assert not Path("check.png").exists()
+
+
 def test_the_file_of_a_run_says_how_training_sees_its_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -229,7 +229,7 @@ def test_what_is_judged_is_not_judged_again(files, judged, tmp_path):
     assert log_lines(out) == len(lines) + 1
 
 
-def test_a_changed_image_image_or_judge_is_judged_again(files, judged, tmp_path):
+def test_a_changed_image_or_judge_is_judged_again(files, judged, tmp_path):
     out, images = tmp_path / "out", tmp_path / "images"
     shutil.copytree(judged, out)
     shutil.copytree(files / "images", images)
@@ -241,6 +241,13 @@ def test_a_changed_image_image_or_judge_is_judged_again(files, judged, tmp_path)
     dino = save_dino(tmp_path / "dino", num_hidden_layers=1)
     evaluate(files, out, images=images, dino=dino)
     assert log_lines(out) == 2 * num_lines + 1
+    before = table(out)["rex/00_0.png"]["dino"]
+    same_size = save_dino(tmp_path / "other", seed=1, num_hidden_layers=1) / "model.safetensors"
+    assert same_size.stat().st_size == (dino / "model.safetensors").stat().st_size
+    shutil.copyfile(same_size, dino / "model.safetensors")
+    evaluate(files, out, images=images, dino=dino)
+    assert log_lines(out) == 3 * num_lines + 1
+    assert table(out)["rex/00_0.png"]["dino"] != before
 
 
 @pytest.mark.slow

@@ -7,7 +7,12 @@ import torch
 
 from dreamcache_core.errors import FileFormatError
 from dreamcache_core.images.files import encode_png
-from dreamcache_core.images.sheets import contact_sheet, encode_thumbnails, read_thumbnails
+from dreamcache_core.images.sheets import (
+    contact_sheet,
+    encode_thumbnails,
+    read_thumbnails,
+    sheet_cell,
+)
 
 
 def test_contact_sheet_places_images_by_row_and_column():
@@ -25,6 +30,13 @@ def test_contact_sheet_places_images_by_row_and_column():
     assert sheet[0, 42, 20].tolist() == [0, 0, 1]
     assert sheet[0, 60, 4].tolist() == [1, 1, 1]
     assert (sheet[0, 40:, 40:] == 1).all()
+
+
+def test_images_may_be_shrunk_to_their_cells_before_they_are_laid_out():
+    images = [torch.rand(1, 300, 500, 3), torch.rand(1, 20, 10, 3)]
+    cells = [sheet_cell(image) for image in images]
+    assert {cell.size for cell in cells} == {(256, 256)}
+    assert torch.equal(contact_sheet([cells]), contact_sheet([images]))
 
 
 def test_contact_sheet_writes_captions_inside_their_cells():

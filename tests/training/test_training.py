@@ -506,6 +506,17 @@ def test_dry_run_finds_what_the_run_would(settings, tmp_path, capsys, caplog, mo
         assert reason in capsys.readouterr().err
 
 
+def test_a_run_within_its_set_is_refused_before_anything_is_written(settings, tmp_path, capsys):
+    data = write_pairs(tmp_path / "set", 5)
+    before = sorted(data.rglob("*"))
+    for out in (data, data / "runs" / "first", tmp_path / "set" / ".." / "set" / "run"):
+        for more in (["--dry-run"], []):
+            odd = {**settings, "data": str(data), "out": str(out)}
+            assert main(["train", *flags(odd), *more]) == 2
+            assert "Expected --out to be outside of the set" in capsys.readouterr().err
+    assert sorted(data.rglob("*")) == before
+
+
 def test_the_end_of_a_run_says_how_to_use_its_file(settings, capsys):
     assert main(["train", *flags(settings)]) == 0
     finished = capsys.readouterr().out.splitlines()[-1]

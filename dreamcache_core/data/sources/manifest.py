@@ -177,7 +177,9 @@ def _complete(
     for number, entry in lines:
         texts = ["" if entry.get(column) is None else entry[column] for column in COLUMNS]
         if not all(isinstance(text, str) for text in texts) or not texts[0]:
-            problems.append(f"{path.name}, line {number}: needs a text for image and for caption.")
+            problems.append(
+                f"{path.name}, line {number}: needs a text for image and for caption, and for mask and subject where they are given."
+            )
             continue
         if "caption" not in entry or entry["caption"] is None:
             problems.append(f"{path.name}, line {number}: {texts[0]} has no caption; add one.")

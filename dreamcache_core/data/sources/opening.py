@@ -65,6 +65,19 @@ def open_source(path: str | os.PathLike[str], caption: str | None = None) -> Pai
     raise InputError(f"{path} is {found}. Expected a training set: {FORMS}.")
 
 
+def refuse_within(out: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Refuse to write images into a set, of which they would become part.
+
+    Raises:
+        InputError: ``path`` is a folder, and ``out`` lies in it or is it.
+    """
+    if Path(path).is_dir() and Path(out).resolve().is_relative_to(Path(path).resolve()):
+        raise InputError(
+            f"Expected --out to be outside of the set {path}, where images that are written become part of it; given {out}. "
+            "Give another."
+        )
+
+
 def _open_folder(path: Path, caption: str | None) -> PairSource:
     if read := shard_files(path):
         form, name = ShardSource, "tar files"

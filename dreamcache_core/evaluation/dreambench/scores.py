@@ -24,6 +24,7 @@ from ...files.jsonl import append_lines, read_lines
 from ...images.files import read_image, read_mask
 from ...images.reference import check_mask_aspect, prepare_reference_image
 from ...images.tensors import tensor_to_image
+from ...pipeline.fingerprint import model_fingerprint
 from ..image_metrics import ClipEncoder, DinoEncoder, cosine_similarity
 from .dataset import Candidate, Photo, Subject
 
@@ -291,8 +292,6 @@ def _digest(photos: Sequence[Photo]) -> str:
 def _digest_model(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*")):
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
-        elif path.suffix in (".safetensors", ".bin"):
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
+        if path.suffix in (".json", ".safetensors", ".bin"):
+            digest.update(f"{path.name} {model_fingerprint(path, ())}".encode())
     return digest.hexdigest()
