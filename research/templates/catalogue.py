@@ -23,8 +23,11 @@ TEMPLATES: Iterable[Callable[[], Workflow]] = (
     more.attention_map,
     series.guidance_grid,
     more.several_images,
+    more.several_views_demo,
     more.with_lora,
     more.with_controlnet,
     series.folder_of_subjects,
+    series.many_subjects_demo,
     series.train_your_own,
+    series.train_demo,
 )

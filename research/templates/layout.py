@@ -15,6 +15,7 @@ IMAGES = {
     "SaveImage",
     "LoadImage",
     "DreamCacheDemoReference",
+    "DreamCacheDemoPhotos",
     "DreamCacheFromPhoto",
 }
 PATHS = {"DreamCacheSaveReference", "DreamCacheSaveAdapters"}

@@ -8,13 +8,14 @@ from .parts import (
     decoded,
     demo,
     empty,
-    encoded_subject,
+    encoded,
     from_photo,
     sampler,
     saved,
     texts,
+    with_and_without,
 )
-from .workflow import MUTED, Output, Workflow
+from .workflow import MUTED, Workflow
 
 
 def save_once() -> Workflow:
@@ -36,14 +37,14 @@ def save_once() -> Workflow:
     subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1)
     flow.column()
     adapters = base.photo["loaded_adapters"]
-    encoded = encoded_subject(flow, base, subject, adapters)
+    reference = encoded(flow, base, subject["image"], subject["mask"], adapters)
     loaded = flow.add(
         "DreamCacheLoadReference",
         mode=MUTED,
         reference="dreamcache/mug_00001_.safetensors [output]",
     )
     flow.column()
-    flow.add("DreamCacheSaveReference", reference=encoded, filename_prefix="dreamcache/mug")
+    flow.add("DreamCacheSaveReference", reference=reference, filename_prefix="dreamcache/mug")
     applied = flow.add(
         "DreamCacheApply",
         mode=MUTED,
@@ -116,18 +117,7 @@ def several_images() -> Workflow:
     flow.column()
     adapters = flow.add("DreamCacheModelAdapters", model=base.model, clip=base.clip)["adapters"]
     flow.column()
-    references: list[Output] = [
-        flow.add(
-            "DreamCacheEncode",
-            model=base.model,
-            vae=base.vae,
-            clip=base.clip,
-            image=photo["IMAGE"],
-            mask=photo["MASK"],
-            adapters=adapters,
-        )["reference"]
-        for photo in photos
-    ]
+    references = [encoded(flow, base, photo["IMAGE"], photo["MASK"], adapters) for photo in photos]
     flow.column()
     named: dict[str, Any] = {f"reference_{number}": one for number, one in enumerate(references, 1)}
     combined = flow.add("DreamCacheCombineReferences", **named)
@@ -143,6 +133,29 @@ def several_images() -> Workflow:
     )
     flow.column()
     return saved(flow, base, sampler(flow, base, applied["model"], prompts, latent))
+
+
+def several_views_demo() -> Workflow:
+    """Three images of one subject of the demo model."""
+    flow = Workflow("DreamCache 8 - Several photos of one subject (no download)")
+    flow.column()
+    flow.note(
+        "What this is",
+        "### Several views, one subject\n**views** of DreamCache Demo Reference (an advanced input) makes a batch of three images of the same "
+        "subject. **Encode Reference** makes one reference of a batch, and the new image looks at all of it. Images that do not fit into one "
+        "batch go through an Encode Reference each and **Combine References**: see *Several photos of one subject (SD 1.5)*.\n\nThe demo "
+        "model draws it: nothing has to be downloaded.",
+    )
+    flow.column()
+    base = demo(flow)
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1, views=3)
+    flow.column()
+    model = from_photo(flow, base, subject["image"], subject["mask"])["model"]
+    flow.column()
+    prompts = texts(flow, base, "a mug on the grass, left")
+    latent = empty(flow, base, images=4)
+    with_and_without(flow, base, model, prompts, latent)
+    return flow
 
 
 def with_lora() -> Workflow:

@@ -82,15 +82,15 @@ def from_photo(flow: Workflow, base: Base, image: Output, mask: Output) -> Node:
     )
 
 
-def encoded_subject(flow: Workflow, base: Base, subject: Node, adapters: Output) -> Output:
-    """A subject of the demo model, encoded for adapters."""
+def encoded(flow: Workflow, base: Base, image: Output, mask: Output, adapters: Output) -> Output:
+    """A subject, encoded for adapters."""
     return flow.add(
         "DreamCacheEncode",
         model=base.model,
         vae=base.vae,
         clip=base.clip,
-        image=subject["image"],
-        mask=subject["mask"],
+        image=image,
+        mask=mask,
         adapters=adapters,
     )["reference"]
 

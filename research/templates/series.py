@@ -1,6 +1,19 @@
 """Many images at once: of several strengths, of a folder of subjects; and adapters that are trained."""
 
-from .parts import SD15, checkpoint, decoded, demo, empty, encoded_subject, sampler, texts
+from dreamcache_core.demo.world.world import IMAGE_SIZE
+
+from .parts import (
+    SD15,
+    checkpoint,
+    decoded,
+    demo,
+    empty,
+    encoded,
+    from_photo,
+    sampler,
+    texts,
+    with_and_without,
+)
 from .workflow import Workflow
 
 GRID = (0.4, 1.0, 2.0)
@@ -22,7 +35,7 @@ def guidance_grid() -> Workflow:
     subject = flow.add("DreamCacheDemoReference", title="The subject", shape="house", seed=2)
     flow.column()
     adapters = base.photo["loaded_adapters"]
-    reference = encoded_subject(flow, base, subject, adapters)
+    reference = encoded(flow, base, subject["image"], subject["mask"], adapters)
     prompts = texts(flow, base, "a house in the snow")
     latent = empty(flow, base, images=4)
     flow.column()
@@ -80,6 +93,71 @@ def folder_of_subjects() -> Workflow:
     (shown,) = decoded(flow, base, drawn)
     flow.column()
     flow.add("SaveImage", width_px=480, images=shown, filename_prefix=folder["name"])
+    return flow
+
+
+def many_subjects_demo() -> Workflow:
+    """One prompt with many subjects of the demo model."""
+    flow = Workflow("DreamCache 8 - Many subjects, one prompt (no download)")
+    flow.column()
+    flow.note(
+        "What this is",
+        "### Once for each\n**DreamCache Demo Photos** gives a list: **DreamCache from Photo** and all that follows run once for each of its "
+        "images, and **Preview Image** shows all results together. For a folder of your own there is **Encode Reference Folder**: "
+        "see the template *A folder of subjects, one prompt*.\n\nThe demo model draws it: nothing has to be downloaded.",
+    )
+    flow.column()
+    base = demo(flow)
+    photos = flow.add("DreamCacheDemoPhotos", shape="mug", count=4, seed=1)
+    flow.column()
+    model = from_photo(flow, base, photos["images"], photos["masks"])["model"]
+    prompts = texts(flow, base, "a mug in the snow")
+    latent = empty(flow, base)
+    flow.column()
+    drawn = sampler(flow, base, model, prompts, latent)
+    (shown,) = decoded(flow, base, drawn)
+    flow.column()
+    flow.add("PreviewImage", title="One for each", width_px=480, images=shown)
+    return flow
+
+
+def train_demo() -> Workflow:
+    """Adapters that are trained on drawn images, and an image with them."""
+    flow = Workflow("DreamCache 9 - Train your own adapters (no download)")
+    flow.column()
+    flow.note(
+        "What this is",
+        "### Training, to see how it runs\n**DreamCache Demo Photos** draws twenty images with masks and captions, **Train DreamCache Adapters** "
+        "starts from adapters that are fitted to the model and takes twenty steps, in half a minute on a CPU. The loss hardly falls, and so "
+        "short a training teaches next to nothing: raise **count** and **steps** to a thousand for that.\n\nOn the right, an image with the new adapters, and "
+        "without. With a model and photos of your own take *Train your own adapters (SD 1.5)*.",
+    )
+    flow.column()
+    base = demo(flow)
+    photos = flow.add("DreamCacheDemoPhotos", count=20, seed=0)
+    flow.column()
+    trained = flow.add(
+        "DreamCacheTrainAdapters",
+        width_px=420,
+        model=base.model,
+        vae=base.vae,
+        clip=base.clip,
+        images=photos["images"],
+        masks=photos["masks"],
+        captions=photos["captions"],
+        steps=20,
+        resolution=IMAGE_SIZE,
+    )
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="house", seed=2)
+    flow.column()
+    base = base._replace(
+        photo={**base.photo, "loaded_adapters": trained["adapters"], "strength": "likeness"}
+    )
+    model = from_photo(flow, base, subject["image"], subject["mask"])["model"]
+    flow.column()
+    prompts = texts(flow, base, "a house on the grass, left")
+    latent = empty(flow, base, images=4)
+    with_and_without(flow, base, model, prompts, latent)
     return flow
 
 

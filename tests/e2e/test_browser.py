@@ -245,7 +245,7 @@ def match(workflow: dict[str, Any], images: dict[int, list[np.ndarray]], title: 
         draw_subject(np.random.default_rng(seed), shape)
         for node in workflow["nodes"]
         if node["type"] == "DreamCacheDemoReference"
-        for shape, seed in [node["widgets_values"]]
+        for shape, seed, _ in [node["widgets_values"]]
     ]
     return float(
         np.mean(
