@@ -61,14 +61,11 @@ def show(text: str, node: str | None) -> None:
 def shows_errors(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """Let a node show on itself what goes wrong in it, see ``without_path``, and check its numbers; returns the node."""
     execute: Any = node.execute.__func__
-    ranges: list[tuple[str, float, float]] = []
 
     @functools.wraps(execute)
     def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
-        if not ranges:
-            ranges.extend(_ranges(node))
         try:
-            _check_numbers(ranges, kwargs)
+            _check_numbers(_ranges(node), kwargs)
             return execute(cls, *args, **kwargs)
         except DreamCacheError as error:
             context = get_executing_context()
@@ -79,6 +76,7 @@ def shows_errors(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     return node
 
 
+@functools.cache
 def _ranges(node: type[io.ComfyNode]) -> list[tuple[str, float, float]]:
     """Name, least and greatest value of a node's numbers."""
     inputs = node.define_schema().inputs

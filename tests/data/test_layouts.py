@@ -86,13 +86,20 @@ def test_a_folder_called_by_a_year_is_not_repeated(tmp_path):
     assert open_source(tmp_path).keys == ("2019_holiday/a.png", "2020_holiday/b.png")
 
 
+def test_an_image_of_a_mask_with_a_caption_is_a_target(tmp_path):
+    write(tmp_path, "cat.png", "a cat")
+    write(tmp_path, "cat-mask.png", "a cat in a mask")
+    assert set(captions(open_source(tmp_path)).values()) == {"a cat", "a cat in a mask"}
+
+
 def test_conditioning_images_and_masks_of_no_image_are_no_targets(tmp_path, caplog):
     write(tmp_path / "10_toy", "a.png")
     write(tmp_path / "10_toy", "a-condlabel.png")
     write(tmp_path / "10_toy", "b-masklabel.png")
+    write(tmp_path / "10_toy", "c_mask.png")
     with caplog.at_level(logging.INFO):
         assert open_source(tmp_path).keys == ("10_toy/a.png",)
-    assert "not read: 2 .png" in caplog.text
+    assert "not read: 3 .png" in caplog.text
 
 
 def test_one_caption_serves_all_that_have_none(tmp_path):

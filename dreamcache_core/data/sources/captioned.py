@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,8 +54,9 @@ class CaptionedSource(FileSource):
 
     The caption of ``x.png`` is in ``x.txt`` or ``x.caption``; without either, ``caption`` counts, else the name of a folder
     such as ``10_red bag`` (kohya), whose images also count that often, relative to other such folders. Its mask is
-    ``x-masklabel.png`` (OneTrainer) or ``x_mask.png``, or has the same name in a folder ``masks``. Without a mask an alpha channel serves;
-    such a target is laid on white. Names that begin with a dot are passed over.
+    ``x-masklabel.png`` (OneTrainer), ``x_mask.png`` without a caption of its own, or has the same name in a folder
+    ``masks``. Without a mask an alpha channel serves; such a target is laid on white. Names that begin with a dot are
+    passed over.
 
     Args:
         folder: The folder.
@@ -159,11 +160,10 @@ def _images(
     """Yield key, files and repeats of the images of one folder; note what is incomplete, count what is not read."""
     folder = os.path.join(root, below)
     names = [name for name in names if not name.startswith(".")]
-    labels = _labels(_by_stem(names, None))
-    marked = set(labels.values())
-    names = [name for name in names if name in marked or not is_part_name(name)]
     by_stem = {ending: _by_stem(names, ending) for ending in (*CAPTIONS, None)}
     images, masks = by_stem.pop(None), _masks(root, below)
+    labels = _labels(images, {stem for files in by_stem.values() for stem in files})
+    marked = set(labels.values())
     conditions = {stem for stem in images if stem.lower().endswith(_CONDITION_LABEL)}
     named = _REPEATS.fullmatch(os.path.basename(os.path.abspath(folder)))
     times, default = (int(named["times"]), named["name"]) if named else (1, "")
@@ -171,7 +171,7 @@ def _images(
     read: set[str] = set()
     for stem in sorted(images.keys() - conditions):
         name, *others = images[stem]
-        if name in marked:
+        if name in marked or is_part_name(name):
             continue
         key = f"{below}/{name}".replace(os.sep, "/") if below else name
         read.update((name, *others))
@@ -195,12 +195,12 @@ def _images(
     )
 
 
-def _labels(images: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Masks beside their images, by the stem of the image."""
+def _labels(images: Mapping[str, Sequence[str]], captioned: Container[str]) -> dict[str, str]:
+    """Masks beside their images, by the stem of the image; ``cat-mask.png`` with a caption is an image of its own."""
     found: dict[str, str] = {}
     for stem, files in images.items():
         match = _MASK_LABEL.fullmatch(stem)
-        if match and (match["stem"] in images or match["kind"]):
+        if match and (match["kind"] or (match["stem"] in images and stem not in captioned)):
             found.setdefault(match["stem"], files[0])
     return found
 
