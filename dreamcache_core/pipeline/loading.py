@@ -14,7 +14,7 @@ from ..errors import FileFormatError, InputError, UnsupportedModelError
 from ..files.tensor_file import refuse_non_weights
 from ..files.texts import read_json
 from ..packages import require
-from .model_settings import check_settings
+from .model_settings import check_settings, check_table_size
 from .single_file.known import known_config, missing_tokenizers
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -123,6 +123,7 @@ def load_diffusers_pipeline(
     """
     path, folder = Path(model), _config_folder(Path(model), config)
     is_sdxl = "tokenizer_2" in _read_model_index(folder)
+    check_table_size(folder)
     diffusers = require_diffusers()
     name = "StableDiffusionXLPipeline" if is_sdxl else "StableDiffusionPipeline"
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}

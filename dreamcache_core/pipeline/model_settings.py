@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileFormatError
+from ..files.texts import read_json
 
+MAX_TIMESTEPS = 100_000
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -27,6 +29,24 @@ def check_settings(pipeline: Any, folder: Path) -> None:
             raise FileFormatError(
                 f"Expected {name} in {folder / file} to be {wanted}, got {value!r}. Mend the file, or fetch it again."
             )
+
+
+def check_table_size(folder: Path) -> None:
+    """Refuse a scheduler whose table of noise levels would not fit into memory; it is made as the model is loaded.
+
+    Args:
+        folder: The model's folder, of diffusers' layout.
+
+    Raises:
+        FileFormatError: The table is longer than ``MAX_TIMESTEPS``, or its file is damaged.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    count = read_json(file).get("num_train_timesteps") if file.is_file() else None
+    if isinstance(count, int) and count > MAX_TIMESTEPS:
+        raise FileFormatError(
+            f"Expected num_train_timesteps in {file} to be at most {MAX_TIMESTEPS}, got a number of {len(str(count))} digits. "
+            "Mend the file, or fetch it again."
+        )
 
 
 def _settings(pipeline: Any) -> Iterator[tuple[str, str, object, str, bool]]:

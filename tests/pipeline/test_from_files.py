@@ -166,6 +166,17 @@ def test_settings_with_which_no_image_can_be_made_are_named(files, tmp_path, fil
     assert f"got {value!r}. Mend the file" in str(caught.value)
 
 
+def test_a_table_of_noise_levels_that_fills_the_memory_is_refused_before_it_is_made(
+    files, tmp_path
+):
+    file = "scheduler/scheduler_config.json"
+    model = changed_model(files / "model", tmp_path / "m", file, num_train_timesteps=10**12)
+    with pytest.raises(
+        FileFormatError, match=r"num_train_timesteps .* at most 100000, got .* 13 digits"
+    ):
+        load_pipeline(model, device="cpu")
+
+
 def test_a_tokenizer_without_its_length_is_refused_also_as_the_second(tmp_path):
     tiny_sdxl_pipeline(tmp_path).save_pretrained(tmp_path / "sdxl")
     assert load_diffusers_pipeline(tmp_path / "sdxl")
