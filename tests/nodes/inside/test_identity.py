@@ -1,6 +1,7 @@
 """What must be plain ComfyUI bit for bit, and that nothing stays behind."""
 
 import copy
+import re
 
 import comfy_extras.nodes_model_advanced as advanced
 import pytest
@@ -234,3 +235,15 @@ def test_every_text_switched_off_is_close_to_plain(setup):
         negative=negative,
     )
     assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2, 16, 16), (1, 4, 16)], ids=["video", "audio"])
+def test_latents_of_another_kind_of_model_end_in_comfyuis_own_words(setup, shape):
+    model, adapters, reference, _ = setup
+    messages = []
+    for given in (model, apply(model, adapters, reference)):
+        with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
+            sample(given, latent=torch.zeros(shape), steps=1)
+        # how many rows are asked for together is the guidance's business
+        messages.append((caught.type, re.sub(r"\d+", "n", str(caught.value))))
+    assert messages[0] == messages[1]
