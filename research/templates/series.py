@@ -1,9 +1,12 @@
 """Many images at once: of several strengths, of a folder of subjects; and adapters that are trained."""
 
+from typing import Any
+
 from dreamcache_core.demo.world.world import IMAGE_SIZE
 
 from .parts import (
     SD15,
+    Base,
     checkpoint,
     decoded,
     demo,
@@ -14,7 +17,7 @@ from .parts import (
     texts,
     with_and_without,
 )
-from .workflow import Workflow
+from .workflow import Node, Workflow
 
 GRID = (0.4, 1.0, 2.0)
 
@@ -136,18 +139,7 @@ def train_demo() -> Workflow:
     base = demo(flow)
     photos = flow.add("DreamCacheDemoPhotos", count=20, seed=0)
     flow.column()
-    trained = flow.add(
-        "DreamCacheTrainAdapters",
-        width_px=420,
-        model=base.model,
-        vae=base.vae,
-        clip=base.clip,
-        images=photos["images"],
-        masks=photos["masks"],
-        captions=photos["captions"],
-        steps=20,
-        resolution=IMAGE_SIZE,
-    )
+    trained = _trained(flow, base, photos, steps=20, resolution=IMAGE_SIZE)
     subject = flow.add("DreamCacheDemoReference", title="The subject", shape="house", seed=2)
     flow.column()
     base = base._replace(
@@ -180,7 +172,16 @@ def train_your_own() -> Workflow:
     base = checkpoint(flow, SD15)
     images = flow.add("DreamCacheLoadTrainingSet", width_px=420, folder="choose a folder")
     flow.column()
-    trained = flow.add(
+    trained = _trained(flow, base, images, steps=300)
+    flow.column()
+    flow.add("DreamCacheSaveAdapters", adapters=trained["adapters"], filename_prefix="my_adapters")
+    flow.add("PreviewImage", title="The loss", width_px=420, images=trained["loss_curve"])
+    return flow
+
+
+def _trained(flow: Workflow, base: Base, images: Node, **more: Any) -> Node:
+    """Adapters that are trained on what a node gives: images, masks and captions."""
+    return flow.add(
         "DreamCacheTrainAdapters",
         width_px=420,
         model=base.model,
@@ -189,9 +190,5 @@ def train_your_own() -> Workflow:
         images=images["images"],
         masks=images["masks"],
         captions=images["captions"],
-        steps=300,
+        **more,
     )
-    flow.column()
-    flow.add("DreamCacheSaveAdapters", adapters=trained["adapters"], filename_prefix="my_adapters")
-    flow.add("PreviewImage", title="The loss", width_px=420, images=trained["loss_curve"])
-    return flow
