@@ -48,13 +48,16 @@ class Config:
             keys: Field names to check.
 
         Raises:
-            InputError: A key names no field; the message gives the nearest field.
+            InputError: Keys name no field; the message gives the nearest field of each.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in keys:
-            if key not in known:
-                hint = cls.elsewhere.get(key) or nearest(key, known, "Those that there are")
-                raise InputError(f"There is no setting {key!r}. {hint}")
+        wrong = [
+            f"There is no setting {key!r}. {cls.elsewhere.get(key) or nearest(key, known, 'Those that there are')}"
+            for key in keys
+            if key not in known
+        ]
+        if wrong:
+            raise InputError(" ".join(wrong))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, in the order of declaration."""

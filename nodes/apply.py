@@ -28,6 +28,9 @@ from .sockets import (
 
 logger = logging.getLogger(__name__)
 
+MOST_GUIDANCE = 5.0
+"""Image guidance beyond which images suffer."""
+
 
 class Apply(io.ComfyNode):
     """Let the images of a model see a reference."""
@@ -154,7 +157,7 @@ def put_on_model(
         reference.layout, "The reference was encoded with", layout, "the adapters are for"
     )
     region, _ = given_mask(mask)
-    warnings = list(_warnings(model, adapters, start_percent, end_percent, region))
+    warnings = list(_warnings(model, adapters, start_percent, end_percent, image_guidance, region))
     patcher = adapter_patcher(adapters, model)
     use = ReferenceUse(reference, patcher.model, scale=scale, mask=region)
     settings = Guidance.from_dict({"image_guidance_scale": image_guidance, "mode": guidance})
@@ -166,7 +169,8 @@ def put_on_model(
         warnings.extend(_conflict(_in_words(before.guidance), own))
     for warning in warnings:
         logger.warning(warning)
-    text = _subject(len(applied.uses), applied.guidance, scale)
+    warnings.extend(filter(None, [use.timestep_mismatch]))  # which is in the log already
+    text = _subject(applied, scale)
     if mask is not None and region is None:
         text += ", everywhere: the mask is what Load Image gives with an image that has none"
     if (held := _in_words(applied.guidance)) != own:
@@ -174,9 +178,12 @@ def put_on_model(
     return with_references(model, applied), " ".join(warnings) or text
 
 
-def _subject(number: int, guidance: Guidance, scale: float) -> str:
+def _subject(applied: Applied, scale: float) -> str:
     """Which subject it is, and what a step costs with it."""
+    number, guidance = len(applied.uses), applied.guidance
     text = f"subject {number} of {number}" if number > 1 else "subject 1"
+    if number > 1 and all(each.use.regions is None for each in applied.uses):
+        text += ", all everywhere (a region for each keeps them apart)"
     if not guidance.needs_unconditional:
         text += ", two predictions a step"
     else:
@@ -191,9 +198,12 @@ def _warnings(
     adapters: AdapterSet,
     start_percent: float,
     end_percent: float,
+    image_guidance: float,
     region: Tensor | None,
 ) -> Iterator[str]:
     """What is allowed, but hardly meant."""
+    if image_guidance > MOST_GUIDANCE:
+        yield f"image_guidance {image_guidance:g} breaks colours and shapes; more than {MOST_GUIDANCE:g} is seldom of use."
     is_v = isinstance(model.get_model_object("model_sampling"), V_PREDICTION)
     predicts = "v_prediction" if is_v else "epsilon"
     if predicts != adapters.info.prediction:

@@ -10,7 +10,7 @@ from .host.gates import gate_conditioning
 from .host.guider import DreamCacheCFGGuider
 from .host.report import report
 from .host.wrappers import with_references
-from .sockets import PERSONALIZE, found_by, image_guidance_input, percent_input
+from .sockets import found_by, image_guidance_input, percent_input
 
 
 class Conditioning(io.ComfyNode):
@@ -57,7 +57,7 @@ class Guider(io.ComfyNode):
             category="DreamCache/advanced",
             description="Guides by text (cfg) and by reference (image_guidance), each with its own strength. For "
             "SamplerCustomAdvanced.",
-            **found_by("cfg", *PERSONALIZE),
+            **found_by("cfg"),
             inputs=[
                 io.Model.Input("model", tooltip="From Apply DreamCache."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),

@@ -8,7 +8,13 @@ from weakref import WeakKeyDictionary
 from comfy_api.latest import io, ui
 from torch import Tensor, nn
 
-from ..dreamcache_core import AdapterSet, load_adapters, prepare_reference_image
+from ..dreamcache_core import (
+    AdapterSet,
+    DreamCacheError,
+    load_adapters,
+    prepare_reference_image,
+)
+from ..dreamcache_core.files.tensor_file import read_header
 from ..dreamcache_core.images.masks import find_subject
 from .apply import put_on_model
 from .host.folders import NO_ADAPTERS, adapter_path, check_choice, choice_state, list_adapter_files
@@ -45,6 +51,7 @@ class FromPhoto(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """Declare the node."""
         files = [file for file in list_adapter_files() if file != NO_ADAPTERS]
+        is_chosen = len(files) == 1 and not _is_of_other_models(files[0])
         return io.Schema(
             node_id="DreamCacheFromPhoto",
             display_name="DreamCache from Photo",
@@ -63,7 +70,7 @@ class FromPhoto(io.ComfyNode):
                 io.Combo.Input(
                     "adapters",
                     options=[FROM_MODEL, *files],
-                    default=files[0] if len(files) == 1 else FROM_MODEL,
+                    default=files[0] if is_chosen else FROM_MODEL,
                     tooltip="A file of models/dreamcache that was made for this kind of model, or 'from this model', which needs no "
                     "file and keeps less of the subject.",
                 ),
@@ -165,6 +172,16 @@ class FromPhoto(io.ComfyNode):
             lines += f"; image_guidance {image_guidance:g} has no effect, as strength is {strength}: choose {CUSTOM}"
         preview = ui.PreviewImage(prepared, cls=cls).as_dict()
         return io.NodeOutput(model, reference, ui=preview | report(cls, lines).as_dict())
+
+
+def _is_of_other_models(file: str) -> bool:
+    """Whether an adapter file says that it is of no Stable Diffusion, but of the demo model, say."""
+    try:
+        return read_header(adapter_path(file)).metadata.get("family", "").startswith("custom")
+    except (
+        DreamCacheError
+    ):  # files of the authors say nothing; what is damaged is named when it is used
+        return False
 
 
 def _fit_once(model: Any, clip: Any, text: list[Any], size_px: int, node: str | None) -> AdapterSet:

@@ -18,7 +18,6 @@ from .host.report import node_id, report
 from .host.sampling import plain_text
 from .sockets import (
     MAX_SIDE_PX,
-    PERSONALIZE,
     SUBJECT,
     Reference,
     adapters_input,
@@ -119,7 +118,7 @@ class Encode(io.ComfyNode):
             category="DreamCache",
             description="Lets the model look at the reference image once and keeps what it saw. The result serves any number of "
             "images; Save Reference keeps it.",
-            **found_by(*PERSONALIZE),
+            **found_by("reference image"),
             inputs=[
                 io.Model.Input(
                     "model",

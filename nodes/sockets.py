@@ -29,9 +29,19 @@ MAX_SIDE_PX = 2048
 DEFAULT_GUIDANCE = 1.0
 """Of the pull towards the reference."""
 
-SUBJECT = ("subject", "character", "identity", "reference")
+SUBJECT = ("subject", "character", "identity", "reference", "likeness")
 """Words for what the pack is about."""
-PERSONALIZE = ("personalize", "personalise", "dreambooth", "ip adapter", "ipadapter", *SUBJECT)
+PERSONALIZE = (
+    *(
+        "personalize",
+        "personalise",
+        "dreambooth",
+        "ip adapter",
+        "ipadapter",
+        "consistent character",
+    ),
+    *SUBJECT,
+)
 """Words for what it does, as other packs and papers name it."""
 
 

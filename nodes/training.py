@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..dreamcache_core import DreamCacheError, InputError
-from ..dreamcache_core.data.checking import training_sheet
+from ..dreamcache_core.data.checking import is_full, training_sheet
 from ..dreamcache_core.data.sources.opening import open_source
 from ..dreamcache_core.data.sources.source import Pair, PairSource
 from ..dreamcache_core.images.loss_curve import draw_loss_curve
@@ -113,9 +113,14 @@ class LoadTrainingSet(io.ComfyNode):
         num_turned = sum(pair.is_turned for pair in pairs)
         if num_turned:
             told += f", {num_turned} of which marked the background and were turned round"
+        num_full = sum(pair.mask is not None and is_full(pair.mask) for pair in pairs)
+        if num_full:
+            told += f"; {num_full} masks are white all over: their images' backgrounds will come through too"
         left_out = [*source.problems, *left_out]
         if left_out:
-            told += f"; {len(left_out)} left out: {' '.join(left_out[:NUM_NAMED])}"
+            told += f"; left out: {' '.join(left_out[:NUM_NAMED])}"
+            if len(left_out) > NUM_NAMED:
+                told += f" And {len(left_out) - NUM_NAMED} more."
         sheet = training_sheet(source, resolution=SHEET_PX, num_samples=NUM_SHOWN)
         assert sheet is not None
         shown = report(cls, told).as_dict() | ui.PreviewImage(sheet, cls=cls).as_dict()

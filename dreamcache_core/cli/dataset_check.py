@@ -143,7 +143,10 @@ def _report_lines(
     )
     yield f"{report.num_pairs} pairs{repeats}, {num_read} of them readable"
     if report.num_without_mask:
-        yield f"{report.num_without_mask} without a mask: the whole image is the reference"
+        yield (
+            f"{report.num_without_mask} without a mask: all of the image counts as the subject, and its background will leak "
+            "into the results"
+        )
     yield "sizes of the targets (width x height):"
     for (height, width), count in islice(report.sizes.items(), MAX_LISTED):
         yield f"  {count:>8}  {width} x {height}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from ..names import printable
 from ..training.config import TrainConfig
 
@@ -20,9 +22,12 @@ def run(config: TrainConfig) -> None:
     finished = train(opened)
     if opened.accelerator.is_main_process:
         print(printable(str(finished)))
+        config_of_file = f" --config {config.model_config}" if config.model_config else ""
         print(
-            "For ComfyUI, copy it into ComfyUI/models/dreamcache. From the shell: python -m dreamcache_core generate "
+            "For ComfyUI, copy it into ComfyUI/models/dreamcache. From the shell, with --mask MASK where the image has a "
+            "background: "
             + printable(
-                f"--model {config.model} --adapters {finished} --reference IMAGE --mask MASK --prompt TEXT"
+                f"{sys.executable} -m dreamcache_core generate --model {config.model}{config_of_file} --adapters {finished} "
+                "--reference IMAGE --prompt TEXT --out results"
             )
         )

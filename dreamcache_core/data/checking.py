@@ -31,7 +31,7 @@ from .sources.source import Pair, PairSource, spread
 
 logger = logging.getLogger(__name__)
 
-INCOMPLETE = "incomplete samples, left out"
+LEFT_OUT = "left out"
 UNREADABLE = "unreadable files"
 BAD_MASK = "empty or misfit masks"
 FULL_MASK = "full masks"
@@ -42,7 +42,7 @@ NO_CAPTION = "empty captions"
 MAX_THREADS, NUM_WAITING = 8, 1024
 NUM_NAMED = 3
 FULL_FROM = 0.5
-"""A mask all of whose values are at least this says nothing of where the subject is."""
+"""Least value of a mask that marks the whole image."""
 
 LEAST_INSIDE = 0.5
 """Share of a target's mask that its crop should hold."""
@@ -130,7 +130,7 @@ def check_source(
             )
         finally:
             pool.shutdown(cancel_futures=True)
-    problems: dict[str, list[str]] = {INCOMPLETE: list(source.problems)} if source.problems else {}
+    problems: dict[str, list[str]] = {LEFT_OUT: list(source.problems)} if source.problems else {}
     for kind, message in chain.from_iterable(doubts for doubts, _ in results):
         problems.setdefault(kind, []).append(message)
     read = [facts for _, facts in results if facts is not None]
@@ -158,7 +158,7 @@ def warn_of_problems(source: PairSource, *, resolution: int, has_buckets: bool) 
     """
     report = check_source(source, resolution=resolution, has_buckets=has_buckets, has_bar=True)
     for kind, messages in report.problems.items():
-        if kind != INCOMPLETE:
+        if kind != LEFT_OUT:
             logger.warning(
                 "%s (%d): %s%s",
                 kind,
@@ -216,6 +216,11 @@ def training_sheet(
         rows.append((sheet_cell(crop_target(pair.target, *size)), sheet_cell(reference)))
         texts.append((pair.caption, source.keys[index]))
     return contact_sheet(rows, texts) if rows else None
+
+
+def is_full(mask: Tensor) -> bool:
+    """Tell whether a mask, of values in [0, 1], says nothing of where the subject is."""
+    return float(mask.min()) >= FULL_FROM
 
 
 def load_token_counter(folder: str | os.PathLike[str]) -> tuple[CountTokens, int]:
@@ -290,7 +295,7 @@ def _share_inside(pair: Pair, size: tuple[int, int]) -> float:
 
 def _doubts(pair: Pair) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with a pair that can be read."""
-    if pair.mask is not None and float(pair.mask.min()) >= FULL_FROM:
+    if pair.mask is not None and is_full(pair.mask):
         yield (
             FULL_MASK,
             "the mask marks the whole image, background included; mark the subject alone.",

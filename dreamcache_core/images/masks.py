@@ -28,6 +28,7 @@ STRONG_FROM = 0.9
 
 TURNED = "the mask was turned round"
 EMPTY = "the mask is empty"
+NOTHING_PAINTED = "nothing is painted in the mask"
 UNSURE = "the mask was taken for the subject; if it marks the background, set mask_marks"
 
 
@@ -62,7 +63,7 @@ def find_subject(image: Tensor, mask: Tensor | None = None, marks: str = "auto")
     given, notes = given_mask(mask, marks)
     opacity = subject_opacity(image, given)
     if opacity is None or bool((opacity >= 1).all()):
-        return Subject(None, _whole_image(given is not None, notes, shows_background(image)))
+        return Subject(None, _whole_image(mask, given, notes, shows_background(image)))
     shares = [round(100 * float(row.mean())) for row in opacity]
     covers = " to ".join(dict.fromkeys((f"{min(shares)}", f"{max(shares)}")))
     words = [*in_words(notes), f"subject covers {covers} %", weak_mask(opacity)]
@@ -164,11 +165,19 @@ def _border(height: int, width: int) -> Tensor:
     return border
 
 
-def _whole_image(has_mask: bool, notes: Sequence[str], has_background: bool) -> str:
-    """Say why all of an image counts as its subject."""
-    if not (has_mask or has_background):
+def _whole_image(
+    mask: Tensor | None, given: Tensor | None, notes: Sequence[str], has_background: bool
+) -> str:
+    """Say why all of an image counts as its subject, by the mask as it came and as it was taken."""
+    if given is None and not has_background:
         return "no mask, white background"
-    cause = "no mask"
-    if has_mask:
+    if mask is None:
+        cause = "no mask"
+    elif given is None:
+        cause = NOTHING_PAINTED
+    else:
         cause = EMPTY if EMPTY in notes else "the mask covers all of the image"
-    return f"{cause}: the background is in the reference"
+    cure = (
+        " (paint the subject: right-click the image, Open in MaskEditor)" if given is None else ""
+    )
+    return f"{cause}: the background is in the reference{cure}"

@@ -67,13 +67,19 @@ class ReferenceUse:
             info.layout,
             "the adapters are for",
         )
-        if self.reference.timestep != info.timestep:
-            logger.warning(
-                "The reference was encoded at timestep %d, the adapters were trained with timestep %d: expect a "
-                "weaker likeness.",
-                self.reference.timestep,
-                info.timestep,
-            )
+        if self.timestep_mismatch:
+            logger.warning("%s", self.timestep_mismatch)
+
+    @property
+    def timestep_mismatch(self) -> str:
+        """What is amiss where the reference was not encoded at the adapters' timestep, else empty."""
+        encoded, trained = self.reference.timestep, self.adapters.info.timestep
+        if encoded == trained:
+            return ""
+        return (
+            f"The reference was encoded at timestep {encoded}, the adapters are for timestep {trained}: expect a weaker "
+            "likeness. Encode it again for these adapters."
+        )
 
     @cached_property
     def is_active(self) -> bool:

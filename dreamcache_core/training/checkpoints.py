@@ -72,24 +72,30 @@ class Checkpoints:
         """What they take now, one that was cut off included."""
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
-    def choose_start(self, identity: Mapping[str, Any], *, resume: bool) -> Checkpoint | None:
-        """Check the folder against what the run is about to do; change nothing yet.
+    def require_free(self) -> None:
+        """Refuse a folder that holds a run.
+
+        Raises:
+            StateError: There are checkpoints, or finished adapters.
+        """
+        if self.newest() is not None or (self.run_folder / ADAPTERS_FILE).exists():
+            raise StateError(
+                f"{self.run_folder} holds a run already. Add --resume to go on with it, or give another --out."
+            )
+
+    def choose_start(self, identity: Mapping[str, Any]) -> Checkpoint | None:
+        """Check the folder against the run that is about to go on in it; change nothing yet.
 
         Args:
             identity: What makes the run the run it is: model, data, settings.
-            resume: Whether it goes on from the newest checkpoint; else ``None`` is returned, as where there is none.
+
+        Returns:
+            The newest checkpoint; ``None`` where there is none.
 
         Raises:
-            InputError: The checkpoints are of another run; the message lists what differs.
-            StateError: There are checkpoints, or finished adapters, but nobody asked to resume.
+            InputError: The checkpoints are of another run (the message lists what differs), or the newest is damaged.
         """
         newest = self.newest()
-        if not resume:
-            if newest is not None or (self.run_folder / ADAPTERS_FILE).exists():
-                raise StateError(
-                    f"{self.run_folder} holds a run already. Add --resume to go on with it, or give another --out."
-                )
-            return None
         if newest is None:
             logger.warning("%s holds no checkpoint: the run begins at step 0.", self.run_folder)
             return None

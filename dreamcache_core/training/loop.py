@@ -43,13 +43,17 @@ MAX_SKIPPED = 50
 EARLY_GRIDS = (50, 100)
 """Steps after which a grid is drawn besides those that ``validate_every`` asks for."""
 
+NOTHING_YET = (
+    "Stopped before the first step: there is nothing to save yet, and the same command begins anew."
+)
+
 
 def train(run: Run) -> Path:
     """Train, and return the file of the finished adapters.
 
     Raises:
         InputError: A sample cannot be read, or there is no room for a checkpoint.
-        KeyboardInterrupt: The run was asked to stop; it saved a checkpoint first.
+        KeyboardInterrupt: The run was asked to stop; after the first step it saved a checkpoint first.
         StateError: The loss is not finite.
     """
     run.begin()
@@ -102,6 +106,7 @@ class Loop:
             def after_pass() -> None:
                 bar.update(1)
                 if self.interruption.is_requested:
+                    logger.warning(NOTHING_YET)
                     raise KeyboardInterrupt
 
             fitted = adapters_from_model(
@@ -159,6 +164,9 @@ class Loop:
             cut_log(self.run.folder / LOG_FILE, self.step)
         if self.step == 0:
             self._validate()
+            if self._is_any(self.interruption.is_requested):
+                logger.warning(NOTHING_YET)
+                raise KeyboardInterrupt
         with closing(Meter(self.run, self.step)) as meter:
             for batch in self.loader:
                 taken = self.take(batch)
@@ -215,16 +223,19 @@ class Loop:
             self._named.add(message)
             logger.warning("%s Another takes its place.", message)
         failure = batch.get(FAILURE)
-        if self.accelerator.num_processes > 1:
-            failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
-            total: Any = self.accelerator.reduce(failed, reduction="sum")
-            if failure is None and float(total) > 0:
-                failure = "Another process could not read its batch; see its message."
+        if self._is_any(failure is not None) and failure is None:
+            failure = "Another process could not read its batch; see its message."
         if failure is None:
             return
         if self.step:
             self._save_checkpoint()
         raise InputError(failure)
+
+    def _is_any(self, holds: bool) -> bool:
+        """Tell whether something holds in any process."""
+        here = torch.tensor(float(holds), device=self.accelerator.device)
+        total: Any = self.accelerator.reduce(here, reduction="sum")
+        return float(total) > 0
 
     def _agree(self, norm: float) -> float:
         """Agree with all processes on the step's mean loss, and stop all where it is not finite."""

@@ -134,11 +134,8 @@ class Run:
         """Check all that can be checked without writing a file: disk, memory, steps; a set of moderate size is read through.
 
         Raises:
-            InputError: The folder lies in the set, there is no room for checkpoints, or the run has more steps than it is to
-                have.
+            InputError: There is no room for checkpoints, or the run has more steps than it is to have.
         """
-        if self.config.data is not None:
-            refuse_within(self.folder, self.config.data)
         device = self.accelerator.device
         free_memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         self.plan.require_room(self.folder, self.checkpoints.num_bytes, free_memory)
@@ -184,6 +181,11 @@ def open_run(config: TrainConfig) -> Run:
     Raises:
         DreamCacheError: Bad input; the message says what and what to do.
     """
+    checkpoints = Checkpoints(Path(config.out), config.keep_checkpoints)
+    if config.data is not None:
+        refuse_within(config.out, config.data)
+    if not config.resume:
+        checkpoints.require_free()
     accelerator = _make_accelerator(config)
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     base = BaseModel(config.model, config.model_config, dtype)
@@ -212,10 +214,9 @@ def open_run(config: TrainConfig) -> Run:
         ),
         "mixed precision": accelerator.mixed_precision,
     }
-    checkpoints = Checkpoints(Path(config.out), config.keep_checkpoints)
     if config.resume and checkpoints.newest() is not None and data.encoded is None:
         _take_set_as_begun(identity, checkpoints, data, is_accepted=config.accept_changed_data)
-    start = checkpoints.choose_start(identity, resume=config.resume)
+    start = checkpoints.choose_start(identity) if config.resume else None
     validation = None
     if config.validate_every and accelerator.is_main_process:
         validation = Validation(base, config, data.source, data.resolution)

@@ -249,8 +249,7 @@ def _fit_region(applied_use: AppliedUse, noise: Tensor) -> None:
     if not has_aspect(region, height, width):
         message = (
             f"The region mask of Apply DreamCache, {region.shape[-1]} x {region.shape[-2]}, was stretched to the images' shape, "
-            f"{LATENT_FACTOR * width} x {LATENT_FACTOR * height}. Make it in that shape if the place matters. If a node samples "
-            "tiles or crops of a larger image, give it a model without a mask on Apply DreamCache."
+            f"{LATENT_FACTOR * width} x {LATENT_FACTOR * height}. Make it in that shape, or leave it out where a node samples tiles."
         )
         logger.warning(message)
         show(message, applied_use.node_id)

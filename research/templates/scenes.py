@@ -9,6 +9,7 @@ from .parts import (
     Base,
     Texts,
     checkpoint,
+    decoded,
     demo,
     empty,
     from_photo,
@@ -57,7 +58,7 @@ def _photos(flow: Workflow, note: str, scene: str) -> tuple[Base, Texts, Node, O
 def inpainting() -> Workflow:
     """Into a photo."""
     flow = Workflow("DreamCache 5 - Into a photo by inpainting (SD 1.5)")
-    note = f"{INPAINTING}\n\n**The scene**: right-click it, *Open in Mask Editor*, and paint where the subject shall be."
+    note = f"{INPAINTING}\n\n**The scene**: right-click it, *Open in MaskEditor*, and paint where the subject shall be."
     base, prompts, scene, latent, model = _photos(flow, note, "The scene, with a painted mask")
     flow.column()
     marked = flow.add("SetLatentNoiseMask", samples=latent, mask=scene["MASK"])
@@ -94,17 +95,20 @@ def _drawn(flow: Workflow, note: str, scene: str, prompt: str) -> Drawn:
     model = from_photo(flow, base, subject["image"], subject["mask"])["model"]
     prompts = texts(flow, base, prompt)
     before = flow.add("CLIPTextEncode", title="The scene before", clip=base.clip, text=scene)
+    seed = flow.add("PrimitiveInt", title="Seed of the scene", value=1)["INT"]
     flow.column()
     given = Texts(before, prompts.negative)
-    drawn = sampler(flow, base, base.model, given, latent, title="The scene before", seed=1)
+    drawn = sampler(flow, base, base.model, given, latent, title="The scene before", seed=seed)
+    (shown,) = decoded(flow, base, drawn)
+    flow.add("PreviewImage", title="Before", width_px=420, images=shown)
     return Drawn(base, prompts, drawn["LATENT"], model)
 
 
 def inpainting_demo() -> Workflow:
     """Into a drawing."""
     flow = Workflow("DreamCache 5 - Into an image by inpainting (no download)")
-    scene = "a mug on the beach"
-    drawn = _drawn(flow, INPAINTING, scene, scene)
+    note = f"{INPAINTING} Here it is a box in the middle."
+    drawn = _drawn(flow, note, "a house on the beach", "a mug on the beach")
     nothing, box = (
         flow.add("SolidMask", title=title, value=value, width=size, height=size)
         for title, value, size in (("Empty mask", 0.0, IMAGE_SIZE), ("Mask of a box", 1.0, BOX_PX))

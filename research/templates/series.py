@@ -31,7 +31,8 @@ def guidance_grid() -> Workflow:
         "### How closely?\nThe same noise and prompt with three values of **image_guidance**: low keeps more to the prompt, high more to the "
         "subject. The *scene*, *balanced* and *likeness* of **DreamCache from Photo** are 0.4, 1 and 2; for other values set its "
         "**strength** to *custom*.\n\nThe demo model draws it: nothing has to be "
-        "downloaded. With a checkpoint in place of **DreamCache Demo Model** it is your model's answer.",
+        "downloaded. For your model's answer, put a checkpoint and **Adapters from Model** in place of "
+        "**DreamCache Demo Model**, a photo in place of **The subject**, and 512 into **Empty Latent Image**.",
     )
     flow.column()
     base = demo(flow)
@@ -131,9 +132,9 @@ def train_demo() -> Workflow:
     flow.note(
         "What this is",
         "### Training, to see how it runs\n**DreamCache Demo Photos** draws twenty images with masks and captions, **Train DreamCache Adapters** "
-        "starts from adapters that are fitted to the model and takes twenty steps, in half a minute on a CPU. The loss hardly falls, and so "
+        "starts from adapters that are fitted to the model and takes twenty steps, all in a minute or two on a CPU. The loss hardly falls, and so "
         "short a training teaches next to nothing: raise **count** and **steps** to a thousand for that.\n\nOn the right, an image with the new adapters, and "
-        "without. With a model and photos of your own take *Train your own adapters (SD 1.5)*.",
+        "without. They are gone when ComfyUI ends: **Save DreamCache Adapters** keeps them. With a model and photos of your own take *Train your own adapters (SD 1.5)*.",
     )
     flow.column()
     base = demo(flow)

@@ -87,7 +87,7 @@ def your_photo(title: str, name: str, prompt: str) -> Workflow:
     flow.column()
     flow.note(
         "How to use it",
-        "### Your subject in a new scene\n1. **Load Image**: a photo of your subject, a dog, a mug, a plush toy.\n2. **Load "
+        "### Your subject in a new scene\n1. **Your photo**: load one of your subject, a dog, a mug, a plush toy.\n2. **Load "
         "Checkpoint**: this kind of model, or a fine-tune of it.\n3. Write the scene into the **Prompt** and name the subject in it "
         '("a cat").\n4. **Run.**\n\n'
         f"{MASKS}\n\n{STRENGTH}\n\n**adapters**: *from this model* needs no file. It fits them once, which takes as long as a few "

@@ -15,7 +15,7 @@ from dreamcache_core.data import checking
 from dreamcache_core.data.checking import (
     BAD_MASK,
     FULL_MASK,
-    INCOMPLETE,
+    LEFT_OUT,
     NO_CAPTION,
     UNREADABLE,
     WEAK_MASK,
@@ -71,14 +71,14 @@ def test_report_counts_pairs_sizes_words_and_each_flaw_with_its_file(flawed: Pat
     assert sorted(report.caption_words) == [0, 2, 3, 3]
     assert report.caption_tokens is None
     assert {kind: len(messages) for kind, messages in report.problems.items()} == {
-        INCOMPLETE: 1,
+        LEFT_OUT: 1,
         UNREADABLE: 1,
         BAD_MASK: 1,
         FULL_MASK: 1,
         NO_CAPTION: 1,
     }
     for kind, name in (
-        (INCOMPLETE, "single_generation.png"),
+        (LEFT_OUT, "single_generation.png"),
         (UNREADABLE, "cut_generation.png"),
         (BAD_MASK, "empty_mask.png"),
         (FULL_MASK, "full_mask.png"),

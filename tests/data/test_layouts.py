@@ -9,7 +9,7 @@ import torch
 from PIL import ImageOps
 from test_sources import BOX, make_image, mask, write_pair
 
-from dreamcache_core.data.checking import UNREADABLE, check_source
+from dreamcache_core.data.checking import LEFT_OUT, UNREADABLE, check_source
 from dreamcache_core.data.sources.opening import open_source
 from dreamcache_core.data.sources.source import fingerprint, spread
 from dreamcache_core.errors import InputError
@@ -167,10 +167,12 @@ def test_images_that_a_list_leaves_out_are_named(tmp_path, caplog):
     for name in ("a.png", "b.png", "sub/c.png"):
         write((tmp_path / name).parent, Path(name).name)
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a dog\n")
-    assert open_source(tmp_path).keys == ("a.png",)
+    source = open_source(tmp_path)
+    assert source.keys == ("a.png",)
     assert (
-        "what metadata.csv lists is read; 2 other images are not (b.png, sub/c.png)" in caplog.text
+        "what metadata.csv lists is read; 2 other files are not (b.png, sub/c.png)" in caplog.text
     )
+    assert check_source(source, resolution=64).problems.keys() == {LEFT_OUT}
 
 
 def test_masks_of_no_image_and_texts_of_no_image_are_named(tmp_path, caplog):
@@ -198,8 +200,10 @@ def test_an_accent_may_be_written_in_two_ways(tmp_path):
 def test_two_layouts_in_one_folder_are_named(tmp_path, caplog):
     write_pair(tmp_path, "one")
     write(tmp_path, "a.png", "a red square")
-    assert open_source(tmp_path).keys == ("one",)
-    assert "1 other images are not (a.png)" in caplog.text
+    source = open_source(tmp_path)
+    assert source.keys == ("one",)
+    assert "1 other files are not (a.png)" in caplog.text
+    assert check_source(source, resolution=64).problems.keys() == {LEFT_OUT}
     make_image().save(tmp_path / "b.png")
     for form, text in (
         ("jsonl", '{"file_name": "b.png", "text": "x"}'),

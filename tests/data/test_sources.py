@@ -759,7 +759,7 @@ def test_images_beside_shards_are_not_passed_over_without_a_word(
     assert not caplog.records
     write_pair(tmp_path / "more", "1")
     assert open_source(tmp_path).keys == ("a/0",)
-    assert "tar files are read, 3 other files are not (1_" in caplog.text
+    assert "tar files are read; 3 other files are not (1_" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["b.tar.gz", "B.TGZ", "more/b.tar", "c.parquet"])

@@ -107,14 +107,17 @@ def test_an_image_that_is_all_border_has_a_mask_too(height: int):
     assert torch.equal(given_mask(mask, "auto")[0], mask)
 
 
+BACKGROUND = "the background is in the reference (paint the subject: right-click the image, Open in MaskEditor)"
+
+
 @pytest.mark.parametrize(
     ("mask", "note"),
     [
         (CENTRE, "subject covers 20 %"),
         (1 - CENTRE, f"{TURNED}, subject covers 20 %"),
         (torch.cat([CENTRE, BUST]), "subject covers 20 to 64 %"),
-        (None, "no mask: the background is in the reference"),
-        (torch.zeros(1, 64, 64), "no mask: the background is in the reference"),
+        (None, f"no mask: {BACKGROUND}"),
+        (torch.zeros(1, 64, 64), f"nothing is painted in the mask: {BACKGROUND}"),
         (torch.zeros(1, SIZE, SIZE), f"{EMPTY}: the background is in the reference"),
         (
             torch.ones(1, SIZE, SIZE),
@@ -143,7 +146,7 @@ def test_a_subject_on_white_needs_no_mask_and_on_black_it_does():
     image = photo() * CENTRE[..., None] + 1 - CENTRE[..., None]
     assert not shows_background(image)
     assert find_subject(image).note == "no mask, white background"
-    assert find_subject(1 - image).note == "no mask: the background is in the reference"
+    assert find_subject(1 - image).note == f"no mask: {BACKGROUND}"
 
 
 def test_transparent_places_are_laid_on_white():

@@ -803,7 +803,7 @@ def test_region_mask_outside_zero_to_one_is_refused(unet, use, value):
 def test_timestep_other_than_trained_is_warned_of(cache, adapters, caplog):
     later = ReferenceCache(dict(cache.features), 48, (8, 8), timestep=150)
     ReferenceUse(later, adapters)
-    assert "encoded at timestep 150, the adapters were trained with timestep 1" in caplog.text
+    assert "encoded at timestep 150, the adapters are for timestep 1:" in caplog.text
 
 
 def test_model_of_another_kind_is_refused(use):

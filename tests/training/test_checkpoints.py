@@ -58,24 +58,24 @@ def test_full_disk_leaves_the_last_checkpoint_and_names_it(checkpoints: Checkpoi
 
 
 def test_a_run_in_the_folder_is_not_overwritten(checkpoints: Checkpoints) -> None:
-    assert checkpoints.choose_start(IDENTITY, resume=False) is None
+    checkpoints.require_free()
     save(checkpoints, 5)
     with pytest.raises(StateError, match="--resume"):
-        checkpoints.choose_start(IDENTITY, resume=False)
-    assert checkpoints.choose_start(IDENTITY, resume=True) == checkpoints.newest()
+        checkpoints.require_free()
+    assert checkpoints.choose_start(IDENTITY) == checkpoints.newest()
 
 
 def test_another_run_is_not_resumed_and_all_differences_are_named(checkpoints: Checkpoints) -> None:
     save(checkpoints, 5)
     other = {"base model": "xyz", "seed": 1}
     with pytest.raises(InputError, match=r"base model was 'abc', is 'xyz'; seed was 0, is 1"):
-        checkpoints.choose_start(other, resume=True)
+        checkpoints.choose_start(other)
 
 
 def test_resuming_without_a_checkpoint_begins_anew_and_says_so(
     checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert checkpoints.choose_start(IDENTITY, resume=True) is None
+    assert checkpoints.choose_start(IDENTITY) is None
     assert "begins at step 0" in caplog.text
 
 
@@ -83,7 +83,7 @@ def test_damaged_state_is_explained(checkpoints: Checkpoints) -> None:
     save(checkpoints, 5)
     (checkpoints.run_folder / "run.json").write_text("{")
     with pytest.raises(InputError, match=r"run\.json is missing or damaged"):
-        checkpoints.choose_start(IDENTITY, resume=True)
+        checkpoints.choose_start(IDENTITY)
 
 
 def test_log_is_cut_back_to_the_step_that_is_resumed(tmp_path: Path) -> None:
@@ -116,17 +116,17 @@ def test_a_damaged_newest_checkpoint_is_named_with_the_good_one_before_it(
         (newest / "file").write_bytes(changed)
     match = r"step-000010 is damaged: .*Remove that folder.*goes on from .*step-000005"
     with pytest.raises(InputError, match=match):
-        checkpoints.choose_start(IDENTITY, resume=True)
+        checkpoints.choose_start(IDENTITY)
     shutil.rmtree(newest)
     (checkpoints.folder / "step-000005" / "file").write_text("other")
     with pytest.raises(InputError, match=r"step-000005 is damaged: .*begins at step 0"):
-        checkpoints.choose_start(IDENTITY, resume=True)
+        checkpoints.choose_start(IDENTITY)
 
 
 def test_a_checkpoint_from_before_there_were_digests_is_taken(checkpoints: Checkpoints) -> None:
     save(checkpoints, 5)
     (checkpoints.folder / "step-000005" / "contents.json").unlink()
-    assert checkpoints.choose_start(IDENTITY, resume=True) == checkpoints.newest()
+    assert checkpoints.choose_start(IDENTITY) == checkpoints.newest()
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"identity": [1]}', "[" * 100_000, ""])
@@ -134,7 +134,7 @@ def test_run_json_that_is_no_object_is_explained(checkpoints: Checkpoints, text:
     save(checkpoints, 5)
     (checkpoints.run_folder / "run.json").write_text(text)
     with pytest.raises(InputError, match=r"run\.json is missing or damaged"):
-        checkpoints.choose_start(IDENTITY, resume=True)
+        checkpoints.choose_start(IDENTITY)
 
 
 def test_log_with_entries_that_are_no_objects_or_have_no_step_is_cut(tmp_path: Path) -> None:

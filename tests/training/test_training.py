@@ -245,12 +245,13 @@ def test_training_starts_from_adapters_fitted_to_the_model(settings, changes, fi
     assert FITTED not in trained.info.extra
 
 
-def test_a_fit_can_be_stopped(settings):
+def test_a_fit_can_be_stopped(settings, caplog):
     interruption = Interruption()
     interruption.is_requested = True
     run = open_run(TrainConfig.from_dict({**settings, "init": "fitted"}))
     with pytest.raises(KeyboardInterrupt):
         loop.Loop(run, interruption)
+    assert loop.NOTHING_YET in caplog.text
 
 
 def test_targets_are_noised_to_min_timestep_at_least(settings):
@@ -330,6 +331,14 @@ def test_names_of_other_trainers_are_answered_with_ours(settings, name, here, ca
     message = capsys.readouterr().err
     assert here in message
     assert "TrainConfig" not in message
+
+
+def test_all_wrong_names_are_answered_at_once(settings, capsys):
+    habits = ["--train_data_dir=x", "--network_dim", "32", "--output_dir=o"]
+    assert main(["train", *flags(settings), *habits]) == 2
+    message = capsys.readouterr().err
+    for answer in ("called 'data'", "Adapters have no rank", "called 'out'"):
+        assert answer in message
 
 
 def test_every_answer_names_a_setting():
@@ -511,17 +520,27 @@ def test_a_run_within_its_set_is_refused_before_anything_is_written(settings, tm
     before = sorted(data.rglob("*"))
     for out in (data, data / "runs" / "first", tmp_path / "set" / ".." / "set" / "run"):
         for more in (["--dry-run"], []):
-            odd = {**settings, "data": str(data), "out": str(out)}
+            # said before anything is loaded
+            odd = {**settings, "model": "nowhere", "data": str(data), "out": str(out)}
             assert main(["train", *flags(odd), *more]) == 2
             assert "Expected --out to be outside of the set" in capsys.readouterr().err
     assert sorted(data.rglob("*")) == before
 
 
-def test_the_end_of_a_run_says_how_to_use_its_file(settings, capsys):
+def test_the_end_of_a_run_says_how_to_use_its_file(settings, data, tmp_path, capsys):
     assert main(["train", *flags(settings)]) == 0
     finished = capsys.readouterr().out.splitlines()[-1]
     assert "ComfyUI/models/dreamcache" in finished
-    assert f"--adapters {settings['out']}/adapters.safetensors --reference" in finished
+    interpreter, _, command = finished.partition(" background: ")[2].partition(
+        " -m dreamcache_core "
+    )
+    assert interpreter == sys.executable
+    shown = {
+        "IMAGE": str(next(data.rglob("*_generation.png"))),
+        "results": str(tmp_path / "results"),
+    }
+    assert main([*(shown.get(word, word) for word in command.split()), "--steps", "1"]) == 0
+    assert list((tmp_path / "results").glob("*_seed_*.png"))
 
 
 # --- bad input
@@ -672,6 +691,26 @@ def test_grids_come_early_and_a_request_to_stop_ends_one(settings, monkeypatch):
     assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-000002"]
 
 
+def test_a_run_that_is_stopped_in_its_first_grid_begins_anew(settings, monkeypatch, caplog):
+    settings = {**settings, "validate_every": 4, "validation_steps": 1, "steps": 1}
+    run, interruption = open_run(TrainConfig.from_dict(settings)), Interruption()
+    run.begin()
+    assert run.validation is not None
+    sample = run.validation._sample
+
+    def ask(*arguments):
+        interruption.is_requested = True
+        return sample(*arguments)
+
+    monkeypatch.setattr(run.validation, "_sample", ask)
+    with pytest.raises(KeyboardInterrupt):
+        loop.Loop(run, interruption).train()
+    assert loop.NOTHING_YET in caplog.text
+    assert run.checkpoints.newest() is None
+    train(settings)
+    assert (run.folder / "validation" / "step-000000.png").exists()
+
+
 def test_the_learning_rate_that_is_logged_is_the_steps_own(settings, tmp_path):
     train(settings, lr_schedule="linear")
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
@@ -688,8 +727,9 @@ def test_a_resumed_run_may_be_longer_and_split_otherwise(settings):
 
 def test_a_folder_with_a_run_is_not_overwritten(settings):
     train(settings)
-    with pytest.raises(StateError, match="--resume"):
-        open_run(TrainConfig.from_dict(settings))
+    for lost in ({}, {"model": "nowhere"}):  # it is said before anything is loaded
+        with pytest.raises(StateError, match="--resume"):
+            open_run(TrainConfig.from_dict({**settings, **lost}))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

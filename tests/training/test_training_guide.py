@@ -1,4 +1,4 @@
-"""docs/training.md: its commands and examples run as they are written, its figures and messages are those of the code."""
+"""docs/training.md and training_large.md: commands and examples run as they are written, figures and messages are the code's."""
 
 import dataclasses
 import os
@@ -30,7 +30,10 @@ from dreamcache_core.training.config import TrainConfig
 pytestmark = pytest.mark.diffusers
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+GUIDE = "\n".join(
+    (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for page in ("training.md", "training_large.md")
+)
 BIN = ".venv/bin/"
 USE_CPU = "ACCELERATE_USE_CPU=true "
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ...errors import DreamCacheError, InputError
 from ...files.walking import walk_folders
@@ -105,15 +106,12 @@ def _open_folder(path: Path, caption: str | None) -> PairSource:
             and not file.startswith(".")
             and path / folder / file not in read
         ]
-        if others:
-            logger.warning(
-                "%s: its %s are read, %d other files are not (%s). Give their folders one by one, and unpack what is "
-                "compressed.",
-                path,
-                name,
-                len(others),
-                printable(", ".join(others[:3])),
-            )
+        _name_rest(
+            source,
+            f"{path}: its {name} are read",
+            others,
+            "Give their folders one by one, and unpack what is compressed.",
+        )
     return source
 
 
@@ -131,7 +129,8 @@ def _open_images(path: Path, caption: str | None) -> PairSource:
             for name in files
             if is_image_name(name)
         ]
-        _warn_of_rest(
+        _name_rest(
+            source,
             f"{path}: what {lists[0].name} lists is read",
             [image for image in images if os.path.normpath(path / image) not in listed],
             "List them too.",
@@ -140,21 +139,19 @@ def _open_images(path: Path, caption: str | None) -> PairSource:
     names = [name for _, files in walk_folders(str(path)) for name in files]
     if not any(map(tells_pairs, names)):
         return CaptionedSource(path, caption)
-    _warn_of_rest(
+    source = FolderSource(path)
+    _name_rest(
+        source,
         f"{path}: pairs of X_generation, X_mask and X_caption are read",
         [name for name in names if is_image_name(name) and not is_part_name(name)],
-        "Give their folders one by one.",
+        "Move them out: one set is of one layout.",
     )
-    return FolderSource(path)
+    return source
 
 
-def _warn_of_rest(read: str, others: Sequence[str], cure: str) -> None:
-    """Name images that are not read, if there are any."""
+def _name_rest(source: Any, read: str, others: Sequence[str], cure: str) -> None:
+    """Name files that are not read, if there are any, in the log and among the set's problems."""
     if others:
-        logger.warning(
-            "%s; %d other images are not (%s). %s",
-            read,
-            len(others),
-            printable(", ".join(others[:3])),
-            cure,
-        )
+        rest = f"{read}; {len(others)} other files are not ({printable(', '.join(others[:3]))}). {cure}"
+        logger.warning("%s", rest)
+        source.problems = (*source.problems, rest)

@@ -1,6 +1,7 @@
 """Adapters and models that do not belong together, and files that are no adapters, through the nodes."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import comfy_extras.nodes_model_advanced as advanced
@@ -160,9 +161,20 @@ def test_a_v_prediction_model_under_epsilon_adapters_is_a_warning(models, caplog
     assert not caplog.text
     assert shown == "subject 1, three predictions a step"
     shown = said_by_apply(apply(models["sd21"], image_guidance=1.0), image_guidance=1.0, scale=0)
-    assert (
-        shown == "subject 2 of 2, two predictions a step, but its strength is 0: it does not appear"
+    assert shown == (
+        "subject 2 of 2, all everywhere (a region for each keeps them apart), two predictions a step, but its strength is 0: "
+        "it does not appear"
     )
+
+
+def test_what_weakens_a_likeness_stands_on_the_node(models, caplog):
+    with caplog.at_level(logging.WARNING):
+        adapters = make_adapters(models["sd21"])
+        adapters.info = replace(adapters.info, timestep=300)
+        shown = said_by_apply(models["sd21"], adapters, encode(models["sd21"]))
+    assert "encoded at timestep 1, the adapters are for timestep 300" in shown
+    assert caplog.text.count("encoded at timestep 1") == 1
+    assert "breaks colours" in said_by_apply(models["sd21"], image_guidance=20.0)
 
 
 def test_the_guider_without_an_applied_reference_says_what_to_connect(models):

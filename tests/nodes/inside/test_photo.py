@@ -1,5 +1,7 @@
 """DreamCache from Photo: what its parts do one after the other, adapters of the model included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_company import add_lora
@@ -133,6 +135,19 @@ def test_the_only_file_is_chosen_by_itself(files, default, monkeypatch):
     monkeypatch.setattr(PHOTO, "list_adapter_files", lambda: files or [PHOTO.NO_ADAPTERS])
     combo = {item.id: item for item in PHOTO.FromPhoto.define_schema().inputs}["adapters"]
     assert (combo.options, combo.default) == (["from this model", *files], default)
+
+
+def test_the_only_file_is_not_chosen_where_it_is_the_demo_models(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(PHOTO, "list_adapter_files", lambda: ["a.safetensors"])
+    monkeypatch.setattr(PHOTO, "adapter_path", lambda name: tmp_path / name)
+    adapters = make_adapters(model)
+    for width, default in ((128, "from this model"), (768, "a.safetensors")):
+        layout = replace(adapters.info.layout, context_width=width)
+        CORE.save_adapters(
+            CORE.AdapterSet(replace(adapters.info, layout=layout)), tmp_path / "a.safetensors"
+        )
+        combo = {item.id: item for item in PHOTO.FromPhoto.define_schema().inputs}["adapters"]
+        assert combo.default == default
 
 
 def test_a_file_that_is_gone_is_named_before_anything_runs():

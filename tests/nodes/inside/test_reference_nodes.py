@@ -188,7 +188,10 @@ def test_masks_that_do_not_fit_are_refused(model, mask, message):
     ("mask", "words"),
     [
         (None, "no mask: the background is in the reference"),
-        (torch.zeros(1, 64, 64), "no mask: the background is in the reference"),
+        (
+            torch.zeros(1, 64, 64),
+            "nothing is painted in the mask: the background is in the reference",
+        ),
         (torch.zeros(1, 128, 128), "the mask is empty: the background is in the reference"),
         (SUBJECT, "subject covers 25 %"),
         (1 - SUBJECT, "the mask was turned round, subject covers 25 %"),

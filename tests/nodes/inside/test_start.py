@@ -66,7 +66,6 @@ if "search_aliases" in {field.name for field in fields(io.Schema)}:  # others se
         for name in (
             "DreamCacheFromPhoto",
             "DreamCacheLoadAdapters",
-            "DreamCacheEncode",
             "DreamCacheApply",
         ):
             assert word in SCHEMAS[name].search_aliases

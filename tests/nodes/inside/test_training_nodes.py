@@ -917,7 +917,11 @@ def test_a_training_set_gives_each_image_its_mask_and_caption(set_folder):
     assert sheet.shape[1] > 64
     told = said("DreamCacheLoadTrainingSet", folder="toys")
     assert told.startswith("23 images, 22 with a mask (the backgrounds of the others will")
-    assert "; 1 left out: 10_ball/5.png" in told
+    assert "; left out: 10_ball/5.png" in told
+    full = set_folder / "masks" / "deep" / "bag" / "0.png"
+    Image.new("L", Image.open(full).size, 255).save(full)
+    told = said("DreamCacheLoadTrainingSet", folder="toys")
+    assert "; 1 masks are white all over" in told
 
 
 def test_a_training_set_trains_as_its_images_do(set_folder):
