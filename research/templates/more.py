@@ -71,8 +71,9 @@ def attention_map() -> Workflow:
     flow.note(
         "What this is",
         "### Where the new image looks\n**DreamCache Attention Map** shows on the left the reference, lit where it is looked at, and on the "
-        "right the new image, each place in the colour of what it looks at most. With a **mask**, for that part of the new image only; "
-        "**point_x** and **point_y** ask for one place.\n\nThe demo model draws it: nothing has to be downloaded.",
+        "right the new image, each place in the colour of what it looks at most. **point_x** and **point_y** "
+        "ask for one place, here on the side of the mug: the same stripe of the reference lights up. A **mask** asks for a part of the new image, and with neither "
+        "its background has most of the say.\n\nThe demo model draws it: nothing has to be downloaded.",
     )
     flow.column()
     base = demo(flow)
@@ -90,6 +91,8 @@ def attention_map() -> Workflow:
         positive=prompts.prompt["CONDITIONING"],
         latent=drawn["LATENT"],
         reference_image=subject["image"],
+        point_x=0.18,
+        point_y=0.5,
     )
     flow.column()
     flow.add("PreviewImage", title="The new image", width_px=420, images=shown)
