@@ -80,6 +80,7 @@ class Drawn(NamedTuple):
     base: Base
     prompts: Texts
     scene: Output
+    image: Output
     model: Output
 
 
@@ -100,8 +101,13 @@ def _drawn(flow: Workflow, note: str, scene: str, prompt: str) -> Drawn:
     given = Texts(before, prompts.negative)
     drawn = sampler(flow, base, base.model, given, latent, title="The scene before", seed=seed)
     (shown,) = decoded(flow, base, drawn)
-    flow.add("PreviewImage", title="Before", width_px=420, images=shown)
-    return Drawn(base, prompts, drawn["LATENT"], model)
+    return Drawn(base, prompts, drawn["LATENT"], shown, model)
+
+
+def _before(flow: Workflow, drawn: Drawn) -> None:
+    """A column that begins with the scene as it was."""
+    flow.column()
+    flow.add("PreviewImage", title="Before", width_px=420, images=drawn.image)
 
 
 def inpainting_demo() -> Workflow:
@@ -113,7 +119,7 @@ def inpainting_demo() -> Workflow:
         flow.add("SolidMask", title=title, value=value, width=size, height=size)
         for title, value, size in (("Empty mask", 0.0, IMAGE_SIZE), ("Mask of a box", 1.0, BOX_PX))
     )
-    flow.column()
+    _before(flow, drawn)
     mask = flow.add(
         "MaskComposite",
         title="What is drawn anew",
@@ -134,5 +140,6 @@ def image_to_image_demo() -> Workflow:
     flow = Workflow("DreamCache 5 - Image to image (no download)")
     scene = "a mug on the beach, right"
     drawn = _drawn(flow, REDRAWING, scene, scene)
+    _before(flow, drawn)
     with_and_without(flow, drawn.base, drawn.model, drawn.prompts, drawn.scene, denoise=0.8)
     return flow
