@@ -28,8 +28,8 @@ from .sockets import (
 
 logger = logging.getLogger(__name__)
 
-MOST_GUIDANCE = 5.0
-"""Image guidance beyond which images suffer."""
+MOST_GUIDANCE = 10.0
+"""Image guidance beyond which colours and shapes break."""
 
 
 class Apply(io.ComfyNode):
@@ -203,7 +203,7 @@ def _warnings(
 ) -> Iterator[str]:
     """What is allowed, but hardly meant."""
     if image_guidance > MOST_GUIDANCE:
-        yield f"image_guidance {image_guidance:g} breaks colours and shapes; more than {MOST_GUIDANCE:g} is seldom of use."
+        yield f"image_guidance {image_guidance:g} is far beyond 5, up to where it is of use: expect broken colours and shapes."
     is_v = isinstance(model.get_model_object("model_sampling"), V_PREDICTION)
     predicts = "v_prediction" if is_v else "epsilon"
     if predicts != adapters.info.prediction:

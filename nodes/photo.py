@@ -175,12 +175,13 @@ class FromPhoto(io.ComfyNode):
 
 
 def _is_of_other_models(file: str) -> bool:
-    """Whether an adapter file says that it is of no Stable Diffusion, but of the demo model, say."""
+    """Whether an adapter file says that it is of no Stable Diffusion, but of the demo model, say.
+
+    The authors' files say nothing, and what is damaged is named when it is used.
+    """
     try:
         return read_header(adapter_path(file)).metadata.get("family", "").startswith("custom")
-    except (
-        DreamCacheError
-    ):  # files of the authors say nothing; what is damaged is named when it is used
+    except (DreamCacheError, OSError):
         return False
 
 

@@ -233,6 +233,8 @@ class Loop:
 
     def _is_any(self, holds: bool) -> bool:
         """Tell whether something holds in any process."""
+        if self.accelerator.num_processes == 1:
+            return holds  # a device need not be waited for
         here = torch.tensor(float(holds), device=self.accelerator.device)
         total: Any = self.accelerator.reduce(here, reduction="sum")
         return float(total) > 0

@@ -174,7 +174,7 @@ def test_what_weakens_a_likeness_stands_on_the_node(models, caplog):
         shown = said_by_apply(models["sd21"], adapters, encode(models["sd21"]))
     assert "encoded at timestep 1, the adapters are for timestep 300" in shown
     assert caplog.text.count("encoded at timestep 1") == 1
-    assert "breaks colours" in said_by_apply(models["sd21"], image_guidance=20.0)
+    assert "broken colours" in said_by_apply(models["sd21"], image_guidance=20.0)
 
 
 def test_the_guider_without_an_applied_reference_says_what_to_connect(models):

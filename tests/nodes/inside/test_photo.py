@@ -148,6 +148,9 @@ def test_the_only_file_is_not_chosen_where_it_is_the_demo_models(model, tmp_path
         )
         combo = {item.id: item for item in PHOTO.FromPhoto.define_schema().inputs}["adapters"]
         assert combo.default == default
+    monkeypatch.setattr(PHOTO, "adapter_path", lambda _: tmp_path)  # no file, but a folder
+    combo = {item.id: item for item in PHOTO.FromPhoto.define_schema().inputs}["adapters"]
+    assert combo.default == "a.safetensors"
 
 
 def test_a_file_that_is_gone_is_named_before_anything_runs():
