@@ -169,8 +169,8 @@ class TrainAdapters(io.ComfyNode):
         }
         run = TrainingRun(cls, **given)
         adapters = run.initial_adapters()
-        data = run.encode()
         try:
+            data = run.encode()
             train(
                 run.model,
                 adapters,

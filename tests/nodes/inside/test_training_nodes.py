@@ -757,11 +757,15 @@ def test_an_interruption_in_the_middle_of_a_step_keeps_the_step_before(model, tr
 
 
 def test_an_interruption_before_the_first_step_leaves_no_file(model, monkeypatch):
-    before = kept_files()
+    before, told = kept_files(), []
+    monkeypatch.setattr(
+        pack_module("nodes.host.training.run"), "show", lambda text, _: told.append(text)
+    )
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", Hook(interrupt_after=1))
     with pytest.raises(Interrupted):
         train(model)
     assert kept_files() == before
+    assert told[-1].startswith("ended before the first step: nothing was learned")
 
 
 @contextmanager
