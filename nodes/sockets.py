@@ -32,14 +32,12 @@ DEFAULT_GUIDANCE = 1.0
 SUBJECT = ("subject", "character", "identity", "reference", "likeness")
 """Words for what the pack is about."""
 PERSONALIZE = (
-    *(
-        "personalize",
-        "personalise",
-        "dreambooth",
-        "ip adapter",
-        "ipadapter",
-        "consistent character",
-    ),
+    "personalize",
+    "personalise",
+    "dreambooth",
+    "ip adapter",
+    "ipadapter",
+    "consistent character",
     *SUBJECT,
 )
 """Words for what it does, as other packs and papers name it."""
