@@ -150,7 +150,7 @@ class FromPhoto(io.ComfyNode):
         subject = find_subject(image, mask, mask_marks)
         prepared, masks = prepare_reference_image(image[..., :3], subject.opacity, size=side_px)
         if loaded_adapters is not None:
-            chosen, source = loaded_adapters, "those that are connected"
+            chosen, source = loaded_adapters, "connected"
         elif adapters == FROM_MODEL:
             chosen, source = _fit_once(model, clip, text, side_px, node), "fitted, not trained"
         else:

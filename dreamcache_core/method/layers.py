@@ -156,8 +156,8 @@ class Layout:
 
     def describe(self) -> str:
         """Name the family for messages; one without a name by its text width."""
-        unknown = f"a model of text width {self.context_width}"
-        return FAMILY_NAMES.get(self.family, unknown)
+        other = f"a custom model (text width {self.context_width})"
+        return FAMILY_NAMES.get(self.family, other)
 
 
 def require_same_layout(first: Layout, first_name: str, second: Layout, second_name: str) -> None:

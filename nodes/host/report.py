@@ -35,13 +35,13 @@ def report(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
 
 
 def describe_adapters(adapters: AdapterSet) -> str:
-    """One line on adapters: how large, for which models, and whether they were trained at all."""
+    """One line on adapters: for which models, and whether they were trained at all."""
     info = adapters.info
-    size = f"{adapters.num_parameters / 1e6:.1f} M parameters, {info.layout.describe()}"
+    family = f"for {info.layout.describe()}"
     if FITTED not in info.extra:
-        return size
+        return family
     name = info.base_model or "a model"
-    return f"fitted to {name}, not trained: connect them to Encode Reference too (or set its timestep to {info.timestep}). {size}"
+    return f"{family}, fitted to {name}, not trained: connect them to Encode Reference too (or set its timestep to {info.timestep})"
 
 
 def preview(image: Tensor) -> tuple[str, Image.Image, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .definitions import Json, is_widget
 
-GUTTER_PX, GAP_PX, AIR_PX, LANE_PX = 110, 70, 110, 26
+GUTTER_PX, GAP_PX, AIR_PX, LANE_PX = 70, 70, 110, 26
 """Between columns; below a node, down to the next one's title and with it; the same where the node grows; between lanes."""
 
 IMAGES = {
@@ -103,8 +103,8 @@ def lanes(wires: Iterable[Wire]) -> list[Lane]:
 
 def _lane(bundle: list[Wire], number: int, last_id: int) -> list[Lane]:
     """One output's lane: up beside its node, along, and down before each column that it serves."""
-    y, start, shift = -80 - LANE_PX * number, bundle[0][2], 10 * (number % 4)
-    x, links = start.left + start.width + 30 + shift, [wire[0] for wire in bundle]
+    y, start, shift = -80 - LANE_PX * number, bundle[0][2], 8 * (number % 4)
+    x, links = start.left + start.width + 20 + shift, [wire[0] for wire in bundle]
     corners: list[tuple[int, int]] = [(x, y)]
     if (
         start.top
@@ -120,7 +120,7 @@ def _lane(bundle: list[Wire], number: int, last_id: int) -> list[Lane]:
         add(corner, links, [])
     for left in sorted({wire[3].left for wire in bundle}):
         through = [wire[0] for wire in bundle if wire[3].left >= left]
-        add((left - 30 - shift, y), through, [wire[0] for wire in bundle if wire[3].left == left])
+        add((left - 20 - shift, y), through, [wire[0] for wire in bundle if wire[3].left == left])
     return points
 
 

@@ -34,17 +34,17 @@ def save_once() -> Workflow:
     )
     flow.column()
     base = demo(flow)
-    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1)
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="house", seed=1)
     flow.column()
     adapters = base.photo["loaded_adapters"]
     reference = encoded(flow, base, subject["image"], subject["mask"], adapters)
     loaded = flow.add(
         "DreamCacheLoadReference",
         mode=MUTED,
-        reference="dreamcache/mug_00001_.safetensors [output]",
+        reference="dreamcache/house_00001_.safetensors [output]",
     )
     flow.column()
-    flow.add("DreamCacheSaveReference", reference=reference, filename_prefix="dreamcache/mug")
+    flow.add("DreamCacheSaveReference", reference=reference, filename_prefix="dreamcache/house")
     applied = flow.add(
         "DreamCacheApply",
         mode=MUTED,
@@ -53,7 +53,7 @@ def save_once() -> Workflow:
         reference=loaded["reference"],
         image_guidance=1.0,
     )
-    prompts = texts(flow, base, "a mug in the snow")
+    prompts = texts(flow, base, "a house in the snow")
     latent = empty(flow, base, images=4)
     flow.column()
     drawn = sampler(flow, base, applied["model"], prompts, latent, mode=MUTED)
@@ -72,15 +72,15 @@ def attention_map() -> Workflow:
         "What this is",
         "### Where the new image looks\n**DreamCache Attention Map** shows on the left the reference, lit where it is looked at, and on the "
         "right the new image, each place in the colour of what it looks at most. **point_x** and **point_y** "
-        "ask for one place, here on the side of the mug: the same stripe of the reference lights up. A **mask** asks for a part of the new image, and with neither "
+        "ask for one place, here on the side of the tree: the same stripe of the reference lights up. A **mask** asks for a part of the new image, and with neither "
         "its background has most of the say.\n\nThe demo model draws it: nothing has to be downloaded.",
     )
     flow.column()
     base = demo(flow)
-    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1)
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="tree", seed=1)
     flow.column()
     model = from_photo(flow, base, subject["image"], subject["mask"])["model"]
-    prompts = texts(flow, base, "a mug on the grass, left")
+    prompts = texts(flow, base, "a tree on the grass, left")
     latent = empty(flow, base)
     flow.column()
     drawn = sampler(flow, base, model, prompts, latent)
@@ -151,11 +151,13 @@ def several_views_demo() -> Workflow:
     )
     flow.column()
     base = demo(flow)
-    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1, views=3)
+    subject = flow.add(
+        "DreamCacheDemoReference", title="The subject", shape="ghost", seed=1, views=3
+    )
     flow.column()
     model = from_photo(flow, base, subject["image"], subject["mask"])["model"]
     flow.column()
-    prompts = texts(flow, base, "a mug on the grass, left")
+    prompts = texts(flow, base, "a ghost on the grass, left")
     latent = empty(flow, base, images=4)
     with_and_without(flow, base, model, prompts, latent)
     return flow

@@ -135,12 +135,12 @@ def two_subjects_demo() -> Workflow:
     base = demo(flow)
     drawn = [
         flow.add("DreamCacheDemoReference", title=title, shape=shape, seed=seed)
-        for title, shape, seed in (("Left subject", "mug", 1), ("Right subject", "star", 3))
+        for title, shape, seed in (("Left subject", "rocket", 1), ("Right subject", "star", 3))
     ]
     flow.column()
     left, right = (
         Subject(subject["image"], subject["mask"], f"a {name} on the grass, {side}")
-        for subject, name, side in zip(drawn, ("mug", "star"), ("left", "right"), strict=True)
+        for subject, name, side in zip(drawn, ("rocket", "star"), ("left", "right"), strict=True)
     )
     adapters = base.photo["loaded_adapters"]
     with_and_without(flow, base, *_two_subjects(flow, base, adapters, (left, right)))

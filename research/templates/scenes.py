@@ -84,22 +84,22 @@ class Drawn(NamedTuple):
     model: Output
 
 
-def _drawn(flow: Workflow, note: str, scene: str, prompt: str) -> Drawn:
-    """Draw a scene, and prepare the subject."""
+def _drawn(flow: Workflow, note: str, scene: str, prompt: str, shape: str, seed: int) -> Drawn:
+    """Draw a scene, and prepare the subject of a shape and seed."""
     flow.column()
     flow.note("What this is", f"{note}\n\nThe demo model draws it: nothing has to be downloaded.")
     flow.column()
     base = demo(flow)
-    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mug", seed=1)
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape=shape, seed=seed)
     latent = empty(flow, base, images=4)
     flow.column()
     model = from_photo(flow, base, subject["image"], subject["mask"])["model"]
     prompts = texts(flow, base, prompt)
     before = flow.add("CLIPTextEncode", title="The scene before", clip=base.clip, text=scene)
-    seed = flow.add("PrimitiveInt", title="Seed of the scene", value=1)["INT"]
+    noise = flow.add("PrimitiveInt", title="Seed of the scene", value=1)["INT"]
     flow.column()
     given = Texts(before, prompts.negative)
-    drawn = sampler(flow, base, base.model, given, latent, title="The scene before", seed=seed)
+    drawn = sampler(flow, base, base.model, given, latent, title="The scene before", seed=noise)
     (shown,) = decoded(flow, base, drawn)
     return Drawn(base, prompts, drawn["LATENT"], shown, model)
 
@@ -114,7 +114,7 @@ def inpainting_demo() -> Workflow:
     """Into a drawing."""
     flow = Workflow("DreamCache 5 - Into an image by inpainting (no download)")
     note = f"{INPAINTING} Here it is a box in the middle."
-    drawn = _drawn(flow, note, "a house on the beach", "a mug on the beach")
+    drawn = _drawn(flow, note, "a house on the beach", "a cat on the beach", "cat", 1)
     nothing, box = (
         flow.add("SolidMask", title=title, value=value, width=size, height=size)
         for title, value, size in (("Empty mask", 0.0, IMAGE_SIZE), ("Mask of a box", 1.0, BOX_PX))
@@ -138,8 +138,8 @@ def inpainting_demo() -> Workflow:
 def image_to_image_demo() -> Workflow:
     """Over a drawing."""
     flow = Workflow("DreamCache 5 - Image to image (no download)")
-    scene = "a mug on the beach, right"
-    drawn = _drawn(flow, REDRAWING, scene, scene)
+    scene = "a heart on the beach, right"
+    drawn = _drawn(flow, REDRAWING, scene, scene, "heart", 1)
     _before(flow, drawn)
     with_and_without(flow, drawn.base, drawn.model, drawn.prompts, drawn.scene, denoise=0.8)
     return flow

@@ -36,7 +36,7 @@ def guidance_grid() -> Workflow:
     )
     flow.column()
     base = demo(flow)
-    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="house", seed=2)
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="house", seed=9)
     flow.column()
     adapters = base.photo["loaded_adapters"]
     reference = encoded(flow, base, subject["image"], subject["mask"], adapters)
@@ -141,14 +141,14 @@ def train_demo() -> Workflow:
     photos = flow.add("DreamCacheDemoPhotos", count=20, seed=0)
     flow.column()
     trained = _trained(flow, base, photos, steps=20, resolution=IMAGE_SIZE)
-    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="house", seed=2)
+    subject = flow.add("DreamCacheDemoReference", title="The subject", shape="mushroom", seed=1)
     flow.column()
     base = base._replace(
         photo={**base.photo, "loaded_adapters": trained["adapters"], "strength": "likeness"}
     )
     model = from_photo(flow, base, subject["image"], subject["mask"])["model"]
     flow.column()
-    prompts = texts(flow, base, "a house on the grass, left")
+    prompts = texts(flow, base, "a mushroom on the grass, left")
     latent = empty(flow, base, images=4)
     with_and_without(flow, base, model, prompts, latent)
     return flow

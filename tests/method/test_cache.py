@@ -118,7 +118,7 @@ def test_properties_describe_the_references():
 
 def test_description_says_what_people_ask_for():
     cache = make_cache()
-    assert cache.describe() == "2 images, 192 x 128, a model of text width 48, 0.1 MB"
+    assert cache.describe() == "2 images, 192 x 128, a custom model (text width 48), 0.1 MB"
     of_sd = dataclasses.replace(cache, context_width=1024, timestep=300)
     assert of_sd.describe() == "2 images, 192 x 128, SD 2.1, 0.1 MB, timestep 300"
     assert make_cache(1).describe().startswith("1 image, ")

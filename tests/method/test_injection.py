@@ -717,7 +717,7 @@ def use_for(layout):
 def test_adapters_of_another_text_width_are_refused(unet):
     other = use_for(layout_with(unet, 768))
     with (
-        pytest.raises(MismatchError, match=r"text width 48, .* for Stable Diffusion 1.5"),
+        pytest.raises(MismatchError, match=r"text width 48\), .* for Stable Diffusion 1.5"),
         inject(unet, other),
     ):
         pass
@@ -732,7 +732,7 @@ def test_adapters_of_another_layer_width_are_refused(unet):
 def test_adapters_of_sdxl_are_refused_on_stable_diffusion(unet):
     other = use_for(layout_of(sdxl_unet()))
     with (
-        pytest.raises(MismatchError, match=r"text width 48, .* for SDXL"),
+        pytest.raises(MismatchError, match=r"text width 48\), .* for SDXL"),
         inject(unet, other),
     ):
         pass

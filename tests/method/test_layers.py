@@ -69,7 +69,7 @@ def test_layers_keep_their_order():
         (768, "Stable Diffusion 1.5"),
         (1024, "Stable Diffusion 2.1"),
         (2048, "SDXL"),
-        (128, "a model of text width 128"),
+        (128, "a custom model (text width 128)"),
     ],
 )
 def test_description_names_the_family(width: int, name: str):

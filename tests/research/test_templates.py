@@ -71,6 +71,17 @@ def test_a_model_file_comes_with_its_address(made: Workflow):
             assert model["url"].endswith(f"/{model['name']}")
 
 
+def test_every_drawn_subject_is_another_one():
+    """ComfyUI shows no preview on a node whose result another workflow's left in its cache."""
+    subjects = [
+        tuple(node["widgets_values"])
+        for made in MADE
+        for node in made.to_json()["nodes"]
+        if node["type"] in ("DreamCacheDemoReference", "DreamCacheDemoPhotos")
+    ]
+    assert len(set(subjects)) == len(subjects)
+
+
 def test_an_input_that_a_node_lacks_is_refused():
     flow = Workflow("refused")
     flow.column()

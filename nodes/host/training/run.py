@@ -297,5 +297,5 @@ class TrainingRun:
         last = moving_average(self.losses)[-1]
         return (
             f"{len(self.losses)} steps on {self.num_images} images ({self.about_masks}), average loss at the end {last:.4g}; "
-            f"{adapters.num_parameters / 1e6:.1f} M parameters, {adapters.info.layout.describe()}"
+            f"for {adapters.info.layout.describe()}"
         )

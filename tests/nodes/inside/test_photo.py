@@ -88,7 +88,7 @@ def test_it_shows_what_the_model_sees_and_says_what_it_did(model, mask):
         "the mask was turned round",
         "subject covers 16 %",
         "subject 1",
-        "adapters: those that are connected",
+        "adapters: connected",
     ):
         assert part in text
     (bare,) = from_photo(model, loaded_adapters=make_adapters(model)).ui["text"]
