@@ -47,7 +47,6 @@ class ComfyUI(ComfyInstall):
 
 FOLDERS = oldest_and_newest()
 PLAIN = [ComfyUI(folder) for folder in FOLDERS]
-# the slowest first
 COMFYUIS = [ComfyUI(c.path, 24_000_000) for c in PLAIN[-1:] if c.has_dynamic_vram] + PLAIN
 
 
@@ -94,9 +93,9 @@ def exchange(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ran_inside(tools_folder, exchange, tmp_path_factory) -> None:
-    """Run all tests of ``inside/`` in every installation and mode, two side by side."""
+    """Run all tests of ``inside/`` in every installation and mode, side by side."""
     bases = [tmp_path_factory.mktemp(f"comfy-{comfyui}") for comfyui in COMFYUIS]
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor() as pool:
         list(pool.map(partial(run_tests, tools_folder, exchange), COMFYUIS, bases))
 
 
@@ -106,6 +105,7 @@ def run_tests(tools: Path, exchange: Path, comfyui: ComfyUI, base: Path) -> None
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(tools), str(HERE.parent / "support")]),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
         "COMFYUI_FOLDER": str(comfyui.path),
         "COMFYUI_BASE": str(base),
         "EXCHANGE_FOLDER": str(exchange),
