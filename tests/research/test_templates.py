@@ -72,7 +72,7 @@ def test_a_model_file_comes_with_its_address(made: Workflow):
 
 
 def test_every_drawn_subject_is_another_one():
-    """ComfyUI shows no preview on a node whose result another workflow's left in its cache."""
+    """ComfyUI shows no preview on a node whose result another workflow left in its cache."""
     subjects = [
         tuple(node["widgets_values"])
         for made in MADE
